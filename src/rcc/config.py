@@ -1,0 +1,140 @@
+"""What an RCC model is made of, as data: the two backbones, the segment, the rates and how states are handed over."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .errors import InputError, ModelError
+
+FORMAT_VERSION = 1
+"""Version of the model folder's config.json; a folder with a higher one is refused."""
+
+
+@dataclass
+class BaseReference:
+    """Where the frozen weights under one side come from: a name in :data:`rcc.checkpoints.BASES`, a folder
+    (relative to the model's own), or a hub id; and the SHA-256 of its safetensors files."""
+
+    source: str
+    sha256: str
+
+
+@dataclass
+class RCCConfig:
+    """Configuration of an RCC model (`../shared/PAPER.md` and arXiv 2406.06110 use the same terms).
+
+    Args:
+        segment_length: tokens that the encoder reads at once; segments do not see each other.
+        rates: compression rates that the model was trained for, the default one first. Any other divisor of
+            `segment_length` can be asked for and brings a warning.
+        states: `"all"` hands over one encoder state per decoder layer (the paper), `"last"` only the
+            encoder's last one, as the prefix's input (the paper's ablation, section 4).
+        readout: `"strided"` keeps the states of every rate-th token (the paper).
+        layer_map: how encoder states are matched to a decoder of another depth: `"duplicate"` or `"average"`.
+        segment_padding: `"none"` keeps the state of a partial group's last token; `"repeat"` is the published
+            checkpoint's rule, which repeats tokens until the segment is full.
+        share_base: the encoder runs on the decoder's own frozen weights. None: decided by `from_base`.
+        encoder_lora_rank, decoder_lora_rank: LoRA on every linear layer of that side's blocks; 0 is none
+            (and, where the base is not shared, trains the side's own weights). None: decided by `from_base`.
+        lora_alpha: LoRA's scale is alpha / rank. None: equal to the rank, a scale of 1.
+        name: what contexts and messages call the model.
+
+    The rest is filled in by rcc: `base` (where each side's weights are), `weights_sha256` and `fingerprint`.
+
+    Raises:
+        InputError: naming the argument that cannot be used.
+    """
+
+    segment_length: int = 2048
+    rates: list[int] = field(default_factory=lambda: [32])
+    states: str = "all"
+    readout: str = "strided"
+    layer_map: str = "duplicate"
+    segment_padding: str = "none"
+    share_base: bool | None = None
+    encoder_lora_rank: int | None = None
+    decoder_lora_rank: int | None = None
+    lora_alpha: float | None = None
+    name: str = "rcc"
+    base: dict[str, BaseReference] = field(default_factory=dict)
+    weights_sha256: str = ""
+    fingerprint: str = ""
+
+    def __post_init__(self) -> None:
+        choices = {
+            "states": ("all", "last"),
+            "readout": ("strided",),
+            "layer_map": ("duplicate", "average"),
+            "segment_padding": ("none", "repeat"),
+        }
+        for key, allowed in choices.items():
+            if getattr(self, key) not in allowed:
+                raise InputError(f"{key}={getattr(self, key)!r} is unknown: use one of {', '.join(allowed)}.")
+        if not isinstance(self.segment_length, int) or self.segment_length < 1:
+            raise InputError(f"segment_length must be a positive whole number, not {self.segment_length!r}.")
+        self.rates = list(self.rates)
+        if not self.rates:
+            raise InputError("rates is empty: name at least one compression rate.")
+        for rate in self.rates:
+            self.check_rate(rate)
+        for key in ("encoder_lora_rank", "decoder_lora_rank"):
+            value = getattr(self, key)
+            if value is not None and (not isinstance(value, int) or value < 0):
+                raise InputError(f"{key} must be a whole number that is not negative, not {value!r}.")
+        self.base = {k: v if isinstance(v, BaseReference) else BaseReference(**v) for k, v in self.base.items()}
+
+    def check_rate(self, rate: int | None) -> int:
+        """The rate to use: `rate`, or the default one for None.
+
+        Raises:
+            InputError: it does not divide the segment.
+        """
+        if rate is None:
+            return self.rates[0]
+        if not isinstance(rate, int) or isinstance(rate, bool) or rate < 1 or self.segment_length % rate:
+            divisors = [d for d in range(1, self.segment_length + 1) if self.segment_length % d == 0]
+            raise InputError(
+                f"rate={rate!r} does not divide the segment of {self.segment_length} tokens:"
+                f" use one of {', '.join(map(str, divisors))}."
+            )
+        return rate
+
+    def method(self) -> dict[str, Any]:
+        """The settings that change what a context holds, for the fingerprint."""
+        keys = ("segment_length", "states", "readout", "layer_map", "segment_padding", "lora_alpha")
+        return {k: getattr(self, k) for k in keys}
+
+    def save(self, folder: Path) -> None:
+        """Write `config.json` into a folder."""
+        data = {"model_type": "rcc", "format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
+        (folder / "config.json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> RCCConfig:
+        """Read `config.json` from a folder.
+
+        Raises:
+            ModelError: it is missing, not JSON, not an RCC model's, or of a newer format.
+        """
+        file = folder / "config.json"
+        try:
+            data = json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ModelError(f"{folder} is not an RCC model: it has no config.json.") from None
+        except (ValueError, OSError) as error:
+            raise ModelError(f"{file} cannot be read as JSON ({error}).") from None
+        if not isinstance(data, dict) or data.pop("model_type", None) != "rcc":
+            raise ModelError(
+                f"{folder} is not an RCC model: make one from it with RCCForCausalLM.from_base({str(folder)!r})."
+            )
+        version = data.pop("format_version", None)
+        if version != FORMAT_VERSION:
+            raise ModelError(f"{file} has format version {version}, this rcc reads {FORMAT_VERSION}: update rcc.")
+        known = {f.name for f in dataclasses.fields(cls)}
+        if unknown := sorted(set(data) - known):
+            raise ModelError(f"{file} has unknown settings ({', '.join(unknown)}): update rcc.")
+        return cls(**data)

@@ -1,0 +1,275 @@
+"""Tokens → compressed vectors. This file alone decides segment boundaries, padding and which states are kept.
+
+The encoder reads each segment on its own, from position 0, causally: so segments of any lengths share a batch,
+padded on the right, without a mask, and what stands behind a segment's end cannot reach what is kept of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from . import backbones, fileformat
+from .config import RCCConfig
+from .errors import ContextError, InputError
+
+_KEY = "rcc_capture"  # travels through the model's keyword arguments to every block
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One text within a context: what one call of `compress` or `encode` read for one row of its batch."""
+
+    tokens: int
+    positions: int
+    rate: int
+    sha256: str
+    """SHA-256 of the token ids as little-endian int64."""
+    opening: tuple[int, ...] = ()
+    """The first token ids: a prompt for writing the text back."""
+
+
+def piece_of(ids: Tensor, rate: int, config: RCCConfig) -> Piece:
+    """What is recorded of a text of token ids [T]."""
+    array = ids.cpu().numpy().astype(np.dtype("<i8"))
+    digest = hashlib.sha256(array.tobytes()).hexdigest()
+    opening = tuple(int(i) for i in array[:10])
+    return Piece(len(ids), positions(len(ids), rate, config), rate, digest, opening)
+
+
+def rows_of(ids: Tensor, mask: Tensor | None, vocabulary: int, argument: str = "input_ids") -> list[Tensor]:
+    """[B, T] token ids and an optional mask of the same shape → the B texts without their padding.
+
+    Raises:
+        InputError: a wrong shape or type, an empty text, or an id outside the vocabulary.
+    """
+    if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.dtype not in (torch.int64, torch.int32):
+        raise InputError(f"{argument} must be a tensor of whole numbers of shape [batch, tokens].")
+    if mask is not None and mask.shape != ids.shape:
+        raise InputError(
+            f"the mask of {argument} has shape {list(mask.shape)}, but {argument} has {list(ids.shape)}."
+        )
+    rows = [ids[b] if mask is None else ids[b][mask[b].bool()] for b in range(ids.shape[0])]
+    if not rows or any(len(row) == 0 for row in rows):
+        raise InputError(f"{argument} holds an empty text: give at least one token.")
+    low, high = int(min(row.min() for row in rows)), int(max(row.max() for row in rows))
+    if low < 0 or high >= vocabulary:
+        bad = low if low < 0 else high
+        raise InputError(
+            f"{argument} holds token id {bad}, outside the model's vocabulary of {vocabulary}:"
+            " use the tokenizer that belongs to the model."
+        )
+    return rows
+
+
+def positions(tokens: int, rate: int, config: RCCConfig) -> int:
+    """Prefix positions that a text of `tokens` tokens takes."""
+    if config.segment_padding == "repeat":
+        tokens = -(-tokens // config.segment_length) * config.segment_length
+    # the rate divides the segment, so partial groups occur only at the very end
+    return -(-tokens // rate)
+
+
+def segments(ids: Tensor, config: RCCConfig) -> tuple[Tensor, ...]:
+    """Token ids [T] → segments of `segment_length`; the last one may be shorter.
+
+    With `segment_padding="repeat"` every segment is full: a text shorter than one is repeated until it fills it,
+    a longer one is filled up on the left, to a whole number of segments, with its own last tokens.
+    """
+    size = config.segment_length
+    if config.segment_padding == "repeat" and len(ids) % size:
+        missing = -len(ids) % size
+        ids = ids.repeat(-(-size // len(ids)))[:size] if len(ids) < size else torch.cat([ids[-missing:], ids])
+    return ids.split(size)
+
+
+def capture_states(body: PreTrainedModel) -> None:
+    """Make every block of an encoder's base model look for a :class:`_Capture` among its keyword arguments."""
+    for i, block in enumerate(backbones.blocks(body)):
+
+        def take(module: nn.Module, args: tuple, kwargs: dict, i: int = i) -> tuple[tuple, dict] | None:
+            capture = kwargs.pop(_KEY, None)
+            if capture is None:
+                return None
+            capture.take(i, args[0])
+            return args, kwargs
+
+        block.register_forward_pre_hook(take, with_kwargs=True)
+
+
+class _Done(Exception):  # noqa: N818  (a signal, not an error)
+    """Every wanted state has been captured: the rest of the encoder need not run."""
+
+
+class _Capture:
+    """Keeps, of each wanted state, the positions to be read out, while the encoder runs."""
+
+    def __init__(self, wanted: list[int], lengths: list[int], rate: int, device: torch.device):
+        self.wanted, self.rate = wanted, rate
+        self.states: dict[int, Tensor] = {}
+        counts = [-(-n // rate) for n in lengths]
+        self.valid: Tensor | None = None  # [segments, m], None: all
+        self.index: tuple[Tensor, Tensor] | None = None  # None: every rate-th position of every segment
+        if len(set(lengths)) > 1 or lengths[0] % rate:
+            ends = torch.tensor(lengths, device=device)[:, None] - 1
+            index = torch.arange(rate - 1, rate * max(counts), rate, device=device)[None]
+            # a partial group keeps the state of its last token, so no token is dropped
+            self.index = (torch.arange(len(lengths), device=device)[:, None], torch.minimum(index, ends))
+            if len(set(counts)) > 1:
+                self.valid = torch.arange(max(counts), device=device) < torch.tensor(counts, device=device)[:, None]
+
+    def take(self, i: int, hidden: Tensor) -> None:
+        """State i [segments, T, H], the input of block i."""
+        if i in self.wanted:
+            # both forms copy, so that nothing keeps the positions that are dropped
+            kept = hidden[:, self.rate - 1 :: self.rate].contiguous() if self.index is None else hidden[self.index]
+            self.states[i] = kept
+        if i == self.wanted[-1] and not torch.is_grad_enabled():
+            raise _Done
+
+
+def _read(
+    body: PreTrainedModel, batch: list[Tensor], rate: int, wanted: list[int]
+) -> tuple[dict[int, Tensor], Tensor | None]:
+    """Run the encoder over a batch of segments → {state: [segments, m, H]} and which of the m are real (None: all)."""
+    lengths = [len(segment) for segment in batch]
+    device = batch[0].device
+    capture = _Capture(wanted, lengths, rate, device)
+    ids = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True)
+    order = torch.arange(ids.shape[1], device=device)[None]
+    try:
+        out = body(input_ids=ids, position_ids=order, use_cache=False, **{_KEY: capture})
+        capture.take(len(backbones.blocks(body)), out.last_hidden_state)
+    except _Done:
+        pass
+    return capture.states, capture.valid
+
+
+def encode(
+    body: PreTrainedModel,
+    rows: list[Tensor],
+    rate: int,
+    config: RCCConfig,
+    wanted: list[int],
+    batch_tokens: int | None,
+) -> Iterator[tuple[dict[int, Tensor], Tensor | None, int]]:
+    """Read texts segment by segment, all of them in step, a bounded number of segments at a time.
+
+    Args:
+        body: the encoder, prepared by :func:`capture_states`.
+        rows: B texts, each [T_b] token ids on the encoder's device.
+        wanted: the encoder states to keep, ascending.
+        batch_tokens: about how many tokens a forward pass takes (at least one segment of every text that has
+            one left); None: all at once.
+
+    Yields:
+        states: {state: [B, m, H]} for the next m prefix positions of every text,
+        valid: [B, m] bool, False where a text has ended (None: all are real),
+        tokens: how many tokens have been read so far, all texts together.
+    """
+    split = [segments(row, config) for row in rows]
+    longest = max(map(len, split))
+    step = longest if batch_tokens is None else max(1, batch_tokens // (config.segment_length * len(rows)))
+    done = 0
+    for start in range(0, longest, step):
+        parts = [row[start : start + step] for row in split]
+        batch = [segment for part in parts for segment in part]
+        states, valid = _read(body, batch, rate, wanted)
+        done += sum(map(len, batch))
+        counts = [sum(-(-len(segment) // rate) for segment in part) for part in parts]
+        m = max(counts)
+        if valid is None and min(counts) == m:
+            yield {k: h.reshape(len(rows), m, h.shape[-1]) for k, h in states.items()}, None, done
+            continue
+        # texts of different lengths: lay the real vectors of each behind one another, gaps at the end
+        real = torch.ones(next(iter(states.values())).shape[:2], dtype=torch.bool) if valid is None else valid.cpu()
+        flat = real.flatten().nonzero()[:, 0].split(counts)
+        index = torch.nn.utils.rnn.pad_sequence(list(flat), batch_first=True).to(rows[0].device)
+        mask = torch.arange(m)[None] < torch.tensor(counts)[:, None]
+        yield {k: h.flatten(0, 1)[index] for k, h in states.items()}, mask.to(rows[0].device), done
+
+
+@dataclass(frozen=True)
+class CompressedVectors:
+    """The encoder's half of a compression: what a decoder needs, on another machine if need be.
+
+    Attributes:
+        states: [B, n, L + 1, H]: for each prefix position, the encoder's embedding output and the output of each
+            of its L blocks, the last one after the final norm. Texts with fewer than n positions end in zeros.
+        lengths: [B] positions of each text.
+        rate, segment_length: how they were made.
+        pieces: what was read, a text each.
+        fingerprint: of the model that made them.
+    """
+
+    states: Tensor
+    lengths: Tensor
+    rate: int
+    segment_length: int
+    pieces: tuple[Piece, ...]
+    fingerprint: str
+
+    @property
+    def segment(self) -> int:
+        """Tokens a segment, the same as `segment_length`."""
+        return self.segment_length
+
+    @property
+    def source_sha256(self) -> list[str]:
+        """SHA-256 of each text's token ids."""
+        return [piece.sha256 for piece in self.pieces]
+
+    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> CompressedVectors:
+        """The same vectors elsewhere or in another precision."""
+        states = self.states.to(device=device, dtype=dtype)
+        return CompressedVectors(
+            states, self.lengths.to(device), self.rate, self.segment_length, self.pieces, self.fingerprint
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file, whole or not at all.
+
+        Raises:
+            FileError: it cannot be written.
+        """
+        manifest = {
+            "rate": self.rate,
+            "segment_length": self.segment_length,
+            "fingerprint": self.fingerprint,
+            "pieces": [vars(piece) for piece in self.pieces],
+        }
+        tensors = {"states": self.states, "lengths": self.lengths}
+        fileformat.write(Path(path), "vectors", manifest, {k: fileformat.lazy(t) for k, t in tensors.items()})
+
+    @classmethod
+    def load(cls, path: str | Path, device: Any = None) -> CompressedVectors:
+        """Read a file that `save` wrote, checking it whole.
+
+        Raises:
+            FileError: it cannot be read. ContextError: it is damaged, of a newer format or something else.
+        """
+        with fileformat.read(Path(path), "vectors", verify="full") as (manifest, get):
+            try:
+                return cls(
+                    get("states").clone().to(device),
+                    get("lengths").clone().to(device),
+                    manifest["rate"],
+                    manifest["segment_length"],
+                    tuple(pieces_from(manifest["pieces"])),
+                    manifest["fingerprint"],
+                )
+            except (KeyError, TypeError) as error:
+                raise ContextError(f"{path} lacks part of its description ({error}).") from None
+
+
+def pieces_from(rows: list[dict[str, Any]]) -> list[Piece]:
+    """Pieces as a manifest holds them."""
+    return [Piece(**{**row, "opening": tuple(row["opening"])}) for row in rows]

@@ -1,0 +1,29 @@
+"""What can go wrong, by name. Every message is one sentence that says what is wrong and what to do about it.
+
+The command line prints the message and exits with code 2; library users catch :class:`RCCError`, or the
+built-in type that each class also is.
+"""
+
+
+class RCCError(Exception):
+    """Base of every error that rcc raises on purpose."""
+
+
+class InputError(RCCError, ValueError):
+    """An argument that cannot be used as it is: the message names it."""
+
+
+class WindowError(InputError):
+    """More positions than the decoder can address."""
+
+
+class ContextError(RCCError, ValueError):
+    """A compressed context that is damaged, of a newer format, or made by another model."""
+
+
+class ModelError(RCCError, ValueError):
+    """A model folder or backbone that cannot be used."""
+
+
+class FileError(RCCError, OSError):
+    """A file or folder that cannot be read, written or fetched."""

@@ -1,0 +1,730 @@
+"""RCCForCausalLM: an encoder, the projections and a decoder; compress, ask, train, save and load.
+
+This file alone decides positions and attention masks of prefix and prompt. A context's KV cache may have gaps
+(shorter texts of a batch), and so may prompts (padding): gaps are masked, and positions count real entries only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from . import backbones, checkpoints
+from . import encoder as encoding
+from .config import BaseReference, RCCConfig
+from .context import SPARE, BlockLayer, CompressedContext, KVBlocks
+from .decoder import Residuals, accept_residuals, residual_arguments
+from .encoder import CompressedVectors, piece_of
+from .errors import ContextError, FileError, InputError, ModelError, WindowError
+from .projection import Projections, layer_map
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS = "model.safetensors"
+BATCH_TOKENS = 4096
+"""Tokens that the encoder reads in one forward pass, unless told otherwise."""
+
+Progress = Callable[[int, int], None]
+"""Called with tokens read so far and tokens in all."""
+
+
+class RCCForCausalLM(nn.Module):
+    """A causal language model that reads compressed contexts as a prefix (arXiv 2406.06110).
+
+    Make one with :meth:`from_pretrained` or :meth:`from_base`. `encoder` is a transformers base model, `decoder`
+    a causal language model, `projections` the linear maps between them.
+    """
+
+    def __init__(self, config: RCCConfig, encoder: PreTrainedModel | None, decoder: PreTrainedModel):
+        """Join two backbones.
+
+        Args:
+            encoder: a base model without head; None shares the decoder's weights.
+
+        Raises:
+            ModelError: an unsupported family.
+        """
+        super().__init__()
+        for side in (encoder, decoder):
+            if side is not None:
+                backbones.check_family(side.config)
+        self.config = config
+        self.decoder = decoder
+        if encoder is None:
+            # the copy has modules of its own, for LoRA of its own, around the very same parameters
+            shared = {id(p): p for p in decoder.base_model.parameters()}
+            encoder = copy.deepcopy(decoder.base_model, memo=shared)
+        self.encoder = encoder
+        encoding.capture_states(self.encoder)
+        accept_residuals(self.decoder.base_model)
+        sizes = self.encoder.config.hidden_size, self.decoder.config.hidden_size
+        sources = layer_map(self._encoder_depth, len(backbones.blocks(self.decoder.base_model)), config)
+        self.projections = Projections(sources, *sizes).to(self.decoder.device, self.decoder.dtype)
+        self._add_lora()
+        self._freeze()
+        self._recorded: tuple[str, tuple[int, ...]] | None = None
+        self.eval()
+
+    # ---------------------------------------------------------------- making one
+    @classmethod
+    def from_base(
+        cls,
+        encoder: str | Path | PreTrainedModel,
+        decoder: str | Path | PreTrainedModel | None = None,
+        config: RCCConfig | None = None,
+        *,
+        device: Any = None,
+        dtype: Any = None,
+        attn_implementation: str | None = None,
+        **kwargs: Any,
+    ) -> RCCForCausalLM:
+        """An untrained RCC model from pretrained backbones (folders, hub ids, names of bases, or models).
+
+        Args:
+            decoder: None: the encoder's own base.
+            config: see :class:`RCCConfig`. Left open there: the base is shared where no decoder is given; LoRA has
+                rank 16 on both sides where the base is shared, else none, and all weights are trained.
+            dtype: of the backbones; as stored by default.
+            kwargs: go to transformers' `from_pretrained`.
+
+        Raises:
+            ModelError: a backbone that cannot be loaded or is of an unsupported family.
+            InputError: settings that contradict each other.
+        """
+        config = copy.deepcopy(config) if config is not None else RCCConfig()
+        if config.share_base is None:
+            config.share_base = decoder is None
+        if config.share_base and decoder is not None:
+            raise InputError("share_base needs one base for both sides: leave out the decoder, or set it to False.")
+        for side in ("encoder_lora_rank", "decoder_lora_rank"):
+            if getattr(config, side) is None:
+                setattr(config, side, 16 if config.share_base else 0)
+        load = {"dtype": dtype or "auto", "attn_implementation": attn_implementation, **kwargs}
+        config.base = {}
+        lower = _load_base(decoder if decoder is not None else encoder, "decoder", config, load)
+        upper = None if config.share_base else _load_base(encoder, "encoder", config, load)
+        model = cls(config, upper, lower)
+        return model.to(device) if device is not None else model
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        device: Any = None,
+        dtype: Any = None,
+        attn_implementation: str | None = None,
+        progress: Callable[[str], None] | None = None,
+        **kwargs: Any,
+    ) -> RCCForCausalLM:
+        """Load a trained model: a shipped name (`rcc models`), a folder, or a hub id.
+
+        Args:
+            dtype: a torch dtype or its name; as the base is stored by default.
+            progress: told in a few words what is being done where that takes long (fetching a base).
+            kwargs: go to transformers' `from_pretrained`, for the bases.
+
+        Raises:
+            ModelError: nothing there, no weights, damaged, or a base other than the one it was trained on.
+            FileError: the base cannot be fetched.
+        """
+        folder = checkpoints.resolve_model(name)
+        config = RCCConfig.load(folder)
+        load = {"dtype": dtype or "auto", "attn_implementation": attn_implementation, **kwargs}
+        sides = {}
+        for side, base in config.base.items():
+            path = checkpoints.resolve_base(base.source, relative_to=folder, progress=progress)
+            if checkpoints.weights_sha256(path) != base.sha256:
+                raise ModelError(
+                    f"{path} is not the base that {config.name} was trained on (its weights have another SHA-256):"
+                    " get the original one."
+                )
+            sides[side] = _load_backbone(path, side, load)
+        if "decoder" not in sides:
+            raise ModelError(f"{folder / 'config.json'} names no base for the decoder: save the model again.")
+        model = cls(config, sides.get("encoder"), sides["decoder"])
+        model._load_weights(folder)
+        if device is not None:
+            model.to(device)
+        model._record(config.fingerprint)
+        return model
+
+    def save_pretrained(self, folder: str | Path, full: bool = False) -> None:
+        """Write the model: config.json and the weights that are its own (LoRA, projections).
+
+        A side whose base is frozen is written as a reference to it with its SHA-256; with `full=True`, or where
+        there is nothing to refer to, the base is written too, once, as an ordinary transformers folder.
+
+        Raises:
+            FileError: the folder cannot be written.
+        """
+        folder = Path(folder)
+        config = copy.deepcopy(self.config)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for side in ("decoder",) if config.share_base else ("decoder", "encoder"):
+                frozen = config.share_base or getattr(config, f"{side}_lora_rank") > 0
+                if full or not frozen or side not in config.base:
+                    self._save_base(side, folder / side)
+                    config.base[side] = BaseReference(side, checkpoints.weights_sha256(folder / side))
+            weights = self.own_state_dict()
+            from safetensors.torch import save_file
+
+            save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+            config.weights_sha256 = _file_sha256(folder / WEIGHTS)
+            config.fingerprint = self.fingerprint
+            config.save(folder)
+        except OSError as error:
+            raise FileError(f"{folder} cannot be written: {error.strerror or error}.") from error
+
+    def _save_base(self, side: str, folder: Path) -> None:
+        from safetensors.torch import save_file
+
+        module = getattr(self, side)
+        state = {}
+        for name, tensor in module.state_dict().items():
+            if ".lora_" not in name:
+                state[name.replace(".base_layer.", ".")] = tensor
+        if side == "decoder" and module.config.tie_word_embeddings:
+            tied = id(module.get_input_embeddings().weight)
+            for name, parameter in module.named_parameters(remove_duplicate=False):
+                if id(parameter) == tied and name.startswith("lm_head"):
+                    state.pop(name, None)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({k: v.contiguous() for k, v in state.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+        module.config.save_pretrained(folder)
+        if side == "decoder":
+            module.generation_config.save_pretrained(folder)
+        if side in self.config.base:
+            with contextlib.suppress(ModelError):  # a base without a tokenizer stays one
+                source = checkpoints.resolve_base(self.config.base[side].source)
+                checkpoints.load_tokenizer(source).save_pretrained(folder)
+
+    def own_state_dict(self) -> dict[str, Tensor]:
+        """The weights that are not a base's: projections and LoRA, by the names under which they are saved."""
+        state = {k: v for k, v in self.state_dict().items() if k.startswith("projections.") or ".lora_" in k}
+        return {k.replace(".default.", "."): v.contiguous() for k, v in state.items()}
+
+    def load_own_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Put in what :meth:`own_state_dict` gave.
+
+        Raises:
+            ModelError: a tensor is missing, left over or has another shape.
+        """
+        mine = {k: v for k, v in self.state_dict().items() if k.startswith("projections.") or ".lora_" in k}
+        targets = {k.replace(".default.", "."): v for k, v in mine.items()}
+        if difference := sorted(set(targets) ^ set(state)):
+            word = "lack" if difference[0] in targets else "have the unknown tensor"
+            raise ModelError(f"the model's weights {word} {difference[0]} ({len(difference)} differences in all).")
+        with torch.no_grad():
+            for name, target in targets.items():
+                if target.shape != state[name].shape:
+                    raise ModelError(
+                        f"{name} has shape {list(state[name].shape)} instead of {list(target.shape)}:"
+                        " the model's configuration does not fit its weights."
+                    )
+                target.copy_(state[name])
+
+    def _load_weights(self, folder: Path) -> None:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        file = folder / WEIGHTS
+        if not file.is_file():
+            raise ModelError(f"{folder} has no {WEIGHTS}: the model's weights are missing.")
+        if _file_sha256(file) != self.config.weights_sha256:
+            raise ModelError(f"{file} is damaged or was changed: its SHA-256 is not the one in config.json.")
+        try:
+            self.load_own_state_dict(load_file(file))
+        except SafetensorError as error:
+            raise ModelError(f"{file} is not a safetensors file ({error}).") from None
+
+    def _add_lora(self) -> None:
+        from peft import LoraConfig, inject_adapter_in_model
+
+        for side, body in (("encoder", self.encoder), ("decoder", self.decoder.base_model)):
+            rank = getattr(self.config, f"{side}_lora_rank") or 0
+            if rank:
+                alpha = self.config.lora_alpha or rank
+                names = backbones.linear_names(body)
+                settings = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=names)
+                inject_adapter_in_model(settings, body)
+
+    def _freeze(self) -> None:
+        """Freeze the bases under LoRA, and what reaches no loss: distributed training would wait for it."""
+        for side in (self.encoder, self.decoder):
+            rank = self.config.encoder_lora_rank if side is self.encoder else self.config.decoder_lora_rank
+            for name, parameter in side.named_parameters():
+                parameter.requires_grad_(".lora_" in name or not (rank or self.config.share_base))
+        last = max(self.projections.states)
+        if last < self._encoder_depth:
+            used = {id(p) for block in backbones.blocks(self.encoder)[:last] for p in block.parameters()}
+            used |= {id(p) for p in self.encoder.get_input_embeddings().parameters()}
+            shared = {id(p) for p in self.decoder.parameters()}
+            for parameter in self.encoder.parameters():
+                if id(parameter) not in used | shared:
+                    parameter.requires_grad_(False)
+
+    @property
+    def _encoder_depth(self) -> int:
+        return len(backbones.blocks(self.encoder))
+
+    @property
+    def device(self) -> torch.device:
+        return self.projections[0].weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.decoder.dtype
+
+    @property
+    def window(self) -> int:
+        """Positions that the decoder can address: prefix, prompt and answer together."""
+        return backbones.window(self.decoder.config)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """Recompute activations in the backward pass, on both sides."""
+        for side in (self.encoder, self.decoder):
+            side.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+
+    # ---------------------------------------------------------------- who made a context
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 that names this model: its settings and all its weights.
+
+        A saved model carries its own, so that it is the same in any precision it is loaded in. It is computed
+        anew when weights have been changed in place (by an optimiser, say; not through `.data`).
+        """
+        versions = self._versions()
+        if self._recorded is None or self._recorded[1] != versions:
+            digest = hashlib.sha256(repr(sorted(self.config.method().items())).encode())
+            for name, tensor in sorted(self.state_dict().items()):
+                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            self._recorded = digest.hexdigest(), versions
+        return self._recorded[0]
+
+    def _record(self, fingerprint: str) -> None:
+        self._recorded = fingerprint, self._versions()
+
+    def _versions(self) -> tuple[int, ...]:
+        return tuple(parameter._version for parameter in self.parameters())
+
+    def check_fingerprint(self, fingerprint: str, name: str, what: str = "the context") -> None:
+        """Raise ContextError unless this model made it."""
+        if fingerprint != self.fingerprint:
+            raise ContextError(
+                f"{what} was made by another model ({name}, {fingerprint[:12]}) than {self.config.name}"
+                f" ({self.fingerprint[:12]}): load that model, or compress the text again."
+            )
+
+    # ---------------------------------------------------------------- text → context
+    @torch.no_grad()
+    def compress(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        rate: int | None = None,
+        context: CompressedContext | None = None,
+        *,
+        batch_tokens: int = BATCH_TOKENS,
+        progress: Progress | None = None,
+    ) -> CompressedContext:
+        """Compress texts (section 3 of the paper), holding one batch of segments and the KV prefix in memory.
+
+        Args:
+            input_ids: [B, T] token ids.
+            attention_mask: [B, T], 0 at padding, on either side; texts may differ in length.
+            rate: tokens a position; the model's default for None.
+            context: append to this one: a new segment starts, nothing before it is computed again.
+            batch_tokens: about how many tokens the encoder reads at once.
+
+        Returns:
+            A context of B texts with ceil(T / rate) positions each, after those of `context`.
+
+        Raises:
+            InputError: an unusable argument. WindowError: more positions than the decoder has.
+            ContextError: `context` was made by another model.
+        """
+        rate = self._check_rate(rate)
+        rows = encoding.rows_of(input_ids.to(self.device), _to(attention_mask, self.device), self._vocabulary)
+        pieces = [piece_of(row, rate, self.config) for row in rows]
+        total = sum(piece.tokens for piece in pieces)
+
+        def chunks() -> Any:
+            wanted = self.projections.states
+            for states, valid, done in encoding.encode(
+                self.encoder, rows, rate, self.config, wanted, batch_tokens
+            ):
+                yield states, valid
+                if progress is not None:
+                    progress(min(done, total), total)
+
+        return self._extend(context, pieces, chunks())
+
+    @torch.no_grad()
+    def encode(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        rate: int | None = None,
+        *,
+        batch_tokens: int = BATCH_TOKENS,
+    ) -> CompressedVectors:
+        """The encoder's half of :meth:`compress` alone: [B, T] tokens → vectors [B, n, L + 1, H].
+
+        Raises:
+            InputError: an unusable argument.
+        """
+        rate = self._check_rate(rate)
+        rows = encoding.rows_of(input_ids.to(self.device), _to(attention_mask, self.device), self._vocabulary)
+        wanted = list(range(self._encoder_depth + 1)) if self.config.states == "all" else self.projections.states
+        chunks = []
+        for states, valid, _ in encoding.encode(self.encoder, rows, rate, self.config, wanted, batch_tokens):
+            block = torch.stack([states[k] for k in wanted], 2)
+            chunks.append(block if valid is None else block.masked_fill(~valid[:, :, None, None], 0))
+        pieces = tuple(piece_of(row, rate, self.config) for row in rows)
+        lengths = torch.tensor([piece.positions for piece in pieces], device=self.device)
+        return CompressedVectors(
+            torch.cat(chunks, 1), lengths, rate, self.config.segment_length, pieces, self.fingerprint
+        )
+
+    @torch.no_grad()
+    def prefix(self, vectors: CompressedVectors, context: CompressedContext | None = None) -> CompressedContext:
+        """The decoder's half of :meth:`compress` alone: vectors, on any device, → a context.
+
+        Raises:
+            ContextError: another model made the vectors. WindowError: more positions than the decoder has.
+        """
+        self.check_fingerprint(vectors.fingerprint, "unknown", "the vectors")
+        step = max(1, BATCH_TOKENS // vectors.rate)
+        wanted = self.projections.states
+
+        def chunks() -> Any:
+            for start in range(0, vectors.states.shape[1], step):
+                block = vectors.states[:, start : start + step].to(self.device)
+                number = {k: i for i, k in enumerate(wanted if block.shape[2] == 1 else range(block.shape[2]))}
+                places = torch.arange(start, start + block.shape[1], device=self.device)[None]
+                valid = places < vectors.lengths.to(self.device)[:, None]
+                yield {k: block[:, :, number[k]] for k in wanted}, None if bool(valid.all()) else valid
+
+        return self._extend(context, list(vectors.pieces), chunks())
+
+    def _extend(self, context: CompressedContext | None, pieces: list[encoding.Piece], chunks: Any) -> CompressedContext:
+        """Run the decoder over chunks of prefix vectors, behind `context` or from nothing."""
+        new = max(piece.positions for piece in pieces)
+        if context is not None:
+            context = self._check_context(context, len(pieces))
+        self._check_window(new, 0, context)
+        if context is None:
+            capacity = min(new + SPARE, max(new, self.window))
+            depth = len(backbones.blocks(self.decoder.base_model))
+            cache = Cache(layers=[BlockLayer(capacity) for _ in range(depth)])
+            mask = self._prefix_pass(cache, None, chunks)
+            return CompressedContext(
+                KVBlocks([layer.block for layer in cache.layers], cache.get_seq_length(), writable=True),
+                cache.get_seq_length(),
+                tuple((piece,) for piece in pieces),
+                self.fingerprint,
+                self.config.name,
+                self.config.segment_length,
+                _library_versions(),
+                mask,
+            )
+        with context.borrow(new, SPARE) as cache:
+            mask = self._prefix_pass(cache, context, chunks)
+            rows = tuple((*row, piece) for row, piece in zip(context.pieces, pieces, strict=True))
+            return context.grown(cache, rows, mask)
+
+    def _prefix_pass(self, cache: Cache, context: CompressedContext | None, chunks: Any) -> Tensor | None:
+        """Feed prefix vectors to the decoder, chunk by chunk → the mask [B, n] of all entries (None: no gaps)."""
+        seen = None if context is None else context.mask
+        for states, valid in chunks:
+            residuals = Residuals(self.projections, states)
+            inputs = residuals.inputs()
+            mask, order = self._order(cache.get_seq_length(), seen, inputs.shape[1], valid, inputs)
+            self.decoder.base_model(
+                inputs_embeds=inputs,
+                attention_mask=mask,
+                position_ids=order,
+                past_key_values=cache,
+                use_cache=True,
+                **residual_arguments(residuals),
+            )
+            seen = None if mask is None else mask.bool()
+        return seen
+
+    @staticmethod
+    def _order(
+        past: int, seen: Tensor | None, new: int, valid: Tensor | None, like: Tensor
+    ) -> tuple[Tensor | None, Tensor]:
+        """Attention mask [B, past + new] (None without gaps) and positions [B or 1, new] of new entries.
+
+        Args:
+            seen: [B, past], which entries of the cache are real (None: all).
+            valid: [B, new], which of the new ones are.
+            like: any tensor with the batch size and the device.
+        """
+        if seen is None and (valid is None or bool(valid.all())):
+            return None, torch.arange(past, past + new, device=like.device)[None]
+
+        def full(mask: Tensor | None, width: int) -> Tensor:
+            shape = (like.shape[0], width)
+            return torch.ones(shape, dtype=torch.long, device=like.device) if mask is None else mask.long()
+
+        mask = torch.cat([full(seen, past), full(valid, new)], 1)
+        order = (mask.cumsum(1) - 1).clamp(min=0)[:, past:]
+        return mask, order
+
+    # ---------------------------------------------------------------- context and prompt → logits, tokens
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        context: CompressedContext | None = None,
+        context_ids: Tensor | None = None,
+        context_mask: Tensor | None = None,
+        rate: int | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits of a prompt behind a context.
+
+        Give either `context`, made before, or `context_ids`: then encoder, prefix and prompt go through in one
+        pass without a cache, and gradients reach encoder, projections and decoder (section 3.2 of the paper).
+        Behind a `context` there are no gradients.
+
+        Args:
+            input_ids: [B, Q] the prompt, and in training the target behind it.
+            attention_mask: [B, Q], 0 at padding, on either side.
+            context_ids, context_mask: [B, T] the texts to compress, and 0 at their padding.
+            rate: for `context_ids`.
+            labels: [B, Q] as `input_ids`, -100 where there is no loss.
+            kwargs: go to the decoder.
+
+        Returns:
+            logits [B, Q, vocabulary] and, with labels, the mean loss.
+
+        Raises:
+            InputError, WindowError, ContextError: as :meth:`compress`.
+        """
+        if context is not None and context_ids is not None:
+            raise InputError("give context or context_ids, not both.")
+        input_ids = input_ids.to(self.device)
+        encoding.rows_of(input_ids, None, self._decoder_vocabulary)
+        new = input_ids.shape[1]
+        if context_ids is not None:
+            return self._train(input_ids, attention_mask, context_ids, context_mask, rate, labels, **kwargs)
+        if context is None:
+            mask, order = self._order(0, None, new, attention_mask, input_ids)
+            logits = self.decoder(
+                input_ids=input_ids, attention_mask=mask, position_ids=order, use_cache=False, **kwargs
+            ).logits
+            return self._output(logits, labels)
+        context = self._check_context(context, len(input_ids))
+        self._check_window(0, new, context)
+        mask, order = self._order(len(context), context.mask, new, attention_mask, input_ids)
+        with torch.no_grad(), context.borrow(new) as cache:
+            logits = self.decoder(
+                input_ids=input_ids,
+                attention_mask=mask,
+                position_ids=order,
+                past_key_values=cache,
+                use_cache=True,
+                **kwargs,
+            ).logits
+        return self._output(logits, labels)
+
+    def _train(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        context_ids: Tensor,
+        context_mask: Tensor | None,
+        rate: int | None,
+        labels: Tensor | None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        rate = self._check_rate(rate)
+        mask = _to(context_mask, self.device)
+        rows = encoding.rows_of(context_ids.to(self.device), mask, self._vocabulary, "context_ids")
+        if len(rows) != len(input_ids):
+            raise InputError(f"context_ids has {len(rows)} rows, but input_ids has {len(input_ids)}: give as many.")
+        new = input_ids.shape[1]
+        wanted = self.projections.states
+        ((states, valid, _),) = encoding.encode(self.encoder, rows, rate, self.config, wanted, None)
+        residuals = Residuals(self.projections, states)
+        prefix = residuals.inputs()
+        n = prefix.shape[1]
+        if n + new > self.window:
+            raise WindowError(
+                f"{n} prefix positions and {new} tokens are more than the decoder's window of {self.window}:"
+                " use a higher rate or a shorter text."
+            )
+        inputs = torch.cat([prefix, self.decoder.get_input_embeddings()(input_ids).to(prefix.dtype)], 1)
+        everything = None
+        if valid is not None or attention_mask is not None:
+            everything = torch.cat(
+                [
+                    torch.ones(inputs.shape[0], n, device=self.device) if valid is None else valid,
+                    torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(self.device),
+                ],
+                1,
+            )
+        mask, order = self._order(0, None, n + new, everything, inputs)
+        logits = self.decoder(
+            inputs_embeds=inputs,
+            attention_mask=mask,
+            position_ids=order,
+            use_cache=False,
+            logits_to_keep=new,
+            **residual_arguments(residuals),
+            **kwargs,
+        ).logits
+        return self._output(logits, labels)
+
+    def _output(self, logits: Tensor, labels: Tensor | None) -> CausalLMOutputWithPast:
+        loss = None
+        if labels is not None:
+            targets = labels[:, 1:].to(logits.device).flatten()
+            loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, ignore_index=-100)
+        return CausalLMOutputWithPast(loss=loss, logits=logits)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        context: CompressedContext | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Continue prompts behind a context, by transformers' `generate`: greedy, sampling, beams, streamers.
+
+        Args:
+            input_ids: [B, Q] prompts; B is the context's (`context.expand(n)` for n prompts on one text).
+            attention_mask: [B, Q], 0 at padding, which must stand on the left.
+            kwargs: everything that transformers' `generate` takes (`max_new_tokens`, `do_sample`, `num_beams`,
+                `num_return_sequences`, `streamer`, `generation_config`, …).
+
+        Returns:
+            [B · sequences, Q + new] token ids, the prompts included, as `generate` gives them.
+
+        Raises:
+            InputError, WindowError, ContextError: as :meth:`compress`.
+        """
+        input_ids = input_ids.to(self.device)
+        attention_mask = _to(attention_mask, self.device)
+        encoding.rows_of(input_ids, None, self._decoder_vocabulary)
+        if attention_mask is not None and not bool(attention_mask[:, -1].all()):
+            raise InputError("attention_mask has padding on the right: generate needs prompts padded on the left.")
+        settings: GenerationConfig = kwargs.get("generation_config") or self.decoder.generation_config
+
+        def setting(name: str, default: int) -> int:
+            value = kwargs.get(name, getattr(settings, name, None))
+            return default if value is None else int(value)
+
+        length = input_ids.shape[1]
+        extra = length + setting("max_new_tokens", max(0, setting("max_length", 20) - length))
+        self._check_window(0, extra, context)
+        if context is None:
+            return self.decoder.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        context = self._check_context(context, len(input_ids))
+        mask = self._order(len(context), context.mask, length, attention_mask, input_ids)[0]
+        if mask is None:
+            mask = torch.ones(len(input_ids), len(context) + length, dtype=torch.long, device=self.device)
+        copies = max(setting("num_beams", 1), setting("num_return_sequences", 1))
+        with context.borrow(extra) as cache:
+            if copies > 1:
+                cache.batch_repeat_interleave(copies)
+            return self.decoder.generate(input_ids=input_ids, attention_mask=mask, past_key_values=cache, **kwargs)
+
+    # ---------------------------------------------------------------- checks
+    @property
+    def _vocabulary(self) -> int:
+        return self.encoder.get_input_embeddings().num_embeddings
+
+    @property
+    def _decoder_vocabulary(self) -> int:
+        return self.decoder.get_input_embeddings().num_embeddings
+
+    def _check_rate(self, rate: int | None) -> int:
+        rate = self.config.check_rate(rate)
+        if rate not in self.config.rates:
+            logger.warning(
+                "%s was not trained at rate %d, only at %s: expect little of it.",
+                self.config.name,
+                rate,
+                ", ".join(map(str, self.config.rates)),
+            )
+        return rate
+
+    def _check_context(self, context: CompressedContext, batch: int) -> CompressedContext:
+        self.check_fingerprint(context.fingerprint, context.model_name)
+        if context.batch_size != batch:
+            hint = f"use context.expand({batch})" if context.batch_size == 1 else "give as many of each"
+            raise InputError(f"the context holds {context.batch_size} texts, but the batch has {batch}: {hint}.")
+        return context.to(self.device, self.dtype)
+
+    def _check_window(self, positions: int, tokens: int, context: CompressedContext | None) -> None:
+        held = max(context.lengths) if context is not None else 0
+        if held + positions + tokens > self.window:
+            parts = [f"{held} positions of the context"] if held else []
+            parts += [f"{positions} new prefix positions"] if positions else []
+            parts += [f"{tokens} tokens of prompt and answer"] if tokens else []
+            raise WindowError(
+                f"{' and '.join(parts)} are more than the decoder's window of {self.window}:"
+                " use a higher rate or less text."
+            )
+
+
+def _to(tensor: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if tensor is None else tensor.to(device)
+
+
+def _library_versions() -> dict[str, str]:
+    from . import __version__
+
+    return {"rcc": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def _file_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _load_base(
+    source: str | Path | PreTrainedModel, side: str, config: RCCConfig, load: dict[str, Any]
+) -> PreTrainedModel:
+    """A backbone for :meth:`RCCForCausalLM.from_base`; one that comes from a folder is noted in the config."""
+    if isinstance(source, nn.Module):
+        source = copy.deepcopy(source)  # hooks and LoRA go into our own copy
+        return source if side == "decoder" else getattr(source, "base_model", source)
+    path = checkpoints.resolve_base(source)
+    model = _load_backbone(path, side, load)
+    known = str(source) in checkpoints.BASES
+    config.base[side] = BaseReference(str(source) if known else str(path), checkpoints.weights_sha256(path))
+    return model
+
+
+def _load_backbone(path: Path, side: str, load: dict[str, Any]) -> PreTrainedModel:
+    auto = AutoModelForCausalLM if side == "decoder" else AutoModel
+    try:
+        backbones.check_family(transformers.AutoConfig.from_pretrained(path))
+        return auto.from_pretrained(path, **load)
+    except (OSError, ValueError) as error:
+        if isinstance(error, ModelError):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"{path} cannot be loaded as a {side}: {reason}") from error

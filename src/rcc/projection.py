@@ -1,0 +1,56 @@
+"""The linear maps from encoder states to the decoder's residual stream, and which state each one reads."""
+
+from __future__ import annotations
+
+from math import ceil
+
+import torch
+from torch import Tensor, nn
+
+from .config import RCCConfig
+
+
+def layer_map(encoder_layers: int, decoder_layers: int, config: RCCConfig) -> list[list[int]]:
+    """Which encoder states feed decoder state i, for i = 0 (the prefix's input), 1 … decoder_layers - 1.
+
+    State 0 is the embedding output, state k the output of encoder block k, the last one after the final norm.
+    Entry i is added after decoder block i, that is before block i + 1 counted from 1. The paper's last term,
+    after the last block, reaches no KV entry and so has no place here.
+
+    `"duplicate"`: state ceil(i · Lₑ / L_d). `"average"`: the mean of states ⌊(i - 1) · Lₑ / L_d⌋ + 1 … that one.
+    Equal depths give [[0], [1], …]. With `states="last"` only the prefix's input is fed.
+    """
+    if config.states == "last":
+        return [[encoder_layers]]
+    last = [ceil(i * encoder_layers / decoder_layers) for i in range(decoder_layers)]
+    if config.layer_map == "duplicate":
+        return [[k] for k in last]
+    first = [0] + [(i - 1) * encoder_layers // decoder_layers + 1 for i in range(1, decoder_layers)]
+    return [list(range(a, b + 1)) for a, b in zip(first, last, strict=True)]
+
+
+class Projections(nn.ModuleList):
+    """P_0, P_1, …: one bias-free linear map per fed decoder state.
+
+    P_0 starts as the identity (padded with zeros where widths differ), the others at zero: better everywhere
+    than starting them all at the identity (`docs/training-notes.md`).
+    """
+
+    def __init__(self, sources: list[list[int]], encoder_size: int, decoder_size: int):
+        super().__init__(nn.Linear(encoder_size, decoder_size, bias=False) for _ in sources)
+        self.sources = sources
+        with torch.no_grad():
+            for i, linear in enumerate(self):
+                nn.init.eye_(linear.weight) if i == 0 else nn.init.zeros_(linear.weight)
+
+    @property
+    def states(self) -> list[int]:
+        """Encoder states that are read at all, in order."""
+        return sorted({k for source in self.sources for k in source})
+
+    def project(self, i: int, states: dict[int, Tensor]) -> Tensor:
+        """What decoder state i receives: {state number: [B, n, H_encoder]} → [B, n, H_decoder]."""
+        source = self.sources[i]
+        vectors = states[source[0]] if len(source) == 1 else torch.stack([states[k] for k in source]).mean(0)
+        linear = self[i]
+        return linear(vectors.to(linear.weight.dtype))

@@ -1,0 +1,130 @@
+"""The three ways to ask a compressed context (section 3.3 of the paper): reconstruct, human, compress.
+
+| mode          | the instruction goes to      | the decoder's prompt            | the output                   |
+|---------------|------------------------------|---------------------------------|------------------------------|
+| `reconstruct` | the encoder, with the text   | the chat header up to "user"    | the instruction, the answer  |
+| `human`       | the decoder, as plain tokens | the chat header and instruction | the answer                   |
+| `compress`    | the encoder, with the text   | a short cue ("Answer:")         | the answer                   |
+
+Behind a stored context the instruction that goes to the encoder is a segment of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, StoppingCriteria
+
+from .context import CompressedContext
+from .errors import InputError
+from .modeling import RCCForCausalLM
+
+MODES = ("human", "reconstruct", "compress")
+SYSTEM = "You are a helpful assistant."
+HEADER = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n"
+TURN = "<|im_end|>\n<|im_start|>assistant\n"
+END = "<|im_end|>"
+CUE = "Answer:"
+SEPARATOR = "\n\n"
+NEVER = -1  # a token id that no model writes
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A question in the form that its mode wants.
+
+    Attributes:
+        encoder_text: what the encoder reads behind the context; empty if nothing.
+        decoder_text: what the decoder reads as plain tokens.
+        ends: how many end marks the answer is over after.
+    """
+
+    mode: str
+    encoder_text: str
+    decoder_text: str
+    ends: int = 1
+
+    def parse(self, written: str) -> tuple[str | None, str]:
+        """What the model wrote → the instruction it reconstructed (None in other modes), and the answer."""
+        if self.mode != "reconstruct":
+            return None, written.split(END)[0].strip()
+        instruction, found, answer = written.partition(TURN)
+        return instruction.split(END)[0].strip(), answer.split(END)[0].strip() if found else ""
+
+
+def build(question: str, mode: str, history: Sequence[tuple[str, str]] = ()) -> Prompt:
+    """The prompt for a question; `history` holds earlier questions and answers of a chat (`human` mode).
+
+    Raises:
+        InputError: an unknown mode or an empty question.
+    """
+    if mode not in MODES:
+        raise InputError(f"mode {mode!r} is unknown: use one of {', '.join(MODES)}.")
+    if not question.strip():
+        raise InputError("the question is empty: ask something.")
+    question = question.strip()
+    if mode == "human":
+        turns = "".join(f"{q}{TURN}{a}{END}\n<|im_start|>user\n" for q, a in history)
+        return Prompt(mode, "", f"{HEADER}{turns}{question}{TURN}")
+    if mode == "reconstruct":
+        return Prompt(mode, SEPARATOR + question, HEADER, ends=2)
+    return Prompt(mode, SEPARATOR + question, CUE)
+
+
+class _Ends(StoppingCriteria):
+    """Stops a row once it has written as many end marks as its prompt asks for."""
+
+    def __init__(self, mark: list[int], start: int, ends: int):
+        self.mark, self.start, self.ends = torch.tensor(mark), start, ends
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        written = input_ids[:, self.start :]
+        size = len(self.mark)
+        if written.shape[1] < size:
+            return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        found = (written.unfold(1, size, 1) == self.mark.to(written.device)).all(-1)
+        return found.sum(1) >= self.ends
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
+    """Text → [1, T] token ids, without the special tokens that some tokenizers add."""
+    return torch.tensor([tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]], dtype=torch.long)
+
+
+def ask(
+    model: RCCForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    context: CompressedContext | None,
+    prompt: Prompt,
+    max_new_tokens: int = 128,
+    **kwargs: Any,
+) -> tuple[str | None, str]:
+    """Ask a context (or, with None, the decoder alone) → the reconstructed instruction, if any, and the answer.
+
+    Args:
+        context: of one text.
+        kwargs: go to :meth:`RCCForCausalLM.generate` (`do_sample`, `streamer`, …).
+
+    Raises:
+        WindowError: the prompt and the answer do not fit behind the context.
+    """
+    if prompt.encoder_text:
+        rate = context.pieces[0][-1].rate if context is not None else None
+        context = model.compress(token_ids(tokenizer, prompt.encoder_text), rate=rate, context=context)
+    ids = token_ids(tokenizer, prompt.decoder_text)
+    # stopping is counted here: in `reconstruct` mode the first end mark closes the instruction, not the answer
+    criteria = [_Ends(token_ids(tokenizer, END)[0].tolist(), ids.shape[1], prompt.ends)]
+    out = model.generate(
+        ids,
+        context=context,
+        max_new_tokens=max_new_tokens,
+        stopping_criteria=criteria,
+        eos_token_id=NEVER,
+        pad_token_id=0,
+        **kwargs,
+    )
+    return prompt.parse(tokenizer.decode(out[0, ids.shape[1] :]))
