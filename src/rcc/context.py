@@ -296,9 +296,7 @@ class CompressedContext:
         mask = torch.cat(masks)
         pieces = tuple(row for c in contexts for row in c.pieces)
         blocks = KVBlocks(layers, length, writable=True)
-        return replace(
-            first, blocks=blocks, length=length, pieces=pieces, mask=None if bool(mask.all()) else mask
-        )
+        return replace(first, blocks=blocks, length=length, pieces=pieces, mask=None if bool(mask.all()) else mask)
 
     def _mask(self) -> Tensor:
         if self.mask is not None:

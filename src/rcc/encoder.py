@@ -54,9 +54,7 @@ def rows_of(ids: Tensor, mask: Tensor | None, vocabulary: int, argument: str = "
     if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.dtype not in (torch.int64, torch.int32):
         raise InputError(f"{argument} must be a tensor of whole numbers of shape [batch, tokens].")
     if mask is not None and mask.shape != ids.shape:
-        raise InputError(
-            f"the mask of {argument} has shape {list(mask.shape)}, but {argument} has {list(ids.shape)}."
-        )
+        raise InputError(f"the mask of {argument} has shape {list(mask.shape)}, but {argument} has {list(ids.shape)}.")
     rows = [ids[b] if mask is None else ids[b][mask[b].bool()] for b in range(ids.shape[0])]
     if not rows or any(len(row) == 0 for row in rows):
         raise InputError(f"{argument} holds an empty text: give at least one token.")
@@ -105,7 +103,7 @@ def capture_states(body: PreTrainedModel) -> None:
         block.register_forward_pre_hook(take, with_kwargs=True)
 
 
-class _Done(Exception):  # noqa: N818  (a signal, not an error)
+class _Done(Exception):
     """Every wanted state has been captured: the rest of the encoder need not run."""
 
 

@@ -183,7 +183,7 @@ class RCCForCausalLM(nn.Module):
             from safetensors.torch import save_file
 
             save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
-            config.weights_sha256 = _file_sha256(folder / WEIGHTS)
+            config.weights_sha256 = checkpoints.weights_sha256(folder)
             config.fingerprint = self.fingerprint
             config.save(folder)
         except OSError as error:
@@ -203,7 +203,9 @@ class RCCForCausalLM(nn.Module):
                 if id(parameter) == tied and name.startswith("lm_head"):
                     state.pop(name, None)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.contiguous() for k, v in state.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+        save_file(
+            {k: v.contiguous() for k, v in state.items()}, folder / "model.safetensors", metadata={"format": "pt"}
+        )
         module.config.save_pretrained(folder)
         if side == "decoder":
             module.generation_config.save_pretrained(folder)
@@ -238,18 +240,11 @@ class RCCForCausalLM(nn.Module):
                 target.copy_(state[name])
 
     def _load_weights(self, folder: Path) -> None:
-        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        file = folder / WEIGHTS
-        if not file.is_file():
-            raise ModelError(f"{folder} has no {WEIGHTS}: the model's weights are missing.")
-        if _file_sha256(file) != self.config.weights_sha256:
-            raise ModelError(f"{file} is damaged or was changed: its SHA-256 is not the one in config.json.")
-        try:
-            self.load_own_state_dict(load_file(file))
-        except SafetensorError as error:
-            raise ModelError(f"{file} is not a safetensors file ({error}).") from None
+        if checkpoints.weights_sha256(folder) != self.config.weights_sha256:
+            raise ModelError(f"{folder / WEIGHTS} was changed: its SHA-256 is not the one in config.json.")
+        self.load_own_state_dict(load_file(folder / WEIGHTS))
 
     def _add_lora(self) -> None:
         from peft import LoraConfig, inject_adapter_in_model
@@ -283,7 +278,7 @@ class RCCForCausalLM(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.projections[0].weight.device
+        return self.projections.weight(0).device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -311,8 +306,7 @@ class RCCForCausalLM(nn.Module):
         if self._recorded is None or self._recorded[1] != versions:
             digest = hashlib.sha256(repr(sorted(self.config.method().items())).encode())
             for name, tensor in sorted(self.state_dict().items()):
-                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-                digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+                checkpoints.add_tensor(digest, name, tensor)
             self._recorded = digest.hexdigest(), versions
         return self._recorded[0]
 
@@ -365,9 +359,7 @@ class RCCForCausalLM(nn.Module):
 
         def chunks() -> Any:
             wanted = self.projections.states
-            for states, valid, done in encoding.encode(
-                self.encoder, rows, rate, self.config, wanted, batch_tokens
-            ):
+            for states, valid, done in encoding.encode(self.encoder, rows, rate, self.config, wanted, batch_tokens):
                 yield states, valid
                 if progress is not None:
                     progress(min(done, total), total)
@@ -422,7 +414,9 @@ class RCCForCausalLM(nn.Module):
 
         return self._extend(context, list(vectors.pieces), chunks())
 
-    def _extend(self, context: CompressedContext | None, pieces: list[encoding.Piece], chunks: Any) -> CompressedContext:
+    def _extend(
+        self, context: CompressedContext | None, pieces: list[encoding.Piece], chunks: Any
+    ) -> CompressedContext:
         """Run the decoder over chunks of prefix vectors, behind `context` or from nothing."""
         new = max(piece.positions for piece in pieces)
         if context is not None:
@@ -670,6 +664,28 @@ class RCCForCausalLM(nn.Module):
             )
         return rate
 
+    def fitting_rate(self, tokens: list[int], context: CompressedContext | None = None, reserve: int = SPARE) -> int:
+        """The lowest trained rate at which texts of these lengths, one behind the other, leave room in the window.
+
+        Args:
+            context: to append to.
+            reserve: positions to leave for a question and its answer (at most half the window).
+
+        Raises:
+            WindowError: they fit at no trained rate.
+        """
+        room = self.window - min(reserve, self.window // 2) - (max(context.lengths) if context is not None else 0)
+        for rate in sorted(self.config.rates):
+            if sum(encoding.positions(n, rate, self.config) for n in tokens) <= room:
+                return rate
+        top = max(self.config.rates)
+        raise WindowError(
+            f"{sum(tokens):,} tokens do not fit: at the highest trained rate, {top}, they take"
+            f" {sum(encoding.positions(n, top, self.config) for n in tokens):,} positions, and the decoder's window of"
+            f" {self.window:,} has room for {max(0, room):,} beside a question and its answer; give at most"
+            f" {max(0, room) * top:,} tokens, or a higher rate (untrained)."
+        )
+
     def _check_context(self, context: CompressedContext, batch: int) -> CompressedContext:
         self.check_fingerprint(context.fingerprint, context.model_name)
         if context.batch_size != batch:
@@ -697,11 +713,6 @@ def _library_versions() -> dict[str, str]:
     from . import __version__
 
     return {"rcc": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
-
-
-def _file_sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _load_base(

@@ -40,8 +40,12 @@ class Projections(nn.ModuleList):
         super().__init__(nn.Linear(encoder_size, decoder_size, bias=False) for _ in sources)
         self.sources = sources
         with torch.no_grad():
-            for i, linear in enumerate(self):
-                nn.init.eye_(linear.weight) if i == 0 else nn.init.zeros_(linear.weight)
+            for i in range(len(sources)):
+                nn.init.eye_(self.weight(i)) if i == 0 else nn.init.zeros_(self.weight(i))
+
+    def weight(self, i: int) -> Tensor:
+        """P_i, [H_decoder, H_encoder]."""
+        return self.get_parameter(f"{i}.weight")
 
     @property
     def states(self) -> list[int]:
@@ -52,5 +56,4 @@ class Projections(nn.ModuleList):
         """What decoder state i receives: {state number: [B, n, H_encoder]} → [B, n, H_decoder]."""
         source = self.sources[i]
         vectors = states[source[0]] if len(source) == 1 else torch.stack([states[k] for k in source]).mean(0)
-        linear = self[i]
-        return linear(vectors.to(linear.weight.dtype))
+        return self[i](vectors.to(self.weight(i).dtype))

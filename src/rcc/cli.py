@@ -1,0 +1,601 @@
+"""`rcc`: one thin function a verb. Errors are one sentence and exit code 2; progress goes to standard error."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from . import __version__, allocator
+from .errors import ContextError, FileError, InputError, ModelError, RCCError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from .context import CompressedContext
+    from .modeling import RCCForCausalLM
+
+DEFAULT_MODEL = "rcc-smollm2-135m"
+
+app = typer.Typer(
+    name="rcc",
+    help="Compress a long text once, keep it in a file, ask it anything.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+Model = Annotated[str | None, typer.Option("--model", help="A shipped model (`rcc models`), a folder, or a hub id.")]
+Device = Annotated[str | None, typer.Option(help="Where to compute: cpu, cuda, … (default: a GPU if there is one).")]
+Dtype = Annotated[str | None, typer.Option(help="Precision: bfloat16, float16, float32 (default: as stored).")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def main() -> None:
+    """Entry point of the command line: run the app, turn errors into a sentence and an exit code."""
+    allocator.configure()  # before torch allocates anything
+    logging.basicConfig(format="rcc: %(message)s", level=logging.WARNING)
+    logging.getLogger("rcc").setLevel(logging.INFO if os.environ.get("RCC_VERBOSE") else logging.WARNING)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    # a killed process cleans up behind itself as an interrupted one does
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    code: Any = 0
+    try:
+        code = app(standalone_mode=False)
+    except RCCError as error:
+        err.print(f"rcc: {error}", markup=False)
+        code = 2
+    except (KeyboardInterrupt, typer.Abort):
+        err.print("rcc: interrupted.")
+        code = 130
+    except BrokenPipeError:  # the reader went away: `rcc … | head`
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        code = 141
+    except MemoryError:
+        err.print("rcc: out of memory: use a higher --rate, or a shorter text.")
+        code = 2
+    except Exception as error:
+        # typer's own usage errors carry their exit code and print themselves
+        show = getattr(error, "show", None)
+        if show is None:
+            raise
+        show()
+        code = getattr(error, "exit_code", 2)
+    sys.exit(code or 0)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        out.print(f"rcc {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+# ---------------------------------------------------------------- verbs
+@app.command()
+def compress(
+    sources: Annotated[list[str], typer.Argument(help="Text files in UTF-8, one after another; - is standard input.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The context file to write.")],
+    model: Model = None,
+    rate: Annotated[str, typer.Option(help="Tokens a position, or auto: the lowest trained rate that fits.")] = "auto",
+    context: Annotated[Path | None, typer.Option(help="A context file to append to (it stays as it is).")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")] = False,
+) -> None:
+    """Compress texts into a context file."""
+    _check_output(output, force)
+    texts = [(source, _read_text(source)) for source in sources]
+    number = _parse_rate(rate)
+    before = _context_info(context) if context is not None else None
+    rcc, tokenizer = _load_model(model, device, dtype, before)
+    grown = _load_context(context, rcc) if context is not None else None
+    result = _compress(rcc, tokenizer, texts, number, grown)
+    result.save(output)
+    err.print(f"{output}: {_describe(result)}", markup=False)
+
+
+@app.command()
+def ask(
+    context: Annotated[str, typer.Argument(help="A context file, or a text file (compressed once and kept).")],
+    questions: Annotated[list[str], typer.Argument(help="One question or several.")],
+    mode: Annotated[str, typer.Option(help="human, reconstruct or compress.")] = "human",
+    model: Model = None,
+    rate: Annotated[str, typer.Option(help="For a text file: as in `rcc compress`.")] = "auto",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 128,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """Ask a context, or a text, one or several questions."""
+    from . import prompting
+
+    prompts = [prompting.build(question, mode) for question in questions]
+    rcc, tokenizer, value = _open(context, model, rate, device, dtype)
+    rows = []
+    for question, prompt in zip(questions, prompts, strict=True):
+        if len(questions) > 1 and not as_json:
+            out.print(question, style="bold", markup=False)
+        streamer = None if as_json else _streamer(tokenizer, prompt)
+        instruction, answer = prompting.ask(rcc, tokenizer, value, prompt, max_new_tokens, streamer=streamer)
+        row = {"question": question, "answer": answer, "mode": mode}
+        rows.append(row if instruction is None else {**row, "reconstructed_question": instruction})
+    if as_json:
+        _print_json({"model": value.model_name, "fingerprint": value.fingerprint, "answers": rows})
+
+
+@app.command()
+def chat(
+    context: Annotated[str, typer.Argument(help="A context file, or a text file.")],
+    model: Model = None,
+    rate: Annotated[str, typer.Option(help="For a text file: as in `rcc compress`.")] = "auto",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 256,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> None:
+    """Ask question after question; an empty line or the end of input ends it."""
+    from . import prompting
+
+    rcc, tokenizer, value = _open(context, model, rate, device, dtype)
+    history: list[tuple[str, str]] = []
+    while True:
+        try:
+            # the prompt goes to standard error, so that what is piped is answers alone
+            err.print("> ", end="")
+            question = input().strip()
+        except EOFError:
+            question = ""
+        if not question:
+            return
+        room = rcc.window - len(value) - max_new_tokens
+        while True:  # a long talk forgets its beginning
+            prompt = prompting.build(question, "human", history)
+            if not history or prompting.token_ids(tokenizer, prompt.decoder_text).shape[1] <= room:
+                break
+            history.pop(0)
+        streamer = _streamer(tokenizer, prompt)
+        _, answer = prompting.ask(rcc, tokenizer, value, prompt, max_new_tokens, streamer=streamer)
+        history.append((question, answer))
+
+
+@app.command()
+def reconstruct(
+    context: Annotated[Path, typer.Argument(help="A context file.")],
+    prompt: Annotated[
+        str | None, typer.Option(help="Words to go on from (default: the first ten tokens of the text).")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="How many tokens to write.")] = 200,
+    against: Annotated[
+        str | None, typer.Option(help="The text that was compressed: show the differences and how much is recovered.")
+    ] = None,
+    model: Model = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """Write back what a context holds."""
+    from . import prompting
+
+    source = None if against is None else _read_text(against)
+    rcc, tokenizer = _load_model(model, device, dtype, _context_info(context))
+    value = _load_context(context, rcc)
+    if prompt is not None:
+        ids = prompting.token_ids(tokenizer, prompt)
+    else:
+        import torch
+
+        ids = torch.tensor([value.pieces[0][0].opening])
+    if ids.shape[1] == 0:
+        raise InputError("the prompt is empty: give some words to go on from.")
+    streamer = None if as_json or source is not None else _plain_streamer(tokenizer)
+    written = rcc.generate(
+        ids,
+        context=value,
+        max_new_tokens=tokens,
+        eos_token_id=prompting.NEVER,
+        pad_token_id=0,
+        streamer=streamer,
+    )[0]
+    result = {"prompt": tokenizer.decode(ids[0]), "text": tokenizer.decode(written[ids.shape[1] :])}
+    if source is not None:
+        result |= _compare(rcc, tokenizer, value, source, written.tolist(), ids.shape[1], not as_json)
+    if as_json:
+        _print_json(result)
+
+
+@app.command()
+def inspect(
+    context: Annotated[Path, typer.Argument(help="A context file.")],
+    as_json: Json = False,
+) -> None:
+    """Say what a context file holds, after checking every byte of it."""
+    info = {"file": str(context), **_load_context(context, None).info()}
+    if as_json:
+        _print_json(info)
+        return
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for key, value in info.items():
+        if key == "pieces":
+            value = ", ".join(f"{p['tokens']:,} tokens at {p['rate']}×" for p in value)
+        elif key == "versions":
+            value = ", ".join(f"{k} {v}" for k, v in value.items())
+        table.add_row(key.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
+    out.print(table, markup=False)
+
+
+@app.command()
+def models(as_json: Json = False) -> None:
+    """List the models that come with rcc."""
+    from . import checkpoints
+    from .config import RCCConfig
+
+    rows: list[dict[str, Any]] = []
+    for name, folder in checkpoints.shipped_models().items():
+        config = RCCConfig.load(folder)
+        base = config.base["decoder"].source
+        made = checkpoints.home() / "bases" / base
+        rows.append(
+            {
+                "name": name,
+                "megabytes": round(sum(f.stat().st_size for f in folder.iterdir()) / 1e6, 1),
+                "rates": config.rates,
+                "segment_length": config.segment_length,
+                "folder": str(folder),
+                "base": base,
+                "base_folder": str(made),
+                "base_ready": made.is_dir(),
+            }
+        )
+    if as_json:
+        _print_json(rows)
+        return
+    for row in rows:
+        table = Table(show_header=False, box=None, padding=(0, 2, 0, 0), title=row["name"], title_justify="left")
+        table.add_row("size", f"{row['megabytes']} MB, without its base")
+        table.add_row("trained rates", ", ".join(f"{r}×" for r in row["rates"]))
+        table.add_row("segment", f"{row['segment_length']} tokens")
+        table.add_row("files", row["folder"])
+        state = row["base_folder"] if row["base_ready"] else "fetched at first use"
+        table.add_row("base", f"{row['base']} ({state})")
+        out.print(table)
+
+
+# ---------------------------------------------------------------- input
+def _read_text(source: str) -> str:
+    name = "standard input" if source == "-" else source
+    try:
+        data = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
+    except FileNotFoundError:
+        raise FileError(f"{source} does not exist.") from None
+    except IsADirectoryError:
+        raise FileError(f"{source} is a folder: name a text file.") from None
+    except OSError as error:
+        raise FileError(f"{source} cannot be read: {error.strerror or error}.") from None
+    if b"\0" in data[: 1 << 20]:
+        raise InputError(f"{name} is not a text but a binary file: give it as UTF-8 text.")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{name} is not UTF-8 text (byte {data[error.start]:#04x} at position {error.start:,}):"
+            " convert it, for instance with iconv."
+        ) from None
+    if not text.strip():
+        raise InputError(f"{name} is empty: there is nothing to compress.")
+    return text
+
+
+def _parse_rate(rate: str) -> int | None:
+    """`auto` is None."""
+    if rate == "auto":
+        return None
+    if not rate.isascii() or not rate.isdigit() or int(rate) < 1:
+        raise InputError(f"--rate {rate} is not a rate: use a whole number such as 8, or auto.")
+    return int(rate)
+
+
+def _check_output(output: Path, force: bool) -> None:
+    """Refuse before the work is done, not after."""
+    if output.is_dir():
+        raise FileError(f"{output} is a folder: name a file in it.")
+    if output.exists() and not force:
+        raise FileError(f"{output} exists: use --force to replace it.")
+    folder = output.parent
+    if not folder.is_dir():
+        raise FileError(f"{output} cannot be written: the folder {folder} does not exist.")
+    if not os.access(folder, os.W_OK):
+        raise FileError(f"{output} cannot be written: there is no permission to write in {folder}.")
+
+
+def _is_context(path: str) -> bool:
+    from . import fileformat
+
+    # a damaged context should be called that, not a strange text
+    return path.endswith(".rcc") or (path != "-" and fileformat.is_ours(Path(path), "context"))
+
+
+def _context_info(path: Path) -> dict[str, Any]:
+    """Who made a context, read from its header; its content is checked when it is loaded."""
+    from . import fileformat
+
+    with fileformat.read(path, "context", "header") as (manifest, _):
+        return manifest
+
+
+# ---------------------------------------------------------------- models and contexts
+def _load_model(
+    name: str | None, device: str | None, dtype: str | None, made_by: dict[str, Any] | None = None
+) -> tuple[RCCForCausalLM, PreTrainedTokenizerBase]:
+    """The model that is named, or the one that made the context, or the default one; and its tokenizer."""
+    from . import checkpoints
+
+    if name is None and made_by is not None:
+        name = str(made_by.get("model"))
+        if name not in checkpoints.shipped_models():
+            raise ModelError(f"the context was made by {name}: name that model's folder with --model.")
+    with _status("loading the model") as say:
+        import torch
+        from transformers.utils import logging as quiet
+
+        from .modeling import RCCForCausalLM
+
+        quiet.set_verbosity_error()
+        quiet.disable_progress_bar()
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise InputError(f"--device {device} cannot be used here ({reason}): use cpu.") from None
+        kind = None
+        if dtype is not None:
+            kind = getattr(torch, dtype, None)
+            if kind not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+                raise InputError(f"--dtype {dtype} is unknown: use bfloat16, float16 or float32.")
+        name = name or DEFAULT_MODEL
+        rcc = RCCForCausalLM.from_pretrained(name, device=device, dtype=kind, progress=say)
+        return rcc, checkpoints.load_tokenizer(name)
+
+
+def _load_context(path: Path, rcc: RCCForCausalLM | None) -> CompressedContext:
+    from .context import CompressedContext
+
+    return CompressedContext.load(path, model=rcc)
+
+
+def _open(
+    path: str, model: str | None, rate: str, device: str | None, dtype: str | None
+) -> tuple[RCCForCausalLM, PreTrainedTokenizerBase, CompressedContext]:
+    """The context in a file, or that of a text, from the cache if the same text was asked before."""
+    if _is_context(path):
+        rcc, tokenizer = _load_model(model, device, dtype, _context_info(Path(path)))
+        return rcc, tokenizer, _load_context(Path(path), rcc)
+    from . import checkpoints
+
+    text = _read_text(path)
+    number = _parse_rate(rate)
+    rcc, tokenizer = _load_model(model, device, dtype)
+    key = hashlib.sha256(f"{rcc.fingerprint} {rate} {rcc.dtype}\n{text}".encode()).hexdigest()
+    kept = checkpoints.home() / "contexts" / f"{key[:32]}.rcc"
+    if kept.exists():
+        with contextlib.suppress(ContextError):  # a damaged one is made again
+            context = _load_context(kept, rcc)
+            err.print(f"read {kept}: {_describe(context)}", markup=False)
+            return rcc, tokenizer, context
+    context = _compress(rcc, tokenizer, [(path, text)], number, None)
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        context.save(kept)
+        err.print(f"kept as {kept}: {_describe(context)}", markup=False)
+    except OSError as error:  # the answer does not need the file
+        err.print(f"not kept for the next time: {error}", markup=False)
+    return rcc, tokenizer, context
+
+
+def _compress(
+    rcc: RCCForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: list[tuple[str, str]],
+    rate: int | None,
+    context: CompressedContext | None,
+) -> CompressedContext:
+    """Compress texts one after another, each from a segment of its own, at one rate that fits them all."""
+    from . import prompting
+
+    with _status("reading the text"):
+        rows = [prompting.token_ids(tokenizer, text) for _, text in texts]
+    lengths = [row.shape[1] for row in rows]
+    if rate is None:
+        rate = rcc.fitting_rate(lengths, context)
+    done, total = 0, sum(lengths)
+    with _progress("compressing", total) as advance:
+        for ids in rows:
+            context = rcc.compress(ids, rate=rate, context=context, progress=partial(_add, advance, done))
+            done += ids.shape[1]
+    assert context is not None
+    return context
+
+
+def _add(advance: Callable[..., None], before: int, done: int, total: int) -> None:
+    advance(before + done)
+
+
+def _compare(
+    rcc: RCCForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    context: CompressedContext,
+    source: str,
+    written: list[int],
+    start: int,
+    show: bool,
+) -> dict[str, Any]:
+    """What was written, beside the text; and how much of the whole text the context gives back."""
+    from . import prompting
+    from .encoder import piece_of
+    from .evaluation.reconstruction import PROMPT, teacher_forced
+
+    ids = prompting.token_ids(tokenizer, source)[0]
+    piece = context.pieces[0][0]
+    same = any(piece_of(ids, p.rate, rcc.config).sha256 == p.sha256 for p in context.pieces[0])
+    if not same:
+        err.print("this is not the text that was compressed: the figures compare two different texts.", style="yellow")
+    truth = _following(ids.tolist(), written[:start], len(written) - start)
+    found: dict[str, Any] = {"same_text": same}
+    if truth:
+        guess = written[start : start + len(truth)]
+        found["written_tokens"] = len(guess)
+        found["written_recovered"] = sum(a == b for a, b in zip(guess, truth, strict=False)) / len(truth)
+        if show:
+            _show_differences(tokenizer.decode(written[:start]), tokenizer.decode(guess), tokenizer.decode(truth))
+    elif show:
+        out.print(tokenizer.decode(written), markup=False)
+        err.print("the prompt does not occur in the text: nothing to compare what was written with.", style="yellow")
+    with _progress("measuring the whole text", 1) as advance:
+        whole = teacher_forced(rcc, context, ids, progress=lambda n, all_: advance(n, all_))
+    found |= {"source_tokens": len(ids), "tokens_measured": whole.tokens, "tokens_recovered": whole.accuracy}
+    found["loss"] = whole.loss
+    if show:
+        if truth:
+            out.print(
+                f"written freely: {found['written_recovered']:.1%} of {len(truth)} tokens as in the text", markup=False
+            )
+        out.print(
+            f"whole text: {whole.accuracy:.1%} of {whole.tokens:,} tokens recovered, loss {whole.loss:.3f}"
+            f" (each predicted from the context, {PROMPT} tokens of prompt and the true tokens since, in spans of 256;"
+            f" rate {piece.rate}×)",
+            markup=False,
+        )
+    return found
+
+
+def _following(text: list[int], prompt: list[int], count: int) -> list[int]:
+    """The tokens of `text` that follow the first occurrence of `prompt`."""
+    for i in range(len(text) - len(prompt)):
+        if text[i : i + len(prompt)] == prompt:
+            return text[i + len(prompt) : i + len(prompt) + count]
+    return []
+
+
+def _show_differences(prompt: str, guess: str, truth: str) -> None:
+    """Print what was written: words that the text has otherwise struck out, followed by the text's."""
+    import difflib
+    import re
+
+    from rich.text import Text
+
+    a, b = (re.findall(r"\s*\S+|\s+$", text) for text in (guess, truth))
+    plain = not out.is_terminal
+    line = Text(prompt, style="dim")
+    for kind, i, j, k, m in difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
+        old, new = "".join(a[i:j]), "".join(b[k:m])
+        if kind == "equal":
+            line.append(old)
+        elif plain:  # wdiff's marks, where there are no colours
+            line.append((f" [-{old.strip()}-]" if old else "") + (f" {{+{new.strip()}+}}" if new else ""))
+        else:
+            line.append(old, style="red strike")
+            line.append(new, style="green")
+    out.print(line)
+
+
+# ---------------------------------------------------------------- output
+def _describe(context: CompressedContext) -> str:
+    rate = context.rate if isinstance(context.rate, int) else "/".join(map(str, context.rate))
+    return f"{context.source_tokens:,} tokens at {rate}× in {len(context):,} positions, {context.nbytes / 1e6:.1f} MB"
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def _plain_streamer(tokenizer: PreTrainedTokenizerBase) -> Any:
+    from transformers import TextStreamer
+
+    return TextStreamer(tokenizer)
+
+
+def _streamer(tokenizer: PreTrainedTokenizerBase, prompt: Any) -> Any:
+    """Prints the answer as it is written: without the instruction and the chat form's marks around it."""
+    from transformers import TextStreamer
+
+    class Answer(TextStreamer):
+        written = shown = ""
+
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            self.written += text
+            answer = prompt.parse(self.written)[1]
+            if not stream_end:
+                answer = answer.removesuffix("<")  # may turn out to be the end mark
+            sys.stdout.write(answer[len(self.shown) :] + ("\n" if stream_end else ""))
+            sys.stdout.flush()
+            self.shown = answer
+
+    return Answer(tokenizer, skip_prompt=True)
+
+
+@contextlib.contextmanager
+def _status(message: str) -> Iterator[Callable[[str], None]]:
+    """A line that says what is being done; phases that take long stay visible, silent unless on a terminal."""
+    if not err.is_terminal:
+        yield lambda phase: None
+        return
+    with err.status(message) as status:
+
+        def say(phase: str) -> None:
+            status.stop()  # pip draws a bar of its own
+            err.print(f"{phase} …", markup=False)
+
+        yield say
+
+
+@contextlib.contextmanager
+def _progress(message: str, total: int) -> Iterator[Callable[..., None]]:
+    """A bar with speed and time left on a terminal; silent otherwise."""
+    if not err.is_terminal:
+        yield lambda done, total=None: None
+        return
+    from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+    from rich.text import Text
+
+    class Speed(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            return Text(f"{task.speed or 0:,.0f}/s")
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:,}/{task.total:,}"),
+        Speed(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=err, transient=True) as bar:
+        task = bar.add_task(message, total=total)
+        yield lambda done, total=None: bar.update(task, completed=done, **({"total": total} if total else {}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What a model is worth: measurements that users and the command line share."""

@@ -1,0 +1,185 @@
+"""Tiny random models whose every part matters, so that a part that is missing or misplaced is seen."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+import reference as ref
+from rcc import RCCConfig, RCCForCausalLM
+
+VOCABULARY = 97
+FAMILIES = ["llama", "gpt_neox"]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(2)
+
+
+def make_backbone(
+    family: str, layers: int = 3, hidden: int = 48, seed: int = 0, attn: str = "sdpa", window: int = 512
+) -> PreTrainedModel:
+    """A causal language model without an end token: Llama (GQA, tied embeddings) or GPT-NeoX (untied)."""
+    shape: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "max_position_embeddings": window,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+        "attn_implementation": attn,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if family == "llama":
+            model = LlamaForCausalLM(
+                LlamaConfig(**shape, num_key_value_heads=2, tie_word_embeddings=True, rope_theta=1000.0)
+            )
+        else:
+            model = GPTNeoXForCausalLM(GPTNeoXConfig(**shape, tie_word_embeddings=False, rotary_pct=0.5))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if parameter.ndim == 1:
+                    parameter.normal_(1.0 if name.endswith("norm.weight") else 0.0, 0.1)
+                elif "embed" in name or "lm_head" in name:
+                    parameter.normal_(0, 0.5)
+                else:
+                    parameter.normal_(0, 1.2 / parameter.shape[1] ** 0.5)
+    return model.eval()
+
+
+@torch.no_grad()
+def randomise(model: RCCForCausalLM, seed: int = 0) -> RCCForCausalLM:
+    """Random projections and LoRA: as made, most projections and all of LoRA's B are zero."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if name.startswith("projections."):
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.7 / parameter.shape[1] ** 0.5)
+        elif ".lora_" in name:
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.6 / parameter.shape[1] ** 0.5)
+    return model
+
+
+def make_model(
+    family: str = "llama",
+    *,
+    encoder: str | None = None,
+    share: bool = True,
+    layers: tuple[int, int] = (3, 3),
+    hidden: tuple[int, int] = (48, 48),
+    lora: int | None = None,
+    attn: str = "sdpa",
+    window: int = 512,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    segment_length: int = 16,
+    rates: tuple[int, ...] = (4, 1, 2, 8, 16),
+    **config: Any,
+) -> RCCForCausalLM:
+    """An RCC model; `layers` and `hidden` are the encoder's and the decoder's, `lora` the rank on both sides."""
+    lora = (4 if share else 0) if lora is None else lora
+    settings = RCCConfig(
+        segment_length=segment_length,
+        rates=list(rates),
+        share_base=share,
+        encoder_lora_rank=lora,
+        decoder_lora_rank=lora,
+        **config,
+    )
+    lower = make_backbone(family, layers[1], hidden[1], seed + 1, attn, window)
+    if share:
+        model = RCCForCausalLM.from_base(lower, config=settings)
+    else:
+        upper = make_backbone(encoder or family, layers[0], hidden[0], seed + 2, attn, window)
+        model = RCCForCausalLM.from_base(upper, lower, config=settings)
+    return randomise(model, seed).to(dtype)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Callable[..., RCCForCausalLM]:
+    """`make_model`, one model for the same arguments: not to be changed."""
+    return functools.cache(make_model)
+
+
+@pytest.fixture(scope="session")
+def fresh() -> Callable[..., RCCForCausalLM]:
+    """`make_model`: a model to be changed."""
+    return make_model
+
+
+@pytest.fixture(scope="session")
+def backbone() -> Callable[..., PreTrainedModel]:
+    return make_backbone
+
+
+def tokens(length: int, seed: int = 0) -> list[int]:
+    """Random token ids."""
+    generator = torch.Generator().manual_seed(1000 * seed + length)
+    return torch.randint(1, VOCABULARY, (length,), generator=generator).tolist()
+
+
+@pytest.fixture(scope="session", name="tokens")
+def tokens_fixture() -> Callable[..., list[int]]:
+    return tokens
+
+
+class Expected:
+    """The reference computation with a model's weights and settings."""
+
+    def __init__(self, model: RCCForCausalLM):
+        config = model.config
+        self.weights = model.encoder, model.decoder, [p.weight for p in model.projections]
+        self.rate = config.rates[0]
+        self.settings = {
+            "segment": config.segment_length,
+            "layer_map": config.layer_map,
+            "states": config.states,
+            "padding": config.segment_padding,
+        }
+
+    def _settings(self, rate: int | list[int] | None) -> dict[str, Any]:
+        return {**self.settings, "rate": rate or self.rate}
+
+    def logits(
+        self, texts: list[list[int]], prompt: list[int], rate: int | list[int] | None = None
+    ) -> torch.Tensor:
+        return ref.reference(*self.weights, texts, prompt, **self._settings(rate))[0]
+
+    def vectors(self, texts: list[list[int]], rate: int | list[int] | None = None) -> torch.Tensor:
+        return ref.reference(*self.weights, texts, [1], **self._settings(rate))[1]
+
+    def greedy(
+        self, texts: list[list[int]], prompt: list[int], new: int, rate: int | list[int] | None = None
+    ) -> list[int]:
+        return ref.greedy(new, *self.weights, texts, prompt, **self._settings(rate))
+
+    def beams(self, texts: list[list[int]], prompt: list[int], new: int, beams: int) -> list[list[int]]:
+        return ref.beam_search(new, beams, *self.weights, texts, prompt, **self._settings(None))
+
+
+@pytest.fixture(scope="session")
+def expected() -> Callable[[RCCForCausalLM], Expected]:
+    return Expected
+
+
+def batch(rows: list[list[int]], side: str = "right") -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Texts of any lengths → ids [B, T] and mask (None where none is needed), padded on one side."""
+    width = max(map(len, rows))
+    ids, mask = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width, dtype=torch.long)
+    for b, row in enumerate(rows):
+        where = slice(0, len(row)) if side == "right" else slice(width - len(row), width)
+        ids[b, where], mask[b, where] = torch.tensor(row), 1
+    return ids, None if bool(mask.all()) else mask
+
+
+@pytest.fixture(scope="session", name="batch")
+def batch_fixture() -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
+    return batch

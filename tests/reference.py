@@ -1,0 +1,162 @@
+"""The method of arXiv 2406.06110 once more, as plainly as possible: what the tests compare rcc with.
+
+Written from the paper's definition (../shared/PAPER.md) and from nothing in `src/rcc`: no cache, no hooks, no batch,
+one segment after another, and the decoder's blocks called one by one with a causal mask and rotary embeddings made
+here. Weights come in as modules: the encoder's base model, the decoder's causal language model, the matrices P_i.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from math import ceil, floor
+
+import torch
+from torch import Tensor, nn
+
+
+def padded(ids: list[int], segment: int, padding: str) -> list[int]:
+    """The published repeat-to-fill rule, without its two faults; or nothing at all."""
+    if padding == "none":
+        return list(ids)
+    if len(ids) < segment:  # shorter than a segment: repeated until it fills it
+        return [ids[i % len(ids)] for i in range(segment)]
+    filled = list(ids)
+    missing = 0
+    while (len(ids) + missing) % segment:
+        missing += 1
+    # longer: filled up on the left with its own last tokens; an exact multiple stays as it is
+    return filled[len(filled) - missing :] + filled
+
+
+def compressed_vectors(
+    encoder: nn.Module, ids: list[int], segment: int, rate: int, padding: str = "none"
+) -> Tensor:
+    """[n, L + 1, H]: all states at the last token of every group of `rate` tokens of every segment."""
+    ids = padded(ids, segment, padding)
+    kept = []
+    for start in range(0, len(ids), segment):
+        part = ids[start : start + segment]
+        states = encoder(input_ids=torch.tensor([part]), output_hidden_states=True).hidden_states
+        for first in range(0, len(part), rate):
+            last = min(first + rate, len(part)) - 1  # a partial group keeps its last token's state
+            kept.append(torch.stack([layer[0, last] for layer in states]))
+    return torch.stack(kept)
+
+
+def decoder_inputs(
+    vectors: Tensor, depth: int, layer_map: str = "duplicate", states: str = "all"
+) -> list[Tensor]:
+    """What P_0, P_1, … P_depth read, [n, H] each, where the encoder may have another depth than the decoder."""
+    if states == "last":
+        return [vectors[:, -1]]
+    ratio = Fraction(vectors.shape[1] - 1, depth)
+    reads = [vectors[:, 0]]
+    for i in range(1, depth + 1):
+        high = ceil(i * ratio)
+        low = floor((i - 1) * ratio) + 1
+        if layer_map == "duplicate":
+            reads.append(vectors[:, high])
+        else:
+            reads.append(sum(vectors[:, k] for k in range(low, high + 1)) / (high - low + 1))
+    return reads
+
+
+def rotary(config, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin, [1, length, rotary dimensions], of positions 0 … length - 1."""
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    dims = int(head * config.rope_parameters.get("partial_rotary_factor", 1.0))
+    theta = config.rope_parameters["rope_theta"]
+    rows = []
+    frequencies = torch.tensor([1.0 / theta ** (2 * k / dims) for k in range(dims // 2)])
+    for position in range(length):
+        angles = position * frequencies
+        rows.append(torch.cat([angles, angles]))
+    table = torch.stack(rows)[None]
+    return table.cos().to(dtype), table.sin().to(dtype)
+
+
+def decode(
+    decoder: nn.Module, projections: list[Tensor], reads: list[Tensor], prompt: list[int]
+) -> Tensor:
+    """Logits [Q, V] of a prompt behind the prefix that `reads` make; [1, n + Q] in one go."""
+    family = decoder.config.model_type
+    body = decoder.model if family == "llama" else decoder.gpt_neox
+    embed = body.embed_tokens if family == "llama" else body.embed_in
+    norm = body.norm if family == "llama" else body.final_layer_norm
+    terms = [read @ matrix.T for read, matrix in zip(reads, projections, strict=False)]
+    x = embed(torch.tensor([prompt]))
+    n = 0
+    if terms:
+        n = len(terms[0])
+        x = torch.cat([terms[0][None].to(x.dtype), x], 1)
+    total = x.shape[1]
+    mask = torch.zeros(1, 1, total, total, dtype=x.dtype)
+    for query in range(total):
+        for key in range(query + 1, total):
+            mask[0, 0, query, key] = torch.finfo(x.dtype).min
+    cos_sin = rotary(decoder.config, total, x.dtype)
+    for i, block in enumerate(body.layers):
+        x = block(
+            x,
+            attention_mask=mask,
+            position_ids=torch.arange(total)[None],
+            position_embeddings=cos_sin,
+        )
+        if i + 1 < len(terms):
+            x = x.clone()
+            for j in range(n):
+                x[0, j] = x[0, j] + terms[i + 1][j]
+    return decoder.lm_head(norm(x))[0, n:]
+
+
+@torch.no_grad()
+def reference(
+    encoder: nn.Module,
+    decoder: nn.Module,
+    projections: list[Tensor],
+    texts: list[list[int]],
+    prompt: list[int],
+    *,
+    segment: int,
+    rate: int | list[int],
+    layer_map: str = "duplicate",
+    states: str = "all",
+    padding: str = "none",
+) -> tuple[Tensor, Tensor]:
+    """Logits [Q, V] of a prompt behind one or several texts, the later ones appended; and the vectors.
+
+    Args:
+        texts: token ids of each text; every one of them starts a new segment.
+        rate: of all texts, or one of each.
+    """
+    rates = rate if isinstance(rate, list) else [rate] * len(texts)
+    parts = [
+        compressed_vectors(encoder, ids, segment, r, padding) for ids, r in zip(texts, rates, strict=True)
+    ]
+    vectors = torch.cat(parts)
+    reads = decoder_inputs(vectors, decoder.config.num_hidden_layers, layer_map, states)
+    return decode(decoder, projections, reads, prompt), vectors
+
+
+def greedy(new: int, *args, **kwargs) -> list[int]:
+    """`new` tokens behind the prompt, everything computed anew for each."""
+    encoder, decoder, projections, texts, prompt = args
+    out: list[int] = []
+    for _ in range(new):
+        logits, _ = reference(encoder, decoder, projections, texts, [*prompt, *out], **kwargs)
+        out.append(int(logits[-1].argmax()))
+    return out
+
+
+def beam_search(new: int, beams: int, *args, **kwargs) -> list[list[int]]:
+    """The `beams` most likely continuations that beam search finds, best first, without an end token."""
+    encoder, decoder, projections, texts, prompt = args
+    found: list[tuple[float, list[int]]] = [(0.0, [])]
+    for _ in range(new):
+        candidates = []
+        for score, tokens in found:
+            logits, _ = reference(encoder, decoder, projections, texts, [*prompt, *tokens], **kwargs)
+            for token, more in enumerate(logits[-1].log_softmax(-1).tolist()):
+                candidates.append((score + more, [*tokens, token]))
+        found = sorted(candidates, key=lambda pair: -pair[0])[:beams]
+    return [tokens for _, tokens in found]
