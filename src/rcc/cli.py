@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from . import __version__, allocator
 from .errors import ContextError, FileError, InputError, ModelError, RCCError
@@ -236,14 +235,12 @@ def inspect(
     if as_json:
         _print_json(info)
         return
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for key, value in info.items():
         if key == "pieces":
             value = ", ".join(f"{p['tokens']:,} tokens at {p['rate']}×" for p in value)
         elif key == "versions":
             value = ", ".join(f"{k} {v}" for k, v in value.items())
-        table.add_row(key.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
-    out.print(table, markup=False)
+        out.print(f"{key.replace('_', ' '):20}{f'{value:,}' if isinstance(value, int) else value}", markup=False)
 
 
 @app.command()
@@ -273,14 +270,16 @@ def models(as_json: Json = False) -> None:
         _print_json(rows)
         return
     for row in rows:
-        table = Table(show_header=False, box=None, padding=(0, 2, 0, 0), title=row["name"], title_justify="left")
-        table.add_row("size", f"{row['megabytes']} MB, without its base")
-        table.add_row("trained rates", ", ".join(f"{r}×" for r in row["rates"]))
-        table.add_row("segment", f"{row['segment_length']} tokens")
-        table.add_row("files", row["folder"])
-        state = row["base_folder"] if row["base_ready"] else "fetched at first use"
-        table.add_row("base", f"{row['base']} ({state})")
-        out.print(table)
+        out.print(row["name"], style="bold")
+        lines = {
+            "size": f"{row['megabytes']} MB, without its base",
+            "trained rates": ", ".join(f"{rate}×" for rate in row["rates"]),
+            "segment": f"{row['segment_length']} tokens",
+            "files": row["folder"],
+            "base": f"{row['base']}, {row['base_folder'] if row['base_ready'] else 'fetched at first use'}",
+        }
+        for key, value in lines.items():
+            out.print(f"  {key:16}{value}", markup=False)
 
 
 # ---------------------------------------------------------------- input
@@ -321,6 +320,8 @@ def _check_output(output: Path, force: bool) -> None:
     """Refuse before the work is done, not after."""
     if output.is_dir():
         raise FileError(f"{output} is a folder: name a file in it.")
+    if output.exists() and not output.is_file():
+        raise FileError(f"{output} is not a regular file: name one to write.")  # a device must not be replaced
     if output.exists() and not force:
         raise FileError(f"{output} exists: use --force to replace it.")
     folder = output.parent

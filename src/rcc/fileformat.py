@@ -114,7 +114,7 @@ def read(path: Path, kind: str, verify: str) -> Iterator[Reader]:
     """
     from safetensors import SafetensorError, safe_open
 
-    damaged = f"{path} is damaged: compress the text again"
+    damaged = f"{path} is damaged or not an rcc {kind} file: make it again"
     manifest = _read_manifest(path, kind, verify, damaged)
     try:
         with safe_open(path, framework="pt") as file:
@@ -137,11 +137,11 @@ def _read_manifest(path: Path, kind: str, verify: str, damaged: str) -> dict[str
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             size = int.from_bytes(data[:8], "little")
             if len(data) < 8 or not 2 <= size <= len(data) - 8:
-                raise ContextError(f"{damaged} (it is truncated or not an rcc file).")
+                raise ContextError(f"{damaged} (its header is cut short).")
             text = data[8 : 8 + size]
             match = _DIGEST.search(text)
             if match is None:
-                raise ContextError(f"{damaged} (it has no digest, or is not an rcc file).")
+                raise ContextError(f"{damaged} (it has no digest).")
             if verify == "full" and _digest(data, 8 + match.start(1)) != match[1]:
                 raise ContextError(f"{damaged} (its content does not match its digest).")
             total = len(data)
