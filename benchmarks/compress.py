@@ -1,0 +1,145 @@
+"""Speed and memory of `compress`, beside the encoder's own forward pass and plain prefill of the same base.
+
+    python benchmarks/compress.py [--model M] [--rate 8] [--lengths 2048,8192,65536] [--threads 2] [--markdown OUT.md]
+
+Each figure comes from a process of its own, which loads the model, runs once to warm up on 2,048 tokens, and then
+`--repeats` times: the fastest counts. Processes of the three kinds take turns. Memory is the process's peak less what
+it held once the model was loaded: weights and libraries are not in it, the KV prefix or cache that results is.
+
+- compress: `model.compress`, that is the encoder over all segments and the decoder over the prefix.
+- encoder: the encoder alone over the same segments in the same batches, all layers, nothing kept.
+- prefill: the base reads the text as it is, in one pass with a KV cache, up to its window.
+
+The prefix pass reads one position for every `rate` tokens, so the goal is compress ≥ 0.95 / (1 + 1 / rate) of encoder.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+KINDS = ("encoder", "compress", "prefill")
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, float | None]:
+    """One kind at one length, in this process."""
+    from rcc import allocator
+
+    allocator.configure()
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from rcc import RCCForCausalLM, checkpoints
+    from rcc.modeling import BATCH_TOKENS
+
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    model = RCCForCausalLM.from_pretrained(arguments.model, device=arguments.device)
+    base = None
+    if arguments.kind == "prefill":
+        folder = checkpoints.resolve_base(model.config.base["decoder"].source)
+        base = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(model.device)
+        if arguments.length > base.config.max_position_embeddings:
+            return {"seconds": None, "bytes": None}
+    vocabulary = model.decoder.config.vocab_size
+    segment = model.config.segment_length
+
+    @torch.no_grad()
+    def run(ids: torch.Tensor) -> object:
+        if base is not None:
+            return base(ids, use_cache=True, logits_to_keep=1).past_key_values
+        if arguments.kind == "compress":
+            return model.compress(ids, rate=arguments.rate)
+        for batch in ids.view(-1, segment).split(BATCH_TOKENS // segment):
+            model.encoder(input_ids=batch, use_cache=False)
+        return None
+
+    ids = torch.randint(vocabulary, (1, arguments.length), device=model.device)
+    cuda = model.device.type == "cuda"
+    before = torch.cuda.memory_allocated() if cuda else resident()
+    run(ids[:, :2048])
+    best = float("inf")
+    if cuda:
+        torch.cuda.synchronize()
+    for _ in range(arguments.repeats):
+        start = time.perf_counter()
+        kept = run(ids)
+        if cuda:
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+        del kept
+    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"seconds": best, "bytes": max(0, peak - before)}
+
+
+def resident() -> int:
+    """Bytes of memory that this process holds now (Linux)."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def machine() -> str:
+    import torch
+    import transformers
+
+    names = [
+        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    ]
+    return (
+        f"{names[0] if names else platform.processor()}, {len(names)} cores; Python {platform.python_version()},"
+        f" torch {torch.__version__}, transformers {transformers.__version__}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="rcc-smollm2-135m")
+    parser.add_argument("--rate", type=int, default=8)
+    parser.add_argument("--lengths", default="2048,4096,8192,16384,32768,65536")
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--markdown", type=Path, help="also write the table here")
+    parser.add_argument("--kind", choices=KINDS, help=argparse.SUPPRESS)
+    parser.add_argument("--length", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.kind:
+        print(json.dumps(measure(arguments)))
+        return
+
+    goal = 0.95 / (1 + 1 / arguments.rate)
+    rows = [
+        "| tokens | encoder, tokens/s | compress, tokens/s | prefill, tokens/s | compress / encoder (goal"
+        f" {goal:.2f}) | compress / prefill | compress, peak MB | prefill, peak MB |",
+        "|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    print(*rows, sep="\n", flush=True)
+    for length in map(int, arguments.lengths.split(",")):
+        found = {}
+        for kind in KINDS:
+            command = [sys.executable, __file__, *sys.argv[1:], "--kind", kind, "--length", str(length)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                sys.exit(done.stderr)
+            found[kind] = json.loads(done.stdout.splitlines()[-1])
+        speed = {k: length / v["seconds"] if v["seconds"] else None for k, v in found.items()}
+        memory = {k: f"{v['bytes'] / 1e6:,.0f}" if v["bytes"] is not None else "–" for k, v in found.items()}
+        cells = [f"{length:,}"]
+        cells += [f"{speed[k]:,.0f}" if speed[k] else "beyond its window" for k in KINDS]
+        cells.append(f"{speed['compress'] / speed['encoder']:.2f}")
+        cells.append(f"{speed['compress'] / speed['prefill']:.2f}" if speed["prefill"] else "–")
+        cells += [memory["compress"], memory["prefill"]]
+        rows.append(f"| {' | '.join(cells)} |")
+        print(rows[-1], flush=True)
+    note = f"\nrate {arguments.rate}, {arguments.threads} threads, device {arguments.device}. {machine()}."
+    print(note)
+    if arguments.markdown:
+        arguments.markdown.write_text("\n".join([*rows, note]) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Sets up a virtual environment and runs every check: lint, format, types, tests. Arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+[ -x .venv/bin/python ] || python3 -m venv .venv
+.venv/bin/pip install -q --disable-pip-version-check torch==2.13.0 -e '.[dev]'
+.venv/bin/ruff check
+.venv/bin/ruff format --check
+.venv/bin/mypy
+.venv/bin/pytest "$@"

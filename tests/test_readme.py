@@ -1,0 +1,80 @@
+"""Every command and program of the README runs, in a fresh copy of the repository."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from rcc import checkpoints
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(sh|python)\n(.*?)^```$", README, re.M | re.S)
+TESTS = "bash scripts/test.sh"
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What git would clone of the working tree."""
+    folder = tmp_path_factory.mktemp("clone")
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, check=True
+    )
+    for name in filter(None, listed.stdout.decode().split("\0")):
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    return folder
+
+
+def test_readme(copy: Path, tmp_path: Path, default_base: Path) -> None:
+    """One shell runs the blocks from top to bottom, as a reader would; the base is there already, contexts are not."""
+    home = tmp_path / "home"
+    (home / "bases").mkdir(parents=True)
+    (home / "bases" / default_base.name).symlink_to(default_base)
+    script, programs = ["set -e"], []
+    for language, block in BLOCKS:
+        if language == "python":
+            programs.append(block)
+        elif block.strip() != TESTS:  # this very test is part of it; .ci/run runs it
+            script.append(block)
+    (copy / "readme.py").write_text("\n".join(programs), encoding="utf-8")
+    script.append("python readme.py")
+    done = subprocess.run(
+        ["bash", "-c", "\n".join(script)],
+        cwd=copy,
+        env={**os.environ, "RCC_HOME": str(home), "VIRTUAL_ENV": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (copy / "susan.rcc").stat().st_size > 1e6
+    assert (copy / "mine/model.safetensors").is_file()
+    # the answer that the README shows is the one that comes back
+    shown = re.search(r"```text\n(.*?)\n```", README, re.S)
+    assert shown is not None
+    assert shown[1] in done.stdout
+
+
+def test_readme_names_both_commands() -> None:
+    """The second command is the one that CI runs, and the first is the first block."""
+    blocks = [block.strip() for language, block in BLOCKS if language == "sh"]
+    assert blocks[0].startswith("python3 -m venv")
+    assert blocks[1] == TESTS
+    assert TESTS in (ROOT / ".ci/run").read_text(encoding="utf-8")
+
+
+def test_links() -> None:
+    """Every relative link of README and docs leads somewhere."""
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name} → {target}"
+
+
+def test_shipped_models_are_in_the_package() -> None:
+    assert "rcc-smollm2-135m" in checkpoints.shipped_models()
