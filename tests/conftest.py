@@ -100,7 +100,10 @@ def make_model(
     else:
         upper = make_backbone(encoder or family, layers[0], hidden[0], seed + 2, attn, window)
         model = RCCForCausalLM.from_base(upper, lower, config=settings)
-    return randomise(model, seed).to(dtype)
+    randomise(model, seed)
+    for parameter in model.parameters():  # not the rotary frequencies: they stay float32, as from_pretrained has them
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 @pytest.fixture(scope="session")
@@ -148,9 +151,7 @@ class Expected:
     def _settings(self, rate: int | list[int] | None) -> dict[str, Any]:
         return {**self.settings, "rate": rate or self.rate}
 
-    def logits(
-        self, texts: list[list[int]], prompt: list[int], rate: int | list[int] | None = None
-    ) -> torch.Tensor:
+    def logits(self, texts: list[list[int]], prompt: list[int], rate: int | list[int] | None = None) -> torch.Tensor:
         return ref.reference(*self.weights, texts, prompt, **self._settings(rate))[0]
 
     def vectors(self, texts: list[list[int]], rate: int | list[int] | None = None) -> torch.Tensor:

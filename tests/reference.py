@@ -28,9 +28,7 @@ def padded(ids: list[int], segment: int, padding: str) -> list[int]:
     return filled[len(filled) - missing :] + filled
 
 
-def compressed_vectors(
-    encoder: nn.Module, ids: list[int], segment: int, rate: int, padding: str = "none"
-) -> Tensor:
+def compressed_vectors(encoder: nn.Module, ids: list[int], segment: int, rate: int, padding: str = "none") -> Tensor:
     """[n, L + 1, H]: all states at the last token of every group of `rate` tokens of every segment."""
     ids = padded(ids, segment, padding)
     kept = []
@@ -43,9 +41,7 @@ def compressed_vectors(
     return torch.stack(kept)
 
 
-def decoder_inputs(
-    vectors: Tensor, depth: int, layer_map: str = "duplicate", states: str = "all"
-) -> list[Tensor]:
+def decoder_inputs(vectors: Tensor, depth: int, layer_map: str = "duplicate", states: str = "all") -> list[Tensor]:
     """What P_0, P_1, … P_depth read, [n, H] each, where the encoder may have another depth than the decoder."""
     if states == "last":
         return [vectors[:, -1]]
@@ -75,9 +71,7 @@ def rotary(config, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return table.cos().to(dtype), table.sin().to(dtype)
 
 
-def decode(
-    decoder: nn.Module, projections: list[Tensor], reads: list[Tensor], prompt: list[int]
-) -> Tensor:
+def decode(decoder: nn.Module, projections: list[Tensor], reads: list[Tensor], prompt: list[int]) -> Tensor:
     """Logits [Q, V] of a prompt behind the prefix that `reads` make; [1, n + Q] in one go."""
     family = decoder.config.model_type
     body = decoder.model if family == "llama" else decoder.gpt_neox
@@ -130,9 +124,7 @@ def reference(
         rate: of all texts, or one of each.
     """
     rates = rate if isinstance(rate, list) else [rate] * len(texts)
-    parts = [
-        compressed_vectors(encoder, ids, segment, r, padding) for ids, r in zip(texts, rates, strict=True)
-    ]
+    parts = [compressed_vectors(encoder, ids, segment, r, padding) for ids, r in zip(texts, rates, strict=True)]
     vectors = torch.cat(parts)
     reads = decoder_inputs(vectors, decoder.config.num_hidden_layers, layer_map, states)
     return decode(decoder, projections, reads, prompt), vectors

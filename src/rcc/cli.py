@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import logging
 import os
+import re
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,7 +22,7 @@ import typer
 from rich.console import Console
 
 from . import __version__, allocator
-from .errors import ContextError, FileError, InputError, ModelError, RCCError
+from .errors import FileError, InputError, ModelError, RCCError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,6 +35,7 @@ DEFAULT_MODEL = "rcc-smollm2-135m"
 app = typer.Typer(
     name="rcc",
     help="Compress a long text once, keep it in a file, ask it anything.",
+    epilog='For instance: rcc compress book.txt -o book.rcc, then rcc ask book.rcc "Who is the heroine?"',
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -53,29 +58,69 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     # a killed process cleans up behind itself as an interrupted one does
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    _prepare_streams()
     code: Any = 0
     try:
         code = app(standalone_mode=False)
+        sys.stdout.flush()  # what cannot be written shows here, not when Python ends
+        if code == 130:  # typer's answer to Ctrl-C
+            err.print("rcc: interrupted.")
     except RCCError as error:
-        err.print(f"rcc: {error}", markup=False)
-        code = 2
+        code = _refuse(str(error))
     except (KeyboardInterrupt, typer.Abort):
         err.print("rcc: interrupted.")
         code = 130
-    except BrokenPipeError:  # the reader went away: `rcc … | head`
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    except SystemExit as stop:  # 1 is typer's and rich's for a reader that went away: `rcc … | head`
+        code = 141 if stop.code == 1 else stop.code
+    except BrokenPipeError:
         code = 141
-    except MemoryError:
-        err.print("rcc: out of memory: use a higher --rate, or a shorter text.")
-        code = 2
+    except OSError as error:
+        code = _refuse(re.sub(r"^\[Errno \d+\] ", "", str(error)).partition("\n")[0].rstrip(".") + ".")
     except Exception as error:
-        # typer's own usage errors carry their exit code and print themselves
-        show = getattr(error, "show", None)
-        if show is None:
+        if (
+            isinstance(error, MemoryError)
+            or type(error).__name__ == "OutOfMemoryError"
+            or "allocate memory" in str(error)
+        ):
+            code = _refuse("out of memory: use a higher --rate, or a shorter text.")
+        elif hasattr(error, "format_message"):  # typer's own, of wrong usage
+            code = _usage(error)
+        else:
             raise
-        show()
-        code = getattr(error, "exit_code", 2)
+    if code not in (0, None):
+        _drop_output()
     sys.exit(code or 0)
+
+
+def _refuse(message: str) -> int:
+    err.print(f"rcc: {message}", markup=False)
+    return 2
+
+
+def _usage(error: Any) -> int:
+    message = error.format_message()
+    if "\n" in message:  # no command: this is the help
+        error.show()
+        return error.exit_code
+    return _refuse(f"{message.rstrip('.')} (see {error.ctx.command_path if error.ctx else 'rcc'} --help).")
+
+
+def _prepare_streams() -> None:
+    """Streams that are closed, or that cannot show or hold every character, are no reason to fail."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="surrogateescape" if name == "stdin" else "replace")
+
+
+def _drop_output() -> None:
+    """Forget what could not be written: Python would try again when it ends, and complain."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _version(wanted: bool) -> None:
@@ -106,14 +151,14 @@ def compress(
     force: Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")] = False,
 ) -> None:
     """Compress texts into a context file."""
-    _check_output(output, force)
+    target = _check_output(output, force)
     texts = [(source, _read_text(source)) for source in sources]
     number = _parse_rate(rate)
     before = _context_info(context) if context is not None else None
     rcc, tokenizer = _load_model(model, device, dtype, before)
     grown = _load_context(context, rcc) if context is not None else None
     result = _compress(rcc, tokenizer, texts, number, grown)
-    result.save(output)
+    result.save(target)
     err.print(f"{output}: {_describe(result)}", markup=False)
 
 
@@ -123,7 +168,7 @@ def ask(
     questions: Annotated[list[str], typer.Argument(help="One question or several.")],
     mode: Annotated[str, typer.Option(help="human, reconstruct or compress.")] = "human",
     model: Model = None,
-    rate: Annotated[str, typer.Option(help="For a text file: as in `rcc compress`.")] = "auto",
+    rate: Annotated[str | None, typer.Option(help="For a text file: as in `rcc compress`.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 128,
     device: Device = None,
     dtype: Dtype = None,
@@ -150,7 +195,7 @@ def ask(
 def chat(
     context: Annotated[str, typer.Argument(help="A context file, or a text file.")],
     model: Model = None,
-    rate: Annotated[str, typer.Option(help="For a text file: as in `rcc compress`.")] = "auto",
+    rate: Annotated[str | None, typer.Option(help="For a text file: as in `rcc compress`.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 256,
     device: Device = None,
     dtype: Dtype = None,
@@ -158,26 +203,36 @@ def chat(
     """Ask question after question; an empty line or the end of input ends it."""
     from . import prompting
 
+    if context == "-":
+        raise InputError("a chat reads its questions from standard input: name a file for the text.")
     rcc, tokenizer, value = _open(context, model, rate, device, dtype)
+    typed = sys.stdin.isatty()
+    if typed:
+        with contextlib.suppress(ImportError):  # input() then edits lines and remembers them
+            import readline  # noqa: F401
     history: list[tuple[str, str]] = []
     while True:
         try:
-            # the prompt goes to standard error, so that what is piped is answers alone
-            err.print("> ", end="")
-            question = input().strip()
+            question = input("> " if typed else "").strip()
         except EOFError:
             question = ""
         if not question:
             return
         room = rcc.window - len(value) - max_new_tokens
-        while True:  # a long talk forgets its beginning
-            prompt = prompting.build(question, "human", history)
-            if not history or prompting.token_ids(tokenizer, prompt.decoder_text).shape[1] <= room:
-                break
-            history.pop(0)
-        streamer = _streamer(tokenizer, prompt)
-        _, answer = prompting.ask(rcc, tokenizer, value, prompt, max_new_tokens, streamer=streamer)
-        history.append((question, answer))
+        try:
+            while True:  # a long talk forgets its beginning
+                prompt = prompting.build(question, "human", history)
+                if not history or prompting.token_ids(tokenizer, prompt.decoder_text).shape[1] <= room:
+                    break
+                history.pop(0)
+            streamer = _streamer(tokenizer, prompt)
+            _, answer = prompting.ask(rcc, tokenizer, value, prompt, max_new_tokens, streamer=streamer)
+        except InputError as error:
+            if not typed:
+                raise
+            _refuse(str(error))  # one question too long is not the end of a talk
+        else:
+            history.append((question, answer))
 
 
 @app.command()
@@ -210,14 +265,15 @@ def reconstruct(
     if ids.shape[1] == 0:
         raise InputError("the prompt is empty: give some words to go on from.")
     streamer = None if as_json or source is not None else _plain_streamer(tokenizer)
-    written = rcc.generate(
-        ids,
-        context=value,
-        max_new_tokens=tokens,
-        eos_token_id=prompting.NEVER,
-        pad_token_id=0,
-        streamer=streamer,
-    )[0]
+    with _status("writing") if streamer is None else contextlib.nullcontext():
+        written = rcc.generate(
+            ids,
+            context=value,
+            max_new_tokens=tokens,
+            eos_token_id=prompting.NEVER,
+            pad_token_id=0,
+            streamer=streamer,
+        )[0]
     result = {"prompt": tokenizer.decode(ids[0]), "text": tokenizer.decode(written[ids.shape[1] :])}
     if source is not None:
         result |= _compare(rcc, tokenizer, value, source, written.tolist(), ids.shape[1], not as_json)
@@ -311,24 +367,29 @@ def _parse_rate(rate: str) -> int | None:
     """`auto` is None."""
     if rate == "auto":
         return None
-    if not rate.isascii() or not rate.isdigit() or int(rate) < 1:
+    if not re.fullmatch("[1-9][0-9]{0,8}", rate):
         raise InputError(f"--rate {rate} is not a rate: use a whole number such as 8, or auto.")
     return int(rate)
 
 
-def _check_output(output: Path, force: bool) -> None:
-    """Refuse before the work is done, not after."""
-    if output.is_dir():
+def _check_output(output: Path, force: bool) -> Path:
+    """Refuse before the work is done, not after → the file to write, behind any symbolic links."""
+    target = Path(os.path.realpath(output))
+    if os.path.isdir(target):
         raise FileError(f"{output} is a folder: name a file in it.")
-    if output.exists() and not output.is_file():
+    if os.path.exists(target) and not os.path.isfile(target):
         raise FileError(f"{output} is not a regular file: name one to write.")  # a device must not be replaced
-    if output.exists() and not force:
+    if os.path.exists(target) and not force:
         raise FileError(f"{output} exists: use --force to replace it.")
-    folder = output.parent
-    if not folder.is_dir():
-        raise FileError(f"{output} cannot be written: the folder {folder} does not exist.")
-    if not os.access(folder, os.W_OK):
-        raise FileError(f"{output} cannot be written: there is no permission to write in {folder}.")
+    if not os.path.isdir(target.parent):
+        what = "is not a folder" if os.path.exists(target.parent) else "does not exist"
+        raise FileError(f"{output} cannot be written: {output.parent} {what}.")
+    try:  # permissions do not tell everything
+        with tempfile.NamedTemporaryFile(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent):
+            pass
+    except OSError as error:
+        raise FileError(f"{output} cannot be written: {error.strerror or error}.") from None
+    return target
 
 
 def _is_context(path: str) -> bool:
@@ -342,8 +403,7 @@ def _context_info(path: Path) -> dict[str, Any]:
     """Who made a context, read from its header; its content is checked when it is loaded."""
     from . import fileformat
 
-    with fileformat.read(path, "context", "header") as (manifest, _):
-        return manifest
+    return fileformat.read(path, "context", "header")[0]
 
 
 # ---------------------------------------------------------------- models and contexts
@@ -368,16 +428,20 @@ def _load_model(
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).strip().splitlines()[0]
+            torch.device(device)
+        except RuntimeError:
+            raise InputError(f"--device {device} is unknown: use cpu, cuda or mps.") from None
+        try:
+            torch.zeros(1, device=device).item()
+        except (RuntimeError, AssertionError, ImportError) as error:
+            reason = str(error).strip().splitlines()[0].rstrip(".")
             raise InputError(f"--device {device} cannot be used here ({reason}): use cpu.") from None
         kind = None
         if dtype is not None:
             kind = getattr(torch, dtype, None)
             if kind not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
                 raise InputError(f"--dtype {dtype} is unknown: use bfloat16, float16 or float32.")
-        name = name or DEFAULT_MODEL
+        name = DEFAULT_MODEL if name is None else name
         rcc = RCCForCausalLM.from_pretrained(name, device=device, dtype=kind, progress=say)
         return rcc, checkpoints.load_tokenizer(name)
 
@@ -389,21 +453,24 @@ def _load_context(path: Path, rcc: RCCForCausalLM | None) -> CompressedContext:
 
 
 def _open(
-    path: str, model: str | None, rate: str, device: str | None, dtype: str | None
+    path: str, model: str | None, rate: str | None, device: str | None, dtype: str | None
 ) -> tuple[RCCForCausalLM, PreTrainedTokenizerBase, CompressedContext]:
     """The context in a file, or that of a text, from the cache if the same text was asked before."""
     if _is_context(path):
+        if rate is not None:
+            raise InputError(f"--rate is for a text, and {path} is compressed already: leave it out.")
         rcc, tokenizer = _load_model(model, device, dtype, _context_info(Path(path)))
         return rcc, tokenizer, _load_context(Path(path), rcc)
     from . import checkpoints
 
     text = _read_text(path)
+    rate = rate or "auto"
     number = _parse_rate(rate)
     rcc, tokenizer = _load_model(model, device, dtype)
     key = hashlib.sha256(f"{rcc.fingerprint} {rate} {rcc.dtype}\n{text}".encode()).hexdigest()
     kept = checkpoints.home() / "contexts" / f"{key[:32]}.rcc"
     if kept.exists():
-        with contextlib.suppress(ContextError):  # a damaged one is made again
+        with contextlib.suppress(RCCError):  # a damaged one is made again
             context = _load_context(kept, rcc)
             err.print(f"read {kept}: {_describe(context)}", markup=False)
             return rcc, tokenizer, context
@@ -475,7 +542,7 @@ def _compare(
     elif show:
         out.print(tokenizer.decode(written), markup=False)
         err.print("the prompt does not occur in the text: nothing to compare what was written with.", style="yellow")
-    with _progress("measuring the whole text", 1) as advance:
+    with _progress("measuring the whole text", 1, "spans") as advance:
         whole = teacher_forced(rcc, context, ids, progress=lambda n, all_: advance(n, all_))
     found |= {"source_tokens": len(ids), "tokens_measured": whole.tokens, "tokens_recovered": whole.accuracy}
     found["loss"] = whole.loss
@@ -504,7 +571,6 @@ def _following(text: list[int], prompt: list[int], count: int) -> list[int]:
 def _show_differences(prompt: str, guess: str, truth: str) -> None:
     """Print what was written: words that the text has otherwise struck out, followed by the text's."""
     import difflib
-    import re
 
     from rich.text import Text
 
@@ -561,7 +627,7 @@ def _streamer(tokenizer: PreTrainedTokenizerBase, prompt: Any) -> Any:
 @contextlib.contextmanager
 def _status(message: str) -> Iterator[Callable[[str], None]]:
     """A line that says what is being done; phases that take long stay visible, silent unless on a terminal."""
-    if not err.is_terminal:
+    if not sys.stderr.isatty():  # FORCE_COLOR makes rich's is_terminal true in a pipe
         yield lambda phase: None
         return
     with err.status(message) as status:
@@ -574,25 +640,23 @@ def _status(message: str) -> Iterator[Callable[[str], None]]:
 
 
 @contextlib.contextmanager
-def _progress(message: str, total: int) -> Iterator[Callable[..., None]]:
+def _progress(message: str, total: int, unit: str = "tokens") -> Iterator[Callable[..., None]]:
     """A bar with speed and time left on a terminal; silent otherwise."""
-    if not err.is_terminal:
+    if not sys.stderr.isatty():
         yield lambda done, total=None: None
         return
-    from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
     from rich.text import Text
 
-    class Speed(ProgressColumn):
+    class Pace(ProgressColumn):
         def render(self, task: Task) -> Text:
-            return Text(f"{task.speed or 0:,.0f}/s")
+            if not task.completed or not task.elapsed:
+                return Text("")
+            pace = task.completed / task.elapsed
+            left = timedelta(seconds=round(((task.total or 0) - task.completed) / pace))
+            return Text(f"{pace:,.{0 if pace > 10 else 1}f} {unit}/s, {left} left")
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed:,}/{task.total:,}"),
-        Speed(),
-        TimeRemainingColumn(),
-    )
+    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,}/{task.total:,}"), Pace()
     with Progress(*columns, console=err, transient=True) as bar:
         task = bar.add_task(message, total=total)
         yield lambda done, total=None: bar.update(task, completed=done, **({"total": total} if total else {}))

@@ -137,4 +137,9 @@ class RCCConfig:
         known = {f.name for f in dataclasses.fields(cls)}
         if unknown := sorted(set(data) - known):
             raise ModelError(f"{file} has unknown settings ({', '.join(unknown)}): update rcc.")
-        return cls(**data)
+        try:
+            return cls(**data)
+        except (TypeError, AttributeError) as error:
+            raise ModelError(f"{file} has a setting of the wrong type ({error}).") from None
+        except InputError as error:
+            raise ModelError(f"{file}: {error}") from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -64,22 +64,29 @@ class BlockLayer(DynamicLayer):
         self._show()
         return self.keys, self.values
 
+    def _map(self, change: Callable[[Tensor], Tensor]) -> None:
+        if self.is_initialized:
+            self._hold(*map(change, self.block))
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder the batch for beam search, spare capacity included."""
-        self._hold(*(b.index_select(0, beam_idx.to(b.device)) for b in self.block))
+        self._map(lambda block: block.index_select(0, beam_idx.to(block.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row, spare capacity included."""
-        self._hold(*(b.repeat_interleave(repeats, dim=0) for b in self.block))
+        self._map(lambda block: block.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some rows."""
-        self._hold(*(b[indices, ...] for b in self.block))
+        self._map(lambda block: block[indices, ...])
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last -`tokens_to_remove` positions; their memory becomes spare."""
-        self.length += tokens_to_remove
-        self._show()
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes the negative number of positions to remove, not {tokens_to_remove}.")
+        if self.is_initialized:
+            self.length = max(0, self.length + tokens_to_remove)
+            self._show()
 
     def reset(self) -> None:
         """Forget everything."""
@@ -249,6 +256,8 @@ class CompressedContext:
         """
         if self.batch_size != 1:
             raise InputError(f"expand needs a context of one text, this one holds {self.batch_size}: take context[i].")
+        if n < 1:
+            raise InputError(f"n must be at least 1, not {n!r}.")
         layers = [(k.expand(n, -1, -1, -1), v.expand(n, -1, -1, -1)) for k, v in self.blocks.layers]
         mask = None if self.mask is None else self.mask.expand(n, -1)
         blocks = KVBlocks(layers, self.length, writable=False)
@@ -354,29 +363,32 @@ class CompressedContext:
             FileError: the file cannot be read.
             ContextError: it is damaged, truncated, of a newer format, not a context, or made by another model.
         """
-        with fileformat.read(Path(path), "context", verify) as (manifest, get):
-            try:
-                pieces = tuple(pieces_from(manifest["pieces"]))
-                length = sum(piece.positions for piece in pieces)
-                fingerprint, name = manifest["fingerprint"], manifest["model"]
-                if model is not None:
-                    model.check_fingerprint(fingerprint, name, str(path))
-                layers = [(get(f"keys.{i}"), get(f"values.{i}")) for i in range(manifest["layers"])]
-                if any(t.ndim != 4 or t.shape[-2] != length for layer in layers for t in layer):
-                    raise ContextError(f"{path} is damaged: its tensors do not have {length} positions.")
-                blocks = KVBlocks(layers, length, writable=False)
-                context = cls(
-                    blocks, length, (pieces,), fingerprint, name, manifest["segment_length"], manifest["versions"]
-                )
-            except (KeyError, TypeError, AttributeError, IndexError) as error:
-                raise ContextError(f"{path} is damaged: its manifest is not whole ({error}).") from None
-            target = device if device is not None else (None if model is None else model.device)
-            dtype = None if model is None else model.dtype
-            moved = context.to(target, dtype)
-            if moved is context and verify == "full":
-                layers = [_room(*layer, SPARE) for layer in layers]
-                moved = replace(context, blocks=KVBlocks(layers, length, writable=True))
-            return moved
+        manifest, tensors = fileformat.read(Path(path), "context", verify)
+        try:
+            pieces = tuple(pieces_from(manifest["pieces"]))
+            fingerprint, name = manifest["fingerprint"], manifest["model"]
+            if not isinstance(fingerprint, str) or not isinstance(name, str):
+                raise TypeError("names that are no text")
+            layers = [(tensors.pop(f"keys.{i}"), tensors.pop(f"values.{i}")) for i in range(manifest["layers"])]
+            versions, segment_length = dict(manifest["versions"]), int(manifest["segment_length"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ContextError(f"{path} is damaged: its manifest is not whole ({error}).") from None
+        length = sum(piece.positions for piece in pieces)
+        like = layers[0][0] if layers else torch.empty(0)
+        alike = all(t.shape == like.shape and t.dtype == like.dtype for layer in layers for t in layer)
+        sized = like.ndim == 4 and like.is_floating_point() and (like.shape[0], like.shape[2]) == (1, length)
+        if tensors or not alike or not sized:
+            raise ContextError(f"{path} is damaged: its tensors are not the keys and values of {length} positions.")
+        if model is not None:
+            model.check_fingerprint(fingerprint, name, str(path))
+        blocks = KVBlocks(layers, length, writable=False)
+        context = cls(blocks, length, (pieces,), fingerprint, name, segment_length, versions)
+        target = device if device is not None or model is None else model.device
+        moved = context.to(target, None if model is None else model.dtype)
+        if moved is context and verify == "full":
+            layers = [_room(*layer, SPARE) for layer in layers]
+            moved = replace(context, blocks=KVBlocks(layers, length, writable=True))
+        return moved
 
 
 def _room(

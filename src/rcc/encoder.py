@@ -53,8 +53,9 @@ def rows_of(ids: Tensor, mask: Tensor | None, vocabulary: int, argument: str = "
     """
     if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.dtype not in (torch.int64, torch.int32):
         raise InputError(f"{argument} must be a tensor of whole numbers of shape [batch, tokens].")
-    if mask is not None and mask.shape != ids.shape:
-        raise InputError(f"the mask of {argument} has shape {list(mask.shape)}, but {argument} has {list(ids.shape)}.")
+    if mask is not None and (not isinstance(mask, Tensor) or mask.shape != ids.shape):
+        name = "context_mask" if argument == "context_ids" else "attention_mask"
+        raise InputError(f"{name} must be a tensor of the same shape as {argument}, {list(ids.shape)}.")
     rows = [ids[b] if mask is None else ids[b][mask[b].bool()] for b in range(ids.shape[0])]
     if not rows or any(len(row) == 0 for row in rows):
         raise InputError(f"{argument} holds an empty text: give at least one token.")
@@ -128,7 +129,7 @@ class _Capture:
         """State i [segments, T, H], the input of block i."""
         if i in self.wanted:
             # both forms copy, so that nothing keeps the positions that are dropped
-            kept = hidden[:, self.rate - 1 :: self.rate].contiguous() if self.index is None else hidden[self.index]
+            kept = hidden[:, self.rate - 1 :: self.rate].clone() if self.index is None else hidden[self.index]
             self.states[i] = kept
         if i == self.wanted[-1] and not torch.is_grad_enabled():
             raise _Done
@@ -254,20 +255,25 @@ class CompressedVectors:
         Raises:
             FileError: it cannot be read. ContextError: it is damaged, of a newer format or something else.
         """
-        with fileformat.read(Path(path), "vectors", verify="full") as (manifest, get):
-            try:
-                return cls(
-                    get("states").clone().to(device),
-                    get("lengths").clone().to(device),
-                    manifest["rate"],
-                    manifest["segment_length"],
-                    tuple(pieces_from(manifest["pieces"])),
-                    manifest["fingerprint"],
-                )
-            except (KeyError, TypeError) as error:
-                raise ContextError(f"{path} lacks part of its description ({error}).") from None
+        manifest, tensors = fileformat.read(Path(path), "vectors", verify="full")
+        try:
+            return cls(
+                tensors["states"].clone().to(device),
+                tensors["lengths"].clone().to(device),
+                manifest["rate"],
+                manifest["segment_length"],
+                tuple(pieces_from(manifest["pieces"])),
+                manifest["fingerprint"],
+            )
+        except (KeyError, TypeError) as error:
+            raise ContextError(f"{path} is damaged: its description is not whole ({error}).") from None
 
 
 def pieces_from(rows: list[dict[str, Any]]) -> list[Piece]:
-    """Pieces as a manifest holds them."""
-    return [Piece(**{**row, "opening": tuple(row["opening"])}) for row in rows]
+    """Pieces as a manifest holds them; a TypeError or KeyError where they make no sense."""
+    pieces = [Piece(**{**row, "opening": tuple(row["opening"])}) for row in rows]
+    for piece in pieces:
+        counts = (piece.tokens, piece.positions, piece.rate)
+        if any(type(n) is not int for n in (*counts, *piece.opening)) or min(counts) < 1:
+            raise TypeError("a piece of text with senseless numbers")
+    return pieces

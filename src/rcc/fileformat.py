@@ -1,9 +1,9 @@
 """One file format for contexts and vectors: safetensors with a manifest, a digest over every byte, written whole.
 
 The file is an ordinary safetensors file, which any safetensors reader opens. Its metadata hold `rcc` (the manifest
-as JSON) and `sha256`: the SHA-256 of the whole file with those 64 digits replaced by zeros. It is written here,
-not by the safetensors library, because that one wants every tensor contiguous in memory at once, which would
-double a large context; it is read by the library.
+as JSON) and `sha256`: the SHA-256 of the whole file with those 64 digits replaced by zeros. It is not written by the
+safetensors library, because that one wants every tensor contiguous in memory at once, which would double a large
+context; nor read by it, because it opens the file anew, which may by then be another one than the one checked.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import os
 import re
 import secrets
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .errors import ContextError, FileError
+from .errors import ContextError, FileError, InputError
 
 VERSION = 1
 _ZEROS = "0" * 64
@@ -36,8 +36,9 @@ _DTYPES = {
     torch.int64: "I64",
 }
 
+_NAMES = {name: dtype for dtype, name in _DTYPES.items()}
+
 Lazy = tuple[torch.dtype, tuple[int, ...], Callable[[], Tensor]]
-Reader = tuple[dict[str, Any], Callable[[str], Tensor]]
 
 
 def lazy(tensor: Tensor) -> Lazy:
@@ -67,6 +68,8 @@ def write(path: Path, kind: str, manifest: Mapping[str, Any], tensors: Mapping[s
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors start aligned
     digest = hashlib.sha256()
+    if not path.name:
+        raise FileError(f"{str(path)!r} cannot be written: it does not name a file.")
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         try:
@@ -101,80 +104,68 @@ def is_ours(path: Path, kind: str) -> bool:
         return False
 
 
-@contextlib.contextmanager
-def read(path: Path, kind: str, verify: str) -> Iterator[Reader]:
-    """Open a file that :func:`write` wrote: its manifest, and a function from tensor name to mapped tensor.
+def read(path: Path, kind: str, verify: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Open a file that :func:`write` wrote → its manifest, and its tensors by name, mapped: read when they are used.
 
     Args:
         verify: `"full"` checks the digest over every byte first; `"header"` only the header and the sizes.
 
     Raises:
-        FileError: it is not there or cannot be read.
+        InputError: an unknown `verify`.
+        FileError: the file is not there or cannot be read.
         ContextError: it is damaged, truncated, of a newer format, or not a file of this kind.
     """
-    from safetensors import SafetensorError, safe_open
-
-    damaged = f"{path} is damaged or not an rcc {kind} file: make it again"
-    manifest = _read_manifest(path, kind, verify, damaged)
-    try:
-        with safe_open(path, framework="pt") as file:
-
-            def get(name: str) -> Tensor:
-                try:
-                    return file.get_tensor(name)
-                except SafetensorError as error:
-                    raise ContextError(f"{damaged} ({error}).") from None
-
-            yield manifest, get
-    except SafetensorError as error:
-        raise ContextError(f"{damaged} ({error}).") from None
-
-
-def _read_manifest(path: Path, kind: str, verify: str, damaged: str) -> dict[str, Any]:
     if verify not in ("full", "header"):
-        raise ContextError(f'verify={verify!r} is unknown: use "full" or "header".')
+        raise InputError(f'verify={verify!r} is unknown: use "full" or "header".')
+    damaged = f"{path} is damaged or not an rcc {kind} file: make it again"
     try:
-        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            size = int.from_bytes(data[:8], "little")
-            if len(data) < 8 or not 2 <= size <= len(data) - 8:
-                raise ContextError(f"{damaged} (its header is cut short).")
-            text = data[8 : 8 + size]
-            match = _DIGEST.search(text)
-            if match is None:
-                raise ContextError(f"{damaged} (it has no digest).")
-            if verify == "full" and _digest(data, 8 + match.start(1)) != match[1]:
-                raise ContextError(f"{damaged} (its content does not match its digest).")
-            total = len(data)
+        with open(path, "rb") as file:
+            if not os.fstat(file.fileno()).st_size:
+                raise ContextError(f"{path} is empty.")
+            # a private mapping: what is checked here is what the tensors show, and nothing is written back
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     except OSError as error:
         raise FileError(f"{path} cannot be read: {error.strerror or error}.") from error
-    except ValueError as error:  # an empty file cannot be mapped
-        if isinstance(error, ContextError):
-            raise
-        raise ContextError(f"{path} is empty.") from None
+    size = int.from_bytes(data[:8], "little")
+    if not 2 <= size <= len(data) - 8:
+        raise ContextError(f"{damaged} (its header is cut short).")
+    text = data[8 : 8 + size]
+    match = _DIGEST.search(text)
+    if match is None:
+        raise ContextError(f"{damaged} (it has no digest).")
+    if verify == "full" and _digest(data, 8 + match.start(1)) != match[1]:
+        raise ContextError(f"{damaged} (its content does not match its digest).")
     try:
         header = json.loads(text)
         metadata = header.pop("__metadata__")
-        version, found = int(metadata["version"]), metadata["format"]
-        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        version, found, manifest = int(metadata["version"]), metadata["format"], json.loads(metadata["rcc"])
+        total = 8 + size + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
         raise ContextError(f"{damaged} (its header cannot be read).") from None
     if found != f"rcc-{kind}":
         raise ContextError(f"{path} holds {found!r}, not an rcc {kind} file.")
     if version > VERSION:
         raise ContextError(f"{path} has format version {version}, this rcc reads up to {VERSION}: update rcc.")
-    if total != 8 + size + end:
-        raise ContextError(f"{damaged} (it has {total} bytes instead of {8 + size + end}).")
-    try:
-        manifest = json.loads(metadata["rcc"])
-    except (ValueError, KeyError, TypeError):
-        manifest = None
     if not isinstance(manifest, dict):
         raise ContextError(f"{damaged} (its manifest cannot be read).")
-    return manifest
+    if len(data) != total:
+        raise ContextError(f"{damaged} (it has {len(data)} bytes instead of {total}).")
+    try:
+        return manifest, {name: _tensor(data, 8 + size, entry) for name, entry in header.items()}
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ContextError(f"{damaged} (a tensor cannot be read: {error}).") from None
+
+
+def _tensor(data: mmap.mmap, start: int, entry: dict[str, Any]) -> Tensor:
+    dtype, shape = _NAMES[entry["dtype"]], torch.Size(entry["shape"])
+    low, high = entry["data_offsets"]
+    if min(shape, default=1) < 1 or low < 0 or high - low != shape.numel() * dtype.itemsize:
+        raise ValueError("its size does not fit its shape")
+    return torch.frombuffer(data, dtype=dtype, count=shape.numel(), offset=start + low).view(shape)
 
 
 def _digest(data: mmap.mmap, at: int) -> bytes:
-    """SHA-256 of a mapped file with the 64 bytes at `at` replaced by zeros (the digit)."""
+    """SHA-256 of a mapped file with the 64 bytes at `at` replaced by zeros."""
     digest = hashlib.sha256()
     with memoryview(data) as view:
         digest.update(view[:at])

@@ -10,6 +10,7 @@ import contextlib
 import copy
 import hashlib
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,12 @@ class RCCForCausalLM(nn.Module):
             shared = {id(p): p for p in decoder.base_model.parameters()}
             encoder = copy.deepcopy(decoder.base_model, memo=shared)
         self.encoder = encoder
+        readable = backbones.window(self.encoder.config)
+        if config.segment_length > readable:
+            raise InputError(
+                f"segment_length={config.segment_length} is more than the {readable} positions that the encoder can"
+                " address: use a shorter segment."
+            )
         encoding.capture_states(self.encoder)
         accept_residuals(self.decoder.base_model)
         sizes = self.encoder.config.hidden_size, self.decoder.config.hidden_size
@@ -116,6 +123,8 @@ class RCCForCausalLM(nn.Module):
         lower = _load_base(decoder if decoder is not None else encoder, "decoder", config, load)
         upper = None if config.share_base else _load_base(encoder, "encoder", config, load)
         model = cls(config, upper, lower)
+        if dtype not in (None, "auto"):  # backbones that were handed over are not loaded in it
+            model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
         return model.to(device) if device is not None else model
 
     @classmethod
@@ -179,10 +188,7 @@ class RCCForCausalLM(nn.Module):
                 if full or not frozen or side not in config.base:
                     self._save_base(side, folder / side)
                     config.base[side] = BaseReference(side, checkpoints.weights_sha256(folder / side))
-            weights = self.own_state_dict()
-            from safetensors.torch import save_file
-
-            save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+            _write_weights(self.own_state_dict(), folder)
             config.weights_sha256 = checkpoints.weights_sha256(folder)
             config.fingerprint = self.fingerprint
             config.save(folder)
@@ -190,8 +196,6 @@ class RCCForCausalLM(nn.Module):
             raise FileError(f"{folder} cannot be written: {error.strerror or error}.") from error
 
     def _save_base(self, side: str, folder: Path) -> None:
-        from safetensors.torch import save_file
-
         module = getattr(self, side)
         state = {}
         for name, tensor in module.state_dict().items():
@@ -203,9 +207,8 @@ class RCCForCausalLM(nn.Module):
                 if id(parameter) == tied and name.startswith("lm_head"):
                     state.pop(name, None)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(
-            {k: v.contiguous() for k, v in state.items()}, folder / "model.safetensors", metadata={"format": "pt"}
-        )
+        _write_weights({k: v.contiguous() for k, v in state.items()}, folder)
+        module.config.dtype = module.dtype  # which `to` does not tell it
         module.config.save_pretrained(folder)
         if side == "decoder":
             module.generation_config.save_pretrained(folder)
@@ -289,6 +292,15 @@ class RCCForCausalLM(nn.Module):
         """Positions that the decoder can address: prefix, prompt and answer together."""
         return backbones.window(self.decoder.config)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> RCCForCausalLM:
+        """Move and cast as any module, but keep rotary frequencies exact, as transformers' own loading does."""
+        exact = [(m, name, b) for m in self.modules() for name, b in m._buffers.items() if name.endswith("inv_freq")]
+        super()._apply(fn, recurse)
+        for module, name, buffer in exact:
+            if buffer is not None:
+                setattr(module, name, buffer.to(module.get_buffer(name).device))
+        return self
+
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
         """Recompute activations in the backward pass, on both sides."""
         for side in (self.encoder, self.decoder):
@@ -353,7 +365,7 @@ class RCCForCausalLM(nn.Module):
             ContextError: `context` was made by another model.
         """
         rate = self._check_rate(rate)
-        rows = encoding.rows_of(input_ids.to(self.device), _to(attention_mask, self.device), self._vocabulary)
+        rows = encoding.rows_of(_to(input_ids, self.device), _to(attention_mask, self.device), self._vocabulary)
         pieces = [piece_of(row, rate, self.config) for row in rows]
         total = sum(piece.tokens for piece in pieces)
 
@@ -381,7 +393,7 @@ class RCCForCausalLM(nn.Module):
             InputError: an unusable argument.
         """
         rate = self._check_rate(rate)
-        rows = encoding.rows_of(input_ids.to(self.device), _to(attention_mask, self.device), self._vocabulary)
+        rows = encoding.rows_of(_to(input_ids, self.device), _to(attention_mask, self.device), self._vocabulary)
         wanted = list(range(self._encoder_depth + 1)) if self.config.states == "all" else self.projections.states
         chunks = []
         for states, valid, _ in encoding.encode(self.encoder, rows, rate, self.config, wanted, batch_tokens):
@@ -421,7 +433,7 @@ class RCCForCausalLM(nn.Module):
         new = max(piece.positions for piece in pieces)
         if context is not None:
             context = self._check_context(context, len(pieces))
-        self._check_window(new, 0, context)
+        self._check_window([piece.positions for piece in pieces], [0] * len(pieces), context)
         if context is None:
             capacity = min(new + SPARE, max(new, self.window))
             depth = len(backbones.blocks(self.decoder.base_model))
@@ -516,19 +528,22 @@ class RCCForCausalLM(nn.Module):
         """
         if context is not None and context_ids is not None:
             raise InputError("give context or context_ids, not both.")
-        input_ids = input_ids.to(self.device)
-        encoding.rows_of(input_ids, None, self._decoder_vocabulary)
+        input_ids, attention_mask = _to(input_ids, self.device), _to(attention_mask, self.device)
+        prompts = [len(row) for row in encoding.rows_of(input_ids, attention_mask, self._decoder_vocabulary)]
+        if labels is not None and labels.shape != input_ids.shape:
+            raise InputError(f"labels has shape {list(labels.shape)}, but input_ids has {list(input_ids.shape)}.")
         new = input_ids.shape[1]
         if context_ids is not None:
-            return self._train(input_ids, attention_mask, context_ids, context_mask, rate, labels, **kwargs)
+            return self._train(input_ids, attention_mask, context_ids, context_mask, rate, labels, prompts, **kwargs)
         if context is None:
+            self._check_window([0] * len(prompts), prompts, None)
             mask, order = self._order(0, None, new, attention_mask, input_ids)
             logits = self.decoder(
                 input_ids=input_ids, attention_mask=mask, position_ids=order, use_cache=False, **kwargs
             ).logits
             return self._output(logits, labels)
         context = self._check_context(context, len(input_ids))
-        self._check_window(0, new, context)
+        self._check_window([0] * len(prompts), prompts, context)
         mask, order = self._order(len(context), context.mask, new, attention_mask, input_ids)
         with torch.no_grad(), context.borrow(new) as cache:
             logits = self.decoder(
@@ -549,41 +564,38 @@ class RCCForCausalLM(nn.Module):
         context_mask: Tensor | None,
         rate: int | None,
         labels: Tensor | None,
+        prompts: list[int],
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         rate = self._check_rate(rate)
         mask = _to(context_mask, self.device)
-        rows = encoding.rows_of(context_ids.to(self.device), mask, self._vocabulary, "context_ids")
+        rows = encoding.rows_of(_to(context_ids, self.device), mask, self._vocabulary, "context_ids")
         if len(rows) != len(input_ids):
             raise InputError(f"context_ids has {len(rows)} rows, but input_ids has {len(input_ids)}: give as many.")
-        new = input_ids.shape[1]
+        new = [encoding.positions(len(row), rate, self.config) for row in rows]
+        self._check_window(new, prompts, None)
         wanted = self.projections.states
         ((states, valid, _),) = encoding.encode(self.encoder, rows, rate, self.config, wanted, None)
         residuals = Residuals(self.projections, states)
         prefix = residuals.inputs()
         n = prefix.shape[1]
-        if n + new > self.window:
-            raise WindowError(
-                f"{n} prefix positions and {new} tokens are more than the decoder's window of {self.window}:"
-                " use a higher rate or a shorter text."
-            )
         inputs = torch.cat([prefix, self.decoder.get_input_embeddings()(input_ids).to(prefix.dtype)], 1)
         everything = None
         if valid is not None or attention_mask is not None:
             everything = torch.cat(
                 [
                     torch.ones(inputs.shape[0], n, device=self.device) if valid is None else valid,
-                    torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(self.device),
+                    torch.ones_like(input_ids) if attention_mask is None else attention_mask,
                 ],
                 1,
             )
-        mask, order = self._order(0, None, n + new, everything, inputs)
+        mask, order = self._order(0, None, inputs.shape[1], everything, inputs)
         logits = self.decoder(
             inputs_embeds=inputs,
             attention_mask=mask,
             position_ids=order,
             use_cache=False,
-            logits_to_keep=new,
+            logits_to_keep=input_ids.shape[1],
             **residual_arguments(residuals),
             **kwargs,
         ).logits
@@ -618,9 +630,8 @@ class RCCForCausalLM(nn.Module):
         Raises:
             InputError, WindowError, ContextError: as :meth:`compress`.
         """
-        input_ids = input_ids.to(self.device)
-        attention_mask = _to(attention_mask, self.device)
-        encoding.rows_of(input_ids, None, self._decoder_vocabulary)
+        input_ids, attention_mask = _to(input_ids, self.device), _to(attention_mask, self.device)
+        prompts = [len(row) for row in encoding.rows_of(input_ids, attention_mask, self._decoder_vocabulary)]
         if attention_mask is not None and not bool(attention_mask[:, -1].all()):
             raise InputError("attention_mask has padding on the right: generate needs prompts padded on the left.")
         settings: GenerationConfig = kwargs.get("generation_config") or self.decoder.generation_config
@@ -630,16 +641,17 @@ class RCCForCausalLM(nn.Module):
             return default if value is None else int(value)
 
         length = input_ids.shape[1]
-        extra = length + setting("max_new_tokens", max(0, setting("max_length", 20) - length))
-        self._check_window(0, extra, context)
+        answer = setting("max_new_tokens", max(0, setting("max_length", 20) - length))
+        if context is not None:
+            context = self._check_context(context, len(prompts))
+        self._check_window([0] * len(prompts), [n + answer for n in prompts], context)
         if context is None:
             return self.decoder.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
-        context = self._check_context(context, len(input_ids))
         mask = self._order(len(context), context.mask, length, attention_mask, input_ids)[0]
         if mask is None:
             mask = torch.ones(len(input_ids), len(context) + length, dtype=torch.long, device=self.device)
         copies = max(setting("num_beams", 1), setting("num_return_sequences", 1))
-        with context.borrow(extra) as cache:
+        with context.borrow(length + answer) as cache:
             if copies > 1:
                 cache.batch_repeat_interleave(copies)
             return self.decoder.generate(input_ids=input_ids, attention_mask=mask, past_key_values=cache, **kwargs)
@@ -693,8 +705,10 @@ class RCCForCausalLM(nn.Module):
             raise InputError(f"the context holds {context.batch_size} texts, but the batch has {batch}: {hint}.")
         return context.to(self.device, self.dtype)
 
-    def _check_window(self, positions: int, tokens: int, context: CompressedContext | None) -> None:
-        held = max(context.lengths) if context is not None else 0
+    def _check_window(self, new: list[int], prompts: list[int], context: CompressedContext | None) -> None:
+        """Raise WindowError if some row's context, new prefix positions and tokens exceed the window."""
+        before = [0] * len(new) if context is None else context.lengths
+        held, positions, tokens = max(zip(before, new, prompts, strict=True), key=sum)
         if held + positions + tokens > self.window:
             parts = [f"{held} positions of the context"] if held else []
             parts += [f"{positions} new prefix positions"] if positions else []
@@ -705,8 +719,9 @@ class RCCForCausalLM(nn.Module):
             )
 
 
-def _to(tensor: Tensor | None, device: torch.device) -> Tensor | None:
-    return None if tensor is None else tensor.to(device)
+def _to(tensor: Any, device: torch.device) -> Any:
+    """A tensor on a device; anything else as it is, for the checks to name."""
+    return tensor.to(device) if isinstance(tensor, Tensor) else tensor
 
 
 def _library_versions() -> dict[str, str]:
@@ -715,14 +730,29 @@ def _library_versions() -> dict[str, str]:
     return {"rcc": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
 
 
+def _write_weights(state: dict[str, Tensor], folder: Path) -> None:
+    """Write a folder's weights, whole or not at all."""
+    from safetensors.torch import save_file
+
+    temporary = folder / f".{WEIGHTS}.tmp"
+    try:
+        save_file(state, temporary, metadata={"format": "pt"})
+        temporary.chmod(folder.stat().st_mode & 0o666)  # safetensors writes for its owner only
+        os.replace(temporary, folder / WEIGHTS)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def _load_base(
     source: str | Path | PreTrainedModel, side: str, config: RCCConfig, load: dict[str, Any]
 ) -> PreTrainedModel:
     """A backbone for :meth:`RCCForCausalLM.from_base`; one that comes from a folder is noted in the config."""
-    if isinstance(source, nn.Module):
+    if isinstance(source, PreTrainedModel):
         source = copy.deepcopy(source)  # hooks and LoRA go into our own copy
+        if load["attn_implementation"] is not None:
+            source.set_attn_implementation(load["attn_implementation"])
         return source if side == "decoder" else getattr(source, "base_model", source)
-    path = checkpoints.resolve_base(source)
+    path = checkpoints.resolve_base(source).absolute()
     model = _load_backbone(path, side, load)
     known = str(source) in checkpoints.BASES
     config.base[side] = BaseReference(str(source) if known else str(path), checkpoints.weights_sha256(path))

@@ -91,7 +91,15 @@ class _Ends(StoppingCriteria):
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
-    """Text → [1, T] token ids, without the special tokens that some tokenizers add."""
+    """Text → [1, T] token ids, without the special tokens that some tokenizers add.
+
+    Raises:
+        InputError: the text holds what is not Unicode, such as an argument in another encoding.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError("the question or prompt is not UTF-8 text: give it in UTF-8.") from None
     return torch.tensor([tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]], dtype=torch.long)
 
 
