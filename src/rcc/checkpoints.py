@@ -403,7 +403,7 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     # asked first: for a folder without one transformers goes on to the hub, or makes an empty tokenizer
     if not any((folder / f).is_file() for f in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
         base = RCCConfig.load(folder).base.get("decoder") if _is_rcc(folder) else None
-        if base is None or base.source == "decoder":
+        if base is None:
             raise ModelError(f"{folder} has no tokenizer: tokenizer.json is missing.")
         return load_tokenizer(resolve_base(base.source, relative_to=folder))
     from transformers import AutoTokenizer

@@ -161,6 +161,8 @@ class RCCForCausalLM(nn.Module):
                     " get the original one."
                 )
             sides[side] = _load_backbone(path, side, load)
+            if path.is_relative_to(folder):  # saved elsewhere, the reference must still lead here
+                base.source = str(path.absolute())
         if "decoder" not in sides:
             raise ModelError(f"{folder / 'config.json'} names no base for the decoder: save the model again.")
         model = cls(config, sides.get("encoder"), sides["decoder"])
@@ -219,8 +221,11 @@ class RCCForCausalLM(nn.Module):
 
     def own_state_dict(self) -> dict[str, Tensor]:
         """The weights that are not a base's: projections and LoRA, by the names under which they are saved."""
-        state = {k: v for k, v in self.state_dict().items() if k.startswith("projections.") or ".lora_" in k}
-        return {k.replace(".default.", "."): v.contiguous() for k, v in state.items()}
+        return {
+            name.replace(".default.", "."): tensor.contiguous()  # "default" is what peft calls our only adapter
+            for name, tensor in self.state_dict().items()
+            if name.startswith("projections.") or ".lora_" in name
+        }
 
     def load_own_state_dict(self, state: dict[str, Tensor]) -> None:
         """Put in what :meth:`own_state_dict` gave.
@@ -228,8 +233,7 @@ class RCCForCausalLM(nn.Module):
         Raises:
             ModelError: a tensor is missing, left over or has another shape.
         """
-        mine = {k: v for k, v in self.state_dict().items() if k.startswith("projections.") or ".lora_" in k}
-        targets = {k.replace(".default.", "."): v for k, v in mine.items()}
+        targets = self.own_state_dict()  # parameters are contiguous, so these are they and not copies
         if difference := sorted(set(targets) ^ set(state)):
             word = "lack" if difference[0] in targets else "have the unknown tensor"
             raise ModelError(f"the model's weights {word} {difference[0]} ({len(difference)} differences in all).")
@@ -304,7 +308,7 @@ class RCCForCausalLM(nn.Module):
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
         """Recompute activations in the backward pass, on both sides."""
         for side in (self.encoder, self.decoder):
-            side.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+            side.activation_checkpointing_enable(gradient_checkpointing_kwargs)
 
     # ---------------------------------------------------------------- who made a context
     @property
