@@ -308,7 +308,9 @@ class RCCForCausalLM(nn.Module):
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
         """Recompute activations in the backward pass, on both sides."""
         for side in (self.encoder, self.decoder):
-            side.activation_checkpointing_enable(gradient_checkpointing_kwargs)
+            # transformers renamed it in version 5; the old name warns where the new one is there
+            enable = getattr(side, "activation_checkpointing_enable", None) or side.gradient_checkpointing_enable
+            enable(gradient_checkpointing_kwargs)
 
     # ---------------------------------------------------------------- who made a context
     @property
