@@ -1,6 +1,6 @@
 """The method of arXiv 2406.06110 once more, as plainly as possible: what the tests compare rcc with.
 
-Written from the paper's definition (../shared/PAPER.md) and from nothing in `src/rcc`: no cache, no hooks, no batch,
+Written from the paper's definition and from nothing in `src/rcc`: no cache, no hooks, no batch,
 one segment after another, and the decoder's blocks called one by one with a causal mask and rotary embeddings made
 here. Weights come in as modules: the encoder's base model, the decoder's causal language model, the matrices P_i.
 """

@@ -369,7 +369,7 @@ def test_chat_on_a_terminal(context: Path) -> None:
     chat = Terminal("chat", context, "--max-new-tokens", "8000")
     chat.wait_for("> ")
     chat.type("Who is the father?" + " And who is the mother?" * 40 + "\r")
-    chat.wait_for("rcc: [^\n]*window of 8192")
+    chat.wait_for("rcc: [^\n]*window of 8,192")
     chat.wait_for(r"window(.|\n)*> ")  # one question too long is not the end
     chat.type("\x04")
     assert chat.end() == 0
@@ -664,8 +664,8 @@ def test_bad_usage(call: Callable[..., Result], text: Path, context: Path, folde
 
 
 def test_bad_question(call: Callable[..., Result], context: Path) -> None:
-    call("ask", context, "word " * 9000).refused("window of 8192")
-    call("ask", context, "Who?", "--max-new-tokens", "9000").refused("window of 8192")
+    call("ask", context, "word " * 9000).refused("window of 8,192")
+    call("ask", context, "Who?", "--max-new-tokens", "9000").refused("window of 8,192")
     call("ask", context, "Gr\udcfc\udcdfe?").refused("UTF-8")  # how Python passes on an argument in Latin-1
     call("reconstruct", context, "--prompt", "").refused("prompt is empty")
 

@@ -352,7 +352,7 @@ def _read_text(source: str) -> str:
     if b"\0" in data[: 1 << 20]:
         raise InputError(f"{name} is not a text but a binary file: give it as UTF-8 text.")
     try:
-        text = data.decode("utf-8-sig")
+        text = data.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise InputError(
             f"{name} is not UTF-8 text (byte {data[error.start]:#04x} at position {error.start:,}):"
@@ -385,7 +385,7 @@ def _check_output(output: Path, force: bool) -> Path:
         what = "is not a folder" if os.path.exists(target.parent) else "does not exist"
         raise FileError(f"{output} cannot be written: {output.parent} {what}.")
     try:  # permissions do not tell everything
-        with tempfile.NamedTemporaryFile(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent):
+        with tempfile.NamedTemporaryFile(prefix=".rcc-", suffix=".tmp", dir=target.parent):
             pass
     except OSError as error:
         raise FileError(f"{output} cannot be written: {error.strerror or error}.") from None
@@ -400,10 +400,10 @@ def _is_context(path: str) -> bool:
 
 
 def _context_info(path: Path) -> dict[str, Any]:
-    """Who made a context, read from its header; its content is checked when it is loaded."""
+    """Who made a context: a damaged one is refused here, before a model is loaded for it."""
     from . import fileformat
 
-    return fileformat.read(path, "context", "header")[0]
+    return fileformat.read(path, "context", "full")[0]
 
 
 # ---------------------------------------------------------------- models and contexts

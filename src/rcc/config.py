@@ -25,7 +25,7 @@ class BaseReference:
 
 @dataclass
 class RCCConfig:
-    """Configuration of an RCC model (`../shared/PAPER.md` and arXiv 2406.06110 use the same terms).
+    """Configuration of an RCC model (the terms are those of arXiv 2406.06110).
 
     Args:
         segment_length: tokens that the encoder reads at once; segments do not see each other.

@@ -70,7 +70,7 @@ def write(path: Path, kind: str, manifest: Mapping[str, Any], tensors: Mapping[s
     digest = hashlib.sha256()
     if not path.name:
         raise FileError(f"{str(path)!r} cannot be written: it does not name a file.")
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary = path.with_name(f".rcc-{secrets.token_hex(8)}.tmp")  # any name can be too long already
     try:
         try:
             with open(temporary, "xb") as file:

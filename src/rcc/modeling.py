@@ -716,12 +716,14 @@ class RCCForCausalLM(nn.Module):
         before = [0] * len(new) if context is None else context.lengths
         held, positions, tokens = max(zip(before, new, prompts, strict=True), key=sum)
         if held + positions + tokens > self.window:
-            parts = [f"{held} positions of the context"] if held else []
-            parts += [f"{positions} new prefix positions"] if positions else []
-            parts += [f"{tokens} tokens of prompt and answer"] if tokens else []
+            parts = [f"{held:,} positions of the context"] if held else []
+            parts += [f"{positions:,} new prefix positions"] if positions else []
+            parts += [f"{tokens:,} tokens of prompt and answer"] if tokens else []
+            remedy = (
+                "use a higher rate or less text" if tokens <= self.window // 2 else "shorten the prompt or the answer"
+            )
             raise WindowError(
-                f"{' and '.join(parts)} are more than the decoder's window of {self.window}:"
-                " use a higher rate or less text."
+                f"{' and '.join(parts)} are more than the decoder's window of {self.window:,} positions: {remedy}."
             )
 
 

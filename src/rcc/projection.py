@@ -33,7 +33,8 @@ class Projections(nn.ModuleList):
     """P_0, P_1, …: one bias-free linear map per fed decoder state.
 
     P_0 starts as the identity (padded with zeros where widths differ), the others at zero: better everywhere
-    than starting them all at the identity (`docs/training-notes.md`).
+    than starting them all at the identity in the runs that made
+    the default model's first weights.
     """
 
     def __init__(self, sources: list[list[int]], encoder_size: int, decoder_size: int):

@@ -30,7 +30,7 @@ TURN = "<|im_end|>\n<|im_start|>assistant\n"
 END = "<|im_end|>"
 CUE = "Answer:"
 SEPARATOR = "\n\n"
-NEVER = -1  # a token id that no model writes
+NEVER = 2**31 - 1  # a token id that no model writes
 
 
 @dataclass(frozen=True)
