@@ -762,8 +762,9 @@ def _load_base(
         return source if side == "decoder" else getattr(source, "base_model", source)
     path = checkpoints.resolve_base(source).absolute()
     model = _load_backbone(path, side, load)
-    known = str(source) in checkpoints.BASES
-    config.base[side] = BaseReference(str(source) if known else str(path), checkpoints.weights_sha256(path))
+    # a name or hub id is the same everywhere, where it was fetched to is not
+    named = str(source) in checkpoints.BASES or not Path(source).expanduser().is_dir()
+    config.base[side] = BaseReference(str(source if named else path), checkpoints.weights_sha256(path))
     return model
 
 
