@@ -589,7 +589,7 @@ def test_bad_output(call: Callable[..., Result], text: Path, tmp_path: Path, fol
     call("compress", text, "-o", folder).refused("is a folder")
     call("compress", text, "-o", folder / "none" / "x.rcc").refused("does not exist")
     call("compress", text, "-o", old / "x.rcc").refused("is not a folder")
-    call("compress", text, "-o", folder / ("x" * 250)).refused("cannot be written")
+    call("compress", text, "-o", tmp_path / ("x" * 250)).ok()
     call("compress", text, "-o", folder / ("x" * 300)).refused("cannot be written")
     call("compress", text, "-o", "/dev/null").refused("not a regular file")
     call("compress", text, "-o", "/proc/x.rcc").refused("cannot be written")

@@ -385,6 +385,8 @@ def _check_output(output: Path, force: bool) -> Path:
         what = "is not a folder" if os.path.exists(target.parent) else "does not exist"
         raise FileError(f"{output} cannot be written: {output.parent} {what}.")
     try:  # permissions do not tell everything
+        with contextlib.suppress(FileNotFoundError):
+            os.lstat(target)  # a name that is too long
         with tempfile.NamedTemporaryFile(prefix=".rcc-", suffix=".tmp", dir=target.parent):
             pass
     except OSError as error:
