@@ -16,7 +16,7 @@ import tempfile
 import uuid
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -402,7 +402,9 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     folder = resolve_model(name)
     # asked first: for a folder without one transformers goes on to the hub, or makes an empty tokenizer
     if not any((folder / f).is_file() for f in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
-        base = RCCConfig.load(folder).base.get("decoder") if _is_rcc(folder) else None
+        base = None
+        with suppress(ModelError):  # a plain base has no configuration of ours
+            base = RCCConfig.load(folder).base.get("decoder")
         if base is None:
             raise ModelError(f"{folder} has no tokenizer: tokenizer.json is missing.")
         return load_tokenizer(resolve_base(base.source, relative_to=folder))
@@ -412,14 +414,6 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # OSError, ValueError, and plain Exception from the Rust side
         raise ModelError(f"the tokenizer in {folder} cannot be loaded ({_short(error)}).") from error
-
-
-def _is_rcc(folder: Path) -> bool:
-    try:
-        RCCConfig.load(folder)
-    except ModelError:
-        return False
-    return True
 
 
 def _short(error: Exception | str) -> str:

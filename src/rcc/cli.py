@@ -152,7 +152,7 @@ def compress(
 ) -> None:
     """Compress texts into a context file."""
     target = _check_output(output, force)
-    texts = [(source, _read_text(source)) for source in sources]
+    texts = [_read_text(source) for source in sources]
     number = _parse_rate(rate)
     before = _context_info(context) if context is not None else None
     rcc, tokenizer = _load_model(model, device, dtype, before)
@@ -476,7 +476,7 @@ def _open(
             context = _load_context(kept, rcc)
             err.print(f"read {kept}: {_describe(context)}", markup=False)
             return rcc, tokenizer, context
-    context = _compress(rcc, tokenizer, [(path, text)], number, None)
+    context = _compress(rcc, tokenizer, [text], number, None)
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
         context.save(kept)
@@ -489,7 +489,7 @@ def _open(
 def _compress(
     rcc: RCCForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
-    texts: list[tuple[str, str]],
+    texts: list[str],
     rate: int | None,
     context: CompressedContext | None,
 ) -> CompressedContext:
@@ -497,7 +497,7 @@ def _compress(
     from . import prompting
 
     with _status("reading the text"):
-        rows = [prompting.token_ids(tokenizer, text) for _, text in texts]
+        rows = [prompting.token_ids(tokenizer, text) for text in texts]
     lengths = [row.shape[1] for row in rows]
     if rate is None:
         rate = rcc.fitting_rate(lengths, context)
@@ -530,7 +530,8 @@ def _compare(
 
     ids = prompting.token_ids(tokenizer, source)[0]
     piece = context.pieces[0][0]
-    same = any(piece_of(ids, p.rate, rcc.config).sha256 == p.sha256 for p in context.pieces[0])
+    digest = piece_of(ids, piece.rate, rcc.config).sha256
+    same = any(digest == p.sha256 for p in context.pieces[0])
     if not same:
         err.print("this is not the text that was compressed: the figures compare two different texts.", style="yellow")
     truth = _following(ids.tolist(), written[:start], len(written) - start)
@@ -545,7 +546,7 @@ def _compare(
         out.print(tokenizer.decode(written), markup=False)
         err.print("the prompt does not occur in the text: nothing to compare what was written with.", style="yellow")
     with _progress("measuring the whole text", 1, "spans") as advance:
-        whole = teacher_forced(rcc, context, ids, progress=lambda n, all_: advance(n, all_))
+        whole = teacher_forced(rcc, context, ids, progress=advance)
     found |= {"source_tokens": len(ids), "tokens_measured": whole.tokens, "tokens_recovered": whole.accuracy}
     found["loss"] = whole.loss
     if show:
