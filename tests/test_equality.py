@@ -1262,7 +1262,7 @@ def test_encoding_keeps_no_dropped_positions(tiny, tokens, monkeypatch, rate, le
     """What the encoder's hooks keep, and what encoding yields, occupies memory for the kept positions only: no tensor
     is a view of all positions, and none of a state that no projection reads is kept."""
     model = tiny("llama")
-    rows = [torch.tensor(tokens(length)) for length in lengths]
+    rows = [(torch.tensor(tokens(length)),) for length in lengths]
     wanted = model.projections.states
     kept: list[Tensor] = []
     take = rcc.encoder._Capture.take

@@ -59,7 +59,7 @@ def rows_of(ids: Tensor, mask: Tensor | None, vocabulary: int, argument: str = "
     rows = [ids[b] if mask is None else ids[b][mask[b].bool()] for b in range(ids.shape[0])]
     if not rows or any(len(row) == 0 for row in rows):
         raise InputError(f"{argument} holds an empty text: give at least one token.")
-    low, high = int(min(row.min() for row in rows)), int(max(row.max() for row in rows))
+    low, high = (int(end) for end in (ids if mask is None else ids[mask.bool()]).aminmax())
     if low < 0 or high >= vocabulary:
         bad = low if low < 0 else high
         raise InputError(
@@ -67,6 +67,14 @@ def rows_of(ids: Tensor, mask: Tensor | None, vocabulary: int, argument: str = "
             " use the tokenizer that belongs to the model."
         )
     return rows
+
+
+def texts_of(rows: list[Tensor], mask: Tensor | None) -> list[tuple[Tensor, ...]]:
+    """What :func:`rows_of` gave → the texts that each row holds, by the numbers in its mask (None: one each)."""
+    if mask is None:
+        return [(row,) for row in rows]
+    counts = [numbers[numbers > 0].unique_consecutive(return_counts=True)[1] for numbers in mask]
+    return [row.split(count.tolist()) for row, count in zip(rows, counts, strict=True)]
 
 
 def positions(tokens: int, rate: int, config: RCCConfig) -> int:
@@ -154,27 +162,27 @@ def _read(
 
 def encode(
     body: PreTrainedModel,
-    rows: list[Tensor],
+    rows: list[tuple[Tensor, ...]],
     rate: int,
     config: RCCConfig,
     wanted: list[int],
     batch_tokens: int | None,
 ) -> Iterator[tuple[dict[int, Tensor], Tensor | None, int]]:
-    """Read texts segment by segment, all of them in step, a bounded number of segments at a time.
+    """Read rows of texts segment by segment, all rows in step, a bounded number of segments at a time.
 
     Args:
         body: the encoder, prepared by :func:`capture_states`.
-        rows: B texts, each [T_b] token ids on the encoder's device.
+        rows: B rows of one text or several, each [T] token ids on the encoder's device. A text begins a segment.
         wanted: the encoder states to keep, ascending.
         batch_tokens: about how many tokens a forward pass takes (at least one segment of every text that has
             one left); None: all at once.
 
     Yields:
-        states: {state: [B, m, H]} for the next m prefix positions of every text,
-        valid: [B, m] bool, False where a text has ended (None: all are real),
-        tokens: how many tokens have been read so far, all texts together.
+        states: {state: [B, m, H]} for the next m prefix positions of every row,
+        valid: [B, m] bool, False where a row has ended (None: all are real),
+        tokens: how many tokens have been read so far, all rows together.
     """
-    split = [segments(row, config) for row in rows]
+    split = [[segment for text in row for segment in segments(text, config)] for row in rows]
     longest = max(map(len, split))
     step = longest if batch_tokens is None else max(1, batch_tokens // (config.segment_length * len(rows)))
     done = 0
@@ -188,12 +196,12 @@ def encode(
         if valid is None and min(counts) == m:
             yield {k: h.reshape(len(rows), m, h.shape[-1]) for k, h in states.items()}, None, done
             continue
-        # texts of different lengths: lay the real vectors of each behind one another, gaps at the end
+        # rows of different lengths: lay the real vectors of each behind one another, gaps at the end
         real = torch.ones(next(iter(states.values())).shape[:2], dtype=torch.bool) if valid is None else valid.cpu()
         flat = real.flatten().nonzero()[:, 0].split(counts)
-        index = torch.nn.utils.rnn.pad_sequence(list(flat), batch_first=True).to(rows[0].device)
+        index = torch.nn.utils.rnn.pad_sequence(list(flat), batch_first=True).to(rows[0][0].device)
         mask = torch.arange(m)[None] < torch.tensor(counts)[:, None]
-        yield {k: h.flatten(0, 1)[index] for k, h in states.items()}, mask.to(rows[0].device), done
+        yield {k: h.flatten(0, 1)[index] for k, h in states.items()}, mask.to(rows[0][0].device), done
 
 
 @dataclass(frozen=True)

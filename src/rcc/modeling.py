@@ -377,7 +377,8 @@ class RCCForCausalLM(nn.Module):
 
         def chunks() -> Any:
             wanted = self.projections.states
-            for states, valid, done in encoding.encode(self.encoder, rows, rate, self.config, wanted, batch_tokens):
+            texts = encoding.texts_of(rows, None)
+            for states, valid, done in encoding.encode(self.encoder, texts, rate, self.config, wanted, batch_tokens):
                 yield states, valid
                 if progress is not None:
                     progress(min(done, total), total)
@@ -402,7 +403,8 @@ class RCCForCausalLM(nn.Module):
         rows = encoding.rows_of(_to(input_ids, self.device), _to(attention_mask, self.device), self._vocabulary)
         wanted = list(range(self._encoder_depth + 1)) if self.config.states == "all" else self.projections.states
         chunks = []
-        for states, valid, _ in encoding.encode(self.encoder, rows, rate, self.config, wanted, batch_tokens):
+        texts = encoding.texts_of(rows, None)
+        for states, valid, _ in encoding.encode(self.encoder, texts, rate, self.config, wanted, batch_tokens):
             block = torch.stack([states[k] for k in wanted], 2)
             chunks.append(block if valid is None else block.masked_fill(~valid[:, :, None, None], 0))
         pieces = tuple(piece_of(row, rate, self.config) for row in rows)
@@ -510,6 +512,7 @@ class RCCForCausalLM(nn.Module):
         context_mask: Tensor | None = None,
         rate: int | None = None,
         labels: Tensor | None = None,
+        logits_to_keep: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits of a prompt behind a context.
@@ -521,13 +524,18 @@ class RCCForCausalLM(nn.Module):
         Args:
             input_ids: [B, Q] the prompt, and in training the target behind it.
             attention_mask: [B, Q], 0 at padding, on either side.
-            context_ids, context_mask: [B, T] the texts to compress, and 0 at their padding.
-            rate: for `context_ids`.
+            context_ids, context_mask: [B, T] the texts to compress, and 0 at their padding. A row may hold several
+                texts, each with a segment of its own to begin with, as an appended one: their tokens are
+                masked 1, 2, ….
+            rate: for `context_ids`. Where no weight of the encoder is trained, it reads in batches of
+                :data:`BATCH_TOKENS` and keeps nothing for a backward pass.
             labels: [B, Q] as `input_ids`, -100 where there is no loss.
+            logits_to_keep: [U] the positions of the prompt to compute logits at, ascending; None: all. With
+                labels, all those before a label.
             kwargs: go to the decoder.
 
         Returns:
-            logits [B, Q, vocabulary] and, with labels, the mean loss.
+            logits [B, Q or U, vocabulary] and, with labels, the mean loss.
 
         Raises:
             InputError, WindowError, ContextError: as :meth:`compress`.
@@ -540,14 +548,22 @@ class RCCForCausalLM(nn.Module):
             raise InputError(f"labels has shape {list(labels.shape)}, but input_ids has {list(input_ids.shape)}.")
         new = input_ids.shape[1]
         if context_ids is not None:
-            return self._train(input_ids, attention_mask, context_ids, context_mask, rate, labels, prompts, **kwargs)
+            return self._train(
+                input_ids, attention_mask, context_ids, context_mask, rate, labels, logits_to_keep, prompts, **kwargs
+            )
+        keep = 0 if logits_to_keep is None else logits_to_keep  # 0 is transformers' word for all
         if context is None:
             self._check_window([0] * len(prompts), prompts, None)
             mask, order = self._order(0, None, new, attention_mask, input_ids)
             logits = self.decoder(
-                input_ids=input_ids, attention_mask=mask, position_ids=order, use_cache=False, **kwargs
+                input_ids=input_ids,
+                attention_mask=mask,
+                position_ids=order,
+                use_cache=False,
+                logits_to_keep=keep,
+                **kwargs,
             ).logits
-            return self._output(logits, labels)
+            return self._output(logits, labels, logits_to_keep)
         context = self._check_context(context, len(input_ids))
         self._check_window([0] * len(prompts), prompts, context)
         mask, order = self._order(len(context), context.mask, new, attention_mask, input_ids)
@@ -558,9 +574,10 @@ class RCCForCausalLM(nn.Module):
                 position_ids=order,
                 past_key_values=cache,
                 use_cache=True,
+                logits_to_keep=keep,
                 **kwargs,
             ).logits
-        return self._output(logits, labels)
+        return self._output(logits, labels, logits_to_keep)
 
     def _train(
         self,
@@ -570,6 +587,7 @@ class RCCForCausalLM(nn.Module):
         context_mask: Tensor | None,
         rate: int | None,
         labels: Tensor | None,
+        logits_to_keep: Tensor | None,
         prompts: list[int],
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
@@ -578,10 +596,10 @@ class RCCForCausalLM(nn.Module):
         rows = encoding.rows_of(_to(context_ids, self.device), mask, self._vocabulary, "context_ids")
         if len(rows) != len(input_ids):
             raise InputError(f"context_ids has {len(rows)} rows, but input_ids has {len(input_ids)}: give as many.")
-        new = [encoding.positions(len(row), rate, self.config) for row in rows]
+        texts = encoding.texts_of(rows, mask)
+        new = [sum(encoding.positions(len(text), rate, self.config) for text in row) for row in texts]
         self._check_window(new, prompts, None)
-        wanted = self.projections.states
-        ((states, valid, _),) = encoding.encode(self.encoder, rows, rate, self.config, wanted, None)
+        states, valid = self._encode_to_train(texts, rate)
         residuals = Residuals(self.projections, states)
         prefix = residuals.inputs()
         n = prefix.shape[1]
@@ -601,17 +619,41 @@ class RCCForCausalLM(nn.Module):
             attention_mask=mask,
             position_ids=order,
             use_cache=False,
-            logits_to_keep=input_ids.shape[1],
+            logits_to_keep=input_ids.shape[1] if logits_to_keep is None else n + logits_to_keep,
             **residual_arguments(residuals),
             **kwargs,
         ).logits
-        return self._output(logits, labels)
+        return self._output(logits, labels, logits_to_keep)
 
-    def _output(self, logits: Tensor, labels: Tensor | None) -> CausalLMOutputWithPast:
+    def _encode_to_train(self, texts: list[tuple[Tensor, ...]], rate: int) -> tuple[dict[int, Tensor], Tensor | None]:
+        """The encoder's states {number: [B, n, H]} and which positions are real (None: all).
+
+        A frozen encoder's are computed without gradients, in chunks (section 3.2 of the paper, second stage).
+        """
+        frozen = not any(parameter.requires_grad for parameter in self.encoder.parameters())
+        with torch.no_grad() if frozen else contextlib.nullcontext():
+            chunks = [
+                (states, valid)
+                for states, valid, _ in encoding.encode(
+                    self.encoder, texts, rate, self.config, self.projections.states, BATCH_TOKENS if frozen else None
+                )
+            ]
+        if len(chunks) == 1:
+            return chunks[0]
+        states = {k: torch.cat([chunk[k] for chunk, _ in chunks], 1) for k in self.projections.states}
+        if all(valid is None for _, valid in chunks):
+            return states, None
+        everywhere = [torch.ones_like(next(iter(c.values()))[..., 0], dtype=torch.bool) for c, _ in chunks]
+        return states, torch.cat([e if v is None else v for e, (_, v) in zip(everywhere, chunks, strict=True)], 1)
+
+    @staticmethod
+    def _output(logits: Tensor, labels: Tensor | None, kept: Tensor | None) -> CausalLMOutputWithPast:
         loss = None
         if labels is not None:
-            targets = labels[:, 1:].to(logits.device).flatten()
-            loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, ignore_index=-100)
+            labels = labels.to(logits.device)
+            targets = labels[:, 1:] if kept is None else nn.functional.pad(labels, (0, 1), value=-100)[:, kept + 1]
+            logits_of = logits[:, : targets.shape[1]].flatten(0, 1).float()
+            loss = nn.functional.cross_entropy(logits_of, targets.flatten(), ignore_index=-100)
         return CausalLMOutputWithPast(loss=loss, logits=logits)
 
     @torch.no_grad()
