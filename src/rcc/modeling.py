@@ -172,11 +172,14 @@ class RCCForCausalLM(nn.Module):
         model._record(config.fingerprint)
         return model
 
-    def save_pretrained(self, folder: str | Path, full: bool = False) -> None:
+    def save_pretrained(self, folder: str | Path, full: bool = False, dtype: torch.dtype | None = None) -> None:
         """Write the model: config.json and the weights that are its own (LoRA, projections).
 
         A side whose base is frozen is written as a reference to it with its SHA-256; with `full=True`, or where
         there is nothing to refer to, the base is written too, once, as an ordinary transformers folder.
+
+        Args:
+            dtype: of the weights that are written; None: as they are.
 
         Raises:
             FileError: the folder cannot be written.
@@ -188,16 +191,16 @@ class RCCForCausalLM(nn.Module):
             for side in ("decoder",) if config.share_base else ("decoder", "encoder"):
                 frozen = config.share_base or getattr(config, f"{side}_lora_rank") > 0
                 if full or not frozen or side not in config.base:
-                    self._save_base(side, folder / side)
+                    self._save_base(side, folder / side, dtype)
                     config.base[side] = BaseReference(side, checkpoints.weights_sha256(folder / side))
-            _write_weights(self.own_state_dict(), folder)
+            _write_weights({name: tensor.to(dtype=dtype) for name, tensor in self.own_state_dict().items()}, folder)
             config.weights_sha256 = checkpoints.weights_sha256(folder)
-            config.fingerprint = self.fingerprint
+            config.fingerprint = self.fingerprint if dtype is None else self._compute_fingerprint(dtype)
             config.save(folder)
         except OSError as error:
             raise FileError(f"{folder} cannot be written: {error.strerror or error}.") from error
 
-    def _save_base(self, side: str, folder: Path) -> None:
+    def _save_base(self, side: str, folder: Path, dtype: torch.dtype | None) -> None:
         module = getattr(self, side)
         state = {}
         for name, tensor in module.state_dict().items():
@@ -209,9 +212,10 @@ class RCCForCausalLM(nn.Module):
                 if id(parameter) == tied and name.startswith("lm_head"):
                     state.pop(name, None)
         folder.mkdir(parents=True, exist_ok=True)
-        _write_weights({k: v.contiguous() for k, v in state.items()}, folder)
-        module.config.dtype = module.dtype  # which `to` does not tell it
-        module.config.save_pretrained(folder)
+        _write_weights({k: v.to(dtype=dtype).contiguous() for k, v in state.items()}, folder)
+        settings = copy.deepcopy(module.config)
+        settings.dtype = dtype or module.dtype  # which `to` does not tell it
+        settings.save_pretrained(folder)
         if side == "decoder":
             module.generation_config.save_pretrained(folder)
         if side in self.config.base:
@@ -322,11 +326,14 @@ class RCCForCausalLM(nn.Module):
         """
         versions = self._versions()
         if self._recorded is None or self._recorded[1] != versions:
-            digest = hashlib.sha256(repr(sorted(self.config.method().items())).encode())
-            for name, tensor in sorted(self.state_dict().items()):
-                checkpoints.add_tensor(digest, name, tensor)
-            self._recorded = digest.hexdigest(), versions
+            self._recorded = self._compute_fingerprint(), versions
         return self._recorded[0]
+
+    def _compute_fingerprint(self, dtype: torch.dtype | None = None) -> str:
+        digest = hashlib.sha256(repr(sorted(self.config.method().items())).encode())
+        for name, tensor in sorted(self.state_dict().items()):
+            checkpoints.add_tensor(digest, name, tensor.to(dtype=dtype))
+        return digest.hexdigest()
 
     def _record(self, fingerprint: str) -> None:
         self._recorded = fingerprint, self._versions()

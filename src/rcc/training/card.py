@@ -1,0 +1,61 @@
+"""The README.md of a trained model: what it was trained on, how, and how well it did."""
+
+from __future__ import annotations
+
+import json
+
+from .recipe import Recipe
+
+
+def card(
+    recipe: Recipe, number: int, tokens: int, figures: dict[str, dict[str, float]], versions: dict, init: str | None
+) -> str:
+    """Markdown for the model that stage `number` (from 0) left.
+
+    Args:
+        tokens: context tokens of that stage.
+        figures: held-out loss and accuracy by kind of batch.
+    """
+    model = recipe.model
+    base = model.encoder if model.decoder is None else f"{model.encoder} (encoder) and {model.decoder} (decoder)"
+    rates = ", ".join(f"{rate}×" for rate in model.rates)
+    lines = [
+        "---",
+        "tags: [rcc, context-compression]",
+        "---",
+        f"# {recipe.name}",
+        "",
+        f"Recurrent Context Compression (arXiv 2406.06110) over {base}: segments of {model.segment_length:,} tokens,"
+        f" rates {rates}.",
+        "",
+        f"Trained with `rcc train`, started from {init or 'the base'}, by these stages:",
+        "",
+        "| stage | tasks | context tokens | lengths | rates | frozen |",
+        "|---|---|---:|---|---|---|",
+    ]
+    for i, stage in enumerate(recipe.stages[: number + 1]):
+        shares = sum(task.share for task in stage.tasks.values())
+        tasks = ", ".join(f"{name} {task.share / shares:.0%}" for name, task in stage.tasks.items())
+        seen = f"{tokens:,}" if i == number else f"budget: {getattr(stage, stage.budget):,} {stage.budget[4:]}"
+        lengths, rates = (", ".join(map(str, values)) for values in (stage.lengths, stage.rates))
+        lines.append(f"| {stage.name} | {tasks} | {seen} | {lengths} | {rates} | {', '.join(stage.frozen) or '–'} |")
+    lines += ["", "Data:", ""]
+    for kind in ("text", "questions"):
+        for source in getattr(recipe.data, kind):
+            chosen = f", only {', '.join(source.include)}" if source.include else ""
+            chosen += f", without {', '.join(source.exclude)}" if source.exclude else ""
+            lines.append(f"- {kind}: {source.path} (weight {source.weight:g}{chosen})")
+    if any("passkey" in stage.tasks for stage in recipe.stages[: number + 1]):
+        lines.append("- the generated passkey task")
+    if figures:
+        lines += [
+            "",
+            "Held-out samples of the last stage (teacher forced):",
+            "",
+            "| task@length/rate | loss | token accuracy |",
+        ]
+        lines += ["|---|---:|---:|"]
+        lines += [f"| {kind} | {f['loss']:.3f} | {f['accuracy']:.1%} |" for kind, f in figures.items()]
+    made = ", ".join(f"{k} {v}" for k, v in versions.items())
+    lines += ["", f"Made with {made}. The recipe:", "", "```json", json.dumps(recipe.to_dict(), indent=1), "```", ""]
+    return "\n".join(lines)

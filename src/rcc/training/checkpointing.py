@@ -1,0 +1,88 @@
+"""Checkpoints that are there whole or not at all: written aside, flushed to the disk, listed, then renamed."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..errors import FileError
+
+logger = logging.getLogger(__name__)
+
+LISTING = "files.json"
+"""Written last: the size of every file beside it."""
+
+
+def write(folder: Path, step: int, files: dict[str, Callable[[Path], Any]], keep: int) -> Path:
+    """Write `folder/checkpoint-STEP` and remove all but the newest `keep`.
+
+    Args:
+        files: {name: what writes that file}.
+
+    Raises:
+        FileError: it cannot be written; what was there stays.
+    """
+    temporary, target = folder / f".checkpoint-{step}.tmp", folder / f"checkpoint-{step}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for left_over in folder.glob(".checkpoint-*.tmp"):  # of a process that was killed
+            shutil.rmtree(left_over, ignore_errors=True)
+        temporary.mkdir()
+        for name, writer in files.items():
+            writer(temporary / name)
+            _flush(temporary / name)
+        sizes = {name: (temporary / name).stat().st_size for name in files}
+        (temporary / LISTING).write_text(json.dumps(sizes, indent=2), encoding="utf-8")
+        _flush(temporary / LISTING)
+        _flush(temporary)
+        shutil.rmtree(target, ignore_errors=True)  # the same step again, after resuming from an earlier one
+        os.rename(temporary, target)
+        _flush(folder)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        shutil.rmtree(temporary, ignore_errors=True)
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        raise FileError(f"{target} cannot be written: {reason}.") from error
+    for old in _all(folder)[keep:]:
+        shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest whole checkpoint in a folder; others are named in a warning and passed over."""
+    for checkpoint in _all(folder):
+        if (fault := _fault(checkpoint)) is None:
+            return checkpoint
+        logger.warning("%s is passed over: %s.", checkpoint, fault)
+    return None
+
+
+def _all(folder: Path) -> list[Path]:
+    """Checkpoints in a folder, the newest first."""
+    found = [(int(m[1]), p) for p in folder.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def _fault(checkpoint: Path) -> str | None:
+    try:
+        sizes = json.loads((checkpoint / LISTING).read_text(encoding="utf-8"))
+        for name, size in sizes.items():
+            if (got := (checkpoint / name).stat().st_size) != size:
+                return f"{name} has {got:,} bytes instead of {size:,}"
+    except (OSError, ValueError, AttributeError) as error:
+        return f"it was cut short ({getattr(error, 'strerror', None) or error})"
+    return None
+
+
+def _flush(path: Path) -> None:
+    """Have the system put a file, or a folder's entries, on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,431 @@
+"""What a model is trained on: a task turns what was drawn from the sources into a sample.
+
+| task             | the encoder reads            | the decoder's prompt     | the target                     |
+|------------------|------------------------------|--------------------------|--------------------------------|
+| `reconstruction` | a text                       | the opening of a span    | the rest of the span           |
+| `continuation`   | a text                       | the token that follows   | what follows that              |
+| `instruction`    | passages and, but in `human` | as `rcc ask` prompts     | the answer, in `reconstruct`   |
+|                  | mode, the question           |                          | behind the question            |
+| `passkey`        | filler around a number       | the question for it      | the number                     |
+
+Samples have exactly the form in which :mod:`rcc.prompting` asks. All chance comes from the generator that a task is
+given, so a sample is a pure function of it and of what was drawn. A new task is one class and its entry in `TASKS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from .. import prompting
+from ..errors import InputError
+
+if TYPE_CHECKING:
+    from .data import Row
+
+UNANSWERABLE = "The text does not say."
+"""The answer to a question whose passage was left out."""
+OPENING = (
+    "One important fact is hidden in this long and tedious text. Find it and keep it in mind: it will be asked for."
+)
+FILLER = (
+    " The grass is green.",
+    " The sky is blue.",
+    " The sun is yellow.",
+    " Here we go.",
+    " There and back again.",
+)
+QUESTION = "What is the pass key? The pass key is"
+STRETCH = (60, 260)  # tokens of a distracting stretch of prose, about as long as passages are
+ALLOWANCE = 8  # tokens of a room for passage and question that the separator may take
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a model reads and learns to write; token ids, int64.
+
+    Attributes:
+        pieces: the texts of the context; each starts a segment of its own.
+        prompt: what the decoder is given, at least one token.
+        target: what it learns to write behind it, at least one token.
+        task: the task's name, for the log.
+        plain: for distillation, what a teacher without compression reads in place of context and prompt. None: the
+            context's tokens, then the prompt.
+    """
+
+    pieces: tuple[np.ndarray, ...]
+    prompt: np.ndarray
+    target: np.ndarray
+    task: str
+    plain: np.ndarray | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Marks:
+    """A tokenizer, and the token ids of the fixed parts of :mod:`rcc.prompting`.
+
+    `separator` is what SEPARATOR becomes between two texts of which the second begins with a letter; alone, at the end
+    of a text or before a digit some tokenizers write it otherwise.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    header: np.ndarray
+    turn: np.ndarray
+    end: np.ndarray
+    separator: np.ndarray
+    eos: int
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> Marks:
+        """The marks of a tokenizer."""
+        header, turn, end, letter, between = (
+            prompting.token_ids(tokenizer, text)[0].numpy()
+            for text in (prompting.HEADER, prompting.TURN, prompting.END, "x", f"x{prompting.SEPARATOR}x")
+        )
+        eos = tokenizer.eos_token_id
+        separator = between[len(letter) : len(between) - len(letter)]
+        return cls(tokenizer, header, turn, end, separator, int(end[0] if eos is None else eos))
+
+    def encode(self, text: str) -> np.ndarray:
+        """Text → token ids [T], as `rcc ask` tokenises it."""
+        return prompting.token_ids(self.tokenizer, text)[0].numpy()
+
+    def decode(self, ids: np.ndarray) -> str:
+        """Token ids [T] → text."""
+        return str(self.tokenizer.decode(ids))
+
+
+class Draw(Protocol):
+    """What the trainer lets a task draw for one sample."""
+
+    segment: int
+    """Tokens of a segment."""
+
+    def text(self) -> np.ndarray:
+        """At most `Task.window` consecutive tokens of one document."""
+
+    def row(self) -> Row:
+        """A question with its context and answer."""
+
+    def passage(self, rng: np.random.Generator, not_hash: int) -> np.ndarray:
+        """The context of another row, never the one of that hash."""
+
+    def prose(self, rng: np.random.Generator) -> np.ndarray | None:
+        """A stretch of ordinary text; None where the recipe has no source of text."""
+
+
+@dataclass
+class Task:
+    """A kind of sample. A subclass's fields are its options in a recipe.
+
+    Args:
+        share: the task's part of the batches, relative to the others'.
+    """
+
+    share: float = 1.0
+    name: ClassVar[str] = ""
+    reads: ClassVar[str | None] = None
+    """What it draws from: `text`, `questions` or nothing."""
+
+    def __post_init__(self) -> None:
+        self._check(_number(self.share) and 0 < self.share < np.inf, "share", "a number above 0")
+
+    def _check(self, good: bool, key: str, wanted: str) -> None:
+        if not good:
+            raise InputError(f"tasks.{self.name}.{key} must be {wanted}, not {getattr(self, key)!r}.")
+
+    def window(self, length: int, targets: int) -> int:
+        """How much a sample draws: tokens of text, or the most tokens of a question and its passage together."""
+        return length
+
+    def sample(self, draw: Draw, rng: np.random.Generator, length: int, targets: int, marks: Marks) -> Sample:
+        """One sample.
+
+        Args:
+            draw: gives this sample's text or question.
+            rng: of this sample alone; nothing else is random.
+            length: the most context tokens, all pieces together.
+            targets: the most decoder tokens, prompt and target together; more than 16.
+        """
+        raise NotImplementedError
+
+
+@dataclass
+class _TextTask(Task):
+    """A task whose prompt is the first tokens of what is to be written."""
+
+    prompt_tokens: int = 10
+    reads: ClassVar[str | None] = "text"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        good = isinstance(self.prompt_tokens, int) and not isinstance(self.prompt_tokens, bool)
+        self._check(good and self.prompt_tokens > 0, "prompt_tokens", "a positive whole number")
+
+    def _split(self, context: np.ndarray, written: np.ndarray) -> Sample:
+        """A sample from at least two tokens to be written; one of them is always left to learn."""
+        given = min(self.prompt_tokens, len(written) - 1)
+        return Sample((context,), written[:given], written[given:], self.name)
+
+
+@dataclass
+class Reconstruction(_TextTask):
+    """Write a random span of the context, given its first tokens ("Training" in the paper).
+
+    Args:
+        prompt_tokens: how many are given.
+    """
+
+    name: ClassVar[str] = "reconstruction"
+
+    def sample(self, draw: Draw, rng: np.random.Generator, length: int, targets: int, marks: Marks) -> Sample:
+        text = _at_least(2, draw.text()[:length], marks)
+        size = min(targets, len(text))
+        start = int(rng.integers(len(text) - size + 1))
+        return self._split(text, text[start : start + size])
+
+
+@dataclass
+class Continuation(_TextTask):
+    """Write what follows the context.
+
+    Args:
+        prompt_tokens: how many of the tokens that follow are given.
+    """
+
+    prompt_tokens: int = 1
+    name: ClassVar[str] = "continuation"
+
+    def window(self, length: int, targets: int) -> int:
+        return length + targets
+
+    def sample(self, draw: Draw, rng: np.random.Generator, length: int, targets: int, marks: Marks) -> Sample:
+        text = _at_least(3, draw.text()[: length + targets], marks)
+        # of a text that is shorter than the window a quarter is left to be written, where targets allow it
+        left = max(len(text) - length, min(targets, max(2, -(-len(text) // 4))))
+        return self._split(text[:-left], text[-left:])
+
+
+@dataclass
+class Instruction(Task):
+    """Answer a question about a passage among distracting ones ("Instruction reconstruction" in the paper).
+
+    A passage that does not fit is cut at its end. A question too long for the decoder is asked in `compress` mode; one
+    that takes more than half of the context is cut there.
+
+    Args:
+        modes: {mode of :mod:`rcc.prompting`: how often, relative to the others}.
+        before: how often the question that the encoder reads stands before the passages rather than behind them.
+        own_segment: how often it is a piece of its own, as `rcc ask` asks a stored context. Where that alone would
+            cut the passage it is not.
+        distractors: how often distracting passages fill the context, half of them prose.
+        unanswerable: how often the passage is left out, and the answer is `UNANSWERABLE`.
+    """
+
+    modes: dict[str, float] = field(default_factory=lambda: {"human": 2.0, "reconstruct": 1.0, "compress": 1.0})
+    before: float = 0.5
+    own_segment: float = 0.5
+    distractors: float = 1.0
+    unanswerable: float = 0.0
+    name: ClassVar[str] = "instruction"
+    reads: ClassVar[str | None] = "questions"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        good = isinstance(self.modes, dict) and set(self.modes) <= set(prompting.MODES)
+        good = good and all(_number(w) and 0 <= w < np.inf for w in self.modes.values())
+        wanted = f"weights, not all of them 0, of {', '.join(prompting.MODES)}"
+        self._check(good and sum(self.modes.values()) > 0, "modes", wanted)
+        for key in ("before", "own_segment", "distractors", "unanswerable"):
+            value = getattr(self, key)
+            self._check(_number(value) and 0 <= value <= 1, key, "a probability from 0 to 1")
+
+    def window(self, length: int, targets: int) -> int:
+        return max(1, length - ALLOWANCE)
+
+    def sample(self, draw: Draw, rng: np.random.Generator, length: int, targets: int, marks: Marks) -> Sample:
+        row = draw.row()
+        text = marks.decode(row.question)
+        weights = np.array(list(self.modes.values()), dtype=float)
+        mode = list(self.modes)[rng.choice(len(weights), p=weights / weights.sum())]
+        before, own, omit = (rng.random() < p for p in (self.before, self.own_segment, self.unanswerable))
+
+        asked = prompting.build(text, mode)
+        prompt = marks.encode(asked.decoder_text)
+        if len(prompt) >= targets:
+            mode, asked = "compress", prompting.build(text, "compress")
+            prompt = marks.encode(asked.decoder_text)
+        answer = marks.encode(UNANSWERABLE) if omit else row.answer
+        written = (row.question, marks.turn, answer) if mode == "reconstruct" else (answer,)
+        target = np.concatenate([*written, marks.end])[: targets - len(prompt)]
+
+        if mode == "human":
+            context = self._context(draw, rng, row, length, omit, marks)
+            pieces = [context]
+        else:
+            apart = marks.encode(text + prompting.SEPARATOR if before else asked.encoder_text)[: length // 2]
+            joined = np.concatenate([row.question, marks.separator])[: length // 2] if before else apart
+            segments = -(-length // draw.segment) - -(-len(apart) // draw.segment)
+            room = min(length - len(apart), segments * draw.segment)
+            own = own and room >= max(1, min(len(row.context), length - len(joined)))
+            context = self._context(draw, rng, row, room if own else length - len(joined), omit, marks)
+            pieces = [apart if own else joined, context] if before else [context, apart if own else joined]
+            pieces = pieces if own else [np.concatenate(pieces)]
+
+        # a teacher is asked in the form it knows; behind `reconstruct`'s prompt it would have to guess the question
+        chat = (marks.header, context, marks.separator, row.question, marks.turn)
+        plain = None if mode == "reconstruct" else np.concatenate(chat)
+        return Sample(tuple(pieces), prompt, target, self.name, plain)
+
+    def _context(
+        self, draw: Draw, rng: np.random.Generator, row: Row, room: int, omit: bool, marks: Marks
+    ) -> np.ndarray:
+        """The passage at a random place among distracting ones, at most `room` tokens in all."""
+        fill = rng.random() < self.distractors
+        passages: list[np.ndarray] = []
+        left = room if omit else room - len(row.context) - len(marks.separator)
+        while left > 0 and (fill or (omit and not passages)):
+            prose = draw.prose(rng) if rng.random() < 0.5 else None
+            if prose is None:
+                passage = draw.passage(rng, row.hash)[:left]
+            else:
+                passage = prose[: min(left, int(rng.integers(*STRETCH)))]
+            passages.append(passage)
+            left -= len(passage) + len(marks.separator)
+        if not omit:
+            passages.insert(int(rng.integers(len(passages) + 1)), row.context[:room])
+        joined = [part for passage in passages for part in (marks.separator, passage)]
+        return np.concatenate(joined[1:])
+
+
+@dataclass
+class Passkey(Task):
+    """Find a number of five digits in a text that says nothing else (the paper's passkey retrieval)."""
+
+    name: ClassVar[str] = "passkey"
+
+    def sample(self, draw: Draw, rng: np.random.Generator, length: int, targets: int, marks: Marks) -> Sample:
+        key = int(rng.integers(10_000, 100_000))
+        context = passkey_ids(key, rng.random(), length, marks.encode)
+        prompt, target = marks.encode(QUESTION), np.append(marks.encode(f" {key}."), marks.eos)
+        if len(prompt) + len(target) > targets:
+            raise InputError(
+                f"target_tokens={targets} has no room for the passkey's question and answer:"
+                f" give at least {len(prompt) + len(target)}."
+            )
+        return Sample((context,), prompt, target, self.name)
+
+
+TASKS: dict[str, type[Task]] = {task.name: task for task in (Reconstruction, Continuation, Instruction, Passkey)}
+"""The tasks by the names that recipes give them."""
+
+
+def passkey_text(key: int, position: int, sentences: int) -> str:
+    """The text that hides a number: that many sentences of filler, `position` of them before it."""
+    filler = [FILLER[i % len(FILLER)] for i in range(sentences)]
+    return "".join([OPENING, *filler[:position], _passkey(key), *filler[position:]])
+
+
+def passkey_ids(key: int, where: float, length: int, encode: Callable[[str], np.ndarray]) -> np.ndarray:
+    """Token ids of :func:`passkey_text` with as much filler as `length` tokens hold; fast at any length.
+
+    Args:
+        where: how much of the filler stands before the number, 0 to 1; cut at a whole sentence.
+        encode: text → token ids [T].
+
+    Raises:
+        InputError: `length` leaves no room for the number and the opening line.
+    """
+    opening, hidden = encode(OPENING), encode(_passkey(key))
+    parts = [encode(sentence) for sentence in FILLER]
+    room = length - len(opening) - len(hidden)
+    if room < 0:
+        raise InputError(f"{length} tokens have no room for the passkey's text: give at least {length - room}.")
+    ends = np.cumsum([0, *map(len, parts)])  # where the sentences of one round start, and its size
+    rounds, rest = divmod(room, int(ends[-1]))
+    sentences = len(parts) * rounds + int(np.searchsorted(ends, rest, "right")) - 1
+    size, before = (
+        int(n // len(parts) * ends[-1] + ends[n % len(parts)])
+        for n in (sentences, min(int(where * (sentences + 1)), sentences))
+    )
+    filler = np.resize(np.concatenate(parts), size)
+    return np.concatenate([opening, filler[:before], hidden, filler[before:]])
+
+
+def _passkey(key: int) -> str:
+    return f" The pass key is {key}. Remember it. {key} is the pass key."
+
+
+def collate(samples: Sequence[Sample], pad: int, teacher: bool = False) -> dict[str, Tensor]:
+    """B samples → the arguments of the training pass, all int64 and padded on the right.
+
+    Returns:
+        context_ids: [B, T].
+        context_mask: [B, T], the number of the piece that a token belongs to, from 1, and 0 at padding; absent where
+            every row is one piece and all are of the same length.
+        input_ids: [B, Q] prompt and target.
+        labels: [B, Q] as `input_ids` at targets, elsewhere -100; the model shifts them.
+        logits_to_keep: [U] the positions of 0 … Q − 1 behind which a target of any row stands.
+        teacher_ids, teacher_mask: with `teacher`, [B, E + Q]: what the teacher reads and the target, which stands E
+            columns behind its place in `input_ids`; padded on both sides.
+    """
+    contexts = [np.concatenate(s.pieces) for s in samples]
+    inputs = [np.concatenate([s.prompt, s.target]) for s in samples]
+    labels = _padded([np.concatenate([np.full(len(s.prompt), -100), s.target]) for s in samples], -100)
+    batch = {
+        "context_ids": _padded(contexts, pad),
+        "input_ids": _padded(inputs, pad),
+        "labels": labels,
+        "logits_to_keep": (labels[:, 1:] != -100).any(0).nonzero()[:, 0],
+    }
+    if len({len(c) for c in contexts}) > 1 or any(len(s.pieces) > 1 for s in samples):
+        numbers = [np.repeat(np.arange(1, len(s.pieces) + 1), [len(p) for p in s.pieces]) for s in samples]
+        batch["context_mask"] = _padded(numbers, 0)
+    if teacher:
+        plain = [np.concatenate([*s.pieces, s.prompt]) if s.plain is None else s.plain for s in samples]
+        extra = [len(p) - len(s.prompt) for p, s in zip(plain, samples, strict=True)]
+        shift = max(0, *extra)
+        ids = torch.full((len(samples), shift + labels.shape[1]), pad)
+        mask = torch.zeros_like(ids)
+        for b, sample in enumerate(samples):
+            read = torch.from_numpy(np.concatenate([plain[b], sample.target]))
+            start = shift - extra[b]
+            ids[b, start : start + len(read)], mask[b, start : start + len(read)] = read, 1
+        batch |= {"teacher_ids": ids, "teacher_mask": mask}
+    return batch
+
+
+def describe(sample: Sample, tokenizer: PreTrainedTokenizerBase, most: int = 160) -> str:
+    """A sample to be read by people: its parts as text, pieces longer than `most` tokens without their middle."""
+    lines = [sample.task]
+    named = [(f"context {i}", piece) for i, piece in enumerate(sample.pieces, 1)]
+    for name, ids in (*named, ("prompt", sample.prompt), ("target", sample.target)):
+        half = most // 2
+        parts = [ids] if len(ids) <= most or not name.startswith("context") else [ids[:half], ids[-half:]]
+        text = " […] ".join(repr(tokenizer.decode(part)) for part in parts)
+        lines.append(f"  {name} ({len(ids)} tokens): {text}")
+    return "\n".join(lines)
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _at_least(tokens: int, text: np.ndarray, marks: Marks) -> np.ndarray:
+    """A text, lengthened by end tokens in the rare case that it is too short for a sample."""
+    missing = max(0, tokens - len(text))
+    return np.pad(text, (0, missing), constant_values=marks.eos) if missing else text
+
+
+def _padded(rows: Sequence[np.ndarray], value: int) -> Tensor:
+    """Rows of numbers → [B, longest] int64, padded on the right."""
+    out = torch.full((len(rows), max(map(len, rows))), value, dtype=torch.int64)
+    for b, row in enumerate(rows):
+        out[b, : len(row)] = torch.from_numpy(row)
+    return out

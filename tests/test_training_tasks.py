@@ -1,0 +1,454 @@
+"""Samples have the form in which `rcc ask` asks, token by token, keep to their sizes, and depend on nothing else."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+import rcc
+from rcc import InputError, prompting
+from rcc.training.tasks import (
+    FILLER,
+    OPENING,
+    QUESTION,
+    TASKS,
+    UNANSWERABLE,
+    Continuation,
+    Instruction,
+    Marks,
+    Passkey,
+    Reconstruction,
+    Sample,
+    Task,
+    collate,
+    describe,
+    passkey_ids,
+    passkey_text,
+)
+
+TEXT = (Path(__file__).resolve().parent.parent / "examples/simple-susan.txt").read_text(encoding="utf-8")
+TOKENIZER = rcc.load_tokenizer("rcc-smollm2-135m")
+MARKS = Marks.of(TOKENIZER)
+PROSE = MARKS.encode(TEXT)
+LOW, HIGH = 17, 3000  # ids of ordinary tokens
+ROWS = [
+    ("Ada went to Paris in 1843. It rained all day.", "Where did Ada go?", "Paris"),
+    ("“Come in!” said the wolf – the door was open.", "“Who” spoke? (One word.)", "the wolf"),
+    ("Œuvre: 12 volumes, naïve style; price 3.50 €.", "12 volumes of what… and at 3.50 €?", "an œuvre"),
+    ("def f(x):\n    return x + 1\n\nprint(f(2))", "'s what does `print(f(2))` show?", "3"),
+]
+
+
+def ids(text: str) -> list[int]:
+    """The token ids that `rcc ask` makes of a text."""
+    return prompting.token_ids(TOKENIZER, text)[0].tolist()
+
+
+def within(part: np.ndarray, whole: np.ndarray) -> int:
+    """How often a run of tokens stands in another."""
+    windows = np.lib.stride_tricks.sliding_window_view(whole, len(part)) if len(whole) >= len(part) else []
+    return sum(bool((window == part).all()) for window in windows)
+
+
+@dataclass
+class Row:
+    context: np.ndarray
+    question: np.ndarray
+    answer: np.ndarray
+    set: str = ""
+    hash: int = 7
+
+    @classmethod
+    def of(cls, context: str, question: str, answer: str) -> Row:
+        return cls(*(MARKS.encode(text) for text in (context, question, answer)))
+
+
+@dataclass
+class Draw:
+    """What a task may draw: ids below HIGH are of distracting passages, ids from there on of prose."""
+
+    given: Any = None
+    segment: int = 64
+    has_prose: bool = True
+    asked: list[str] = field(default_factory=list)
+
+    def text(self) -> np.ndarray:
+        return self.given
+
+    def row(self) -> Any:
+        return self.given
+
+    def passage(self, rng: np.random.Generator, not_hash: int) -> np.ndarray:
+        assert not_hash == self.given.hash
+        self.asked.append("passage")
+        return rng.integers(LOW, HIGH, rng.integers(1, 120))
+
+    def prose(self, rng: np.random.Generator) -> np.ndarray | None:
+        self.asked.append("prose")
+        return rng.integers(HIGH, 2 * HIGH, 256) if self.has_prose else None
+
+
+def sampled(task: Task, given: Any, length: int = 512, targets: int = 128, seed: int = 0, **draw: Any) -> Sample:
+    return task.sample(Draw(given, **draw), np.random.default_rng(seed), length, targets, MARKS)
+
+
+def only(mode: str, **options: Any) -> Instruction:
+    return Instruction(modes={mode: 1.0}, **{"distractors": 0.0, **options})
+
+
+# ---------------------------------------------------------------- the form
+@pytest.mark.parametrize("row", ROWS)
+def test_samples_are_asked_as_rcc_ask_asks(row: tuple[str, str, str]) -> None:
+    context, question, answer = row
+    given = Row.of(*row)
+    for mode in prompting.MODES:
+        built = prompting.build(question, mode)
+        sample = sampled(only(mode, before=0.0, own_segment=1.0), given)
+        assert sample.prompt.tolist() == ids(built.decoder_text)
+        texts = [context, built.encoder_text] if built.encoder_text else [context]
+        assert [piece.tolist() for piece in sample.pieces] == [ids(text) for text in texts]
+        # and what was learnt is over and parsed as what is written: END counts its marks
+        ended = (sample.target == MARKS.end[0]).sum()
+        assert ended == built.ends
+        instruction = question if mode == "reconstruct" else None
+        assert built.parse(TOKENIZER.decode(sample.target)) == (instruction, answer)
+        written = question + prompting.TURN + answer if mode == "reconstruct" else answer
+        assert sample.target.tolist() == ids(written + prompting.END)
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_the_question_stands_before_or_behind(row: tuple[str, str, str]) -> None:
+    context, question, _ = row
+    for mode in ("reconstruct", "compress"):
+        texts = {
+            (0, 0): [context + prompting.SEPARATOR + question],
+            (1, 0): [question + prompting.SEPARATOR + context],
+            (0, 1): [context, prompting.SEPARATOR + question],
+            (1, 1): [question + prompting.SEPARATOR, context],
+        }
+        for (before, own), pieces in texts.items():
+            sample = sampled(only(mode, before=before, own_segment=own), Row.of(*row))
+            assert [p.tolist() for p in sample.pieces] == [ids(text) for text in pieces]
+
+
+def test_a_teacher_is_asked_in_chat_form() -> None:
+    context, question, _ = ROWS[0]
+    chat = f"{prompting.HEADER}{context}{prompting.SEPARATOR}{question}{prompting.TURN}"
+    for mode in ("human", "compress"):
+        sample = sampled(only(mode), Row.of(*ROWS[0]))
+        assert sample.plain is not None
+        assert sample.plain.tolist() == ids(chat)
+    assert sampled(only("reconstruct"), Row.of(*ROWS[0])).plain is None
+
+
+def test_modes_and_places_are_as_frequent_as_asked() -> None:
+    row = Row.of(*ROWS[0])
+    question, modes, places = row.question, Counter(), Counter()
+    task = Instruction(modes={"human": 2, "reconstruct": 1, "compress": 1}, before=0.3, own_segment=0.6, distractors=0)
+    n = 1200
+    for seed in range(n):
+        sample = sampled(task, row, seed=seed)
+        if len(sample.prompt) == len(MARKS.header):
+            modes["reconstruct"] += 1
+        else:
+            modes["human" if within(question, sample.prompt) else "compress"] += 1
+        if not within(question, sample.prompt):
+            places["own" if len(sample.pieces) == 2 else "joined"] += 1
+            places["before" if (sample.pieces[0][: len(question)] == question).all() else "behind"] += 1
+    asked = n - modes["human"]
+    assert modes["human"] / n == pytest.approx(0.5, abs=0.06)
+    assert modes["reconstruct"] / n == pytest.approx(0.25, abs=0.05)
+    assert places["before"] / asked == pytest.approx(0.3, abs=0.07)
+    assert places["own"] / asked == pytest.approx(0.6, abs=0.07)
+
+
+# ---------------------------------------------------------------- passages
+def test_distractors_fill_the_context_around_the_whole_passage() -> None:
+    row = Row.of(*ROWS[1])
+    places = []
+    for seed in range(300):
+        draw = Draw(row)
+        (context,) = only("human", distractors=1.0).sample(draw, np.random.default_rng(seed), 512, 64, MARKS).pieces
+        assert 512 - len(MARKS.separator) <= len(context) <= 512
+        assert within(row.context, context) == 1
+        assert "passage" in draw.asked or "prose" in draw.asked
+        places.append(next(i for i in range(len(context)) if (context[i : i + len(row.context)] == row.context).all()))
+    places.sort()
+    assert places[0] == 0
+    assert places[-1] > 400
+    assert 130 < places[150] < 330  # a passage is as likely early as late
+
+
+def test_half_of_the_distractors_are_prose_where_there_is_any() -> None:
+    row, task = Row.of(*ROWS[0]), only("human", distractors=1.0)
+    tokens = np.concatenate([sampled(task, row, 2048, seed=seed).pieces[0] for seed in range(60)])
+    prose, passages = (tokens >= HIGH).sum() / 160, ((tokens >= LOW) & (tokens < HIGH)).sum() / 60
+    assert prose / (prose + passages) == pytest.approx(0.5, abs=0.1)  # counted in texts of their mean length
+    assert (sampled(task, row, 2048, has_prose=False).pieces[0] >= HIGH).sum() < 30
+    assert len(sampled(only("human", distractors=0.0), row).pieces[0]) == len(row.context)
+
+
+@pytest.mark.parametrize("distractors", [0.0, 1.0])
+def test_unanswerable(distractors: float) -> None:
+    row = Row.of(*ROWS[0])
+    for seed in range(20):
+        sample = sampled(only("human", unanswerable=1.0, distractors=distractors), row, seed=seed)
+        assert not within(row.context, sample.pieces[0])
+        assert TOKENIZER.decode(sample.target) == UNANSWERABLE + prompting.END
+
+
+def test_a_passage_is_joined_with_its_question_where_a_segment_for_it_would_cut_it() -> None:
+    row = Row(PROSE[:150], *(Row.of(*ROWS[0]).__dict__[k] for k in ("question", "answer")))
+    for length, pieces in ((170, 1), (192, 1), (256, 2)):  # segments of 64: 192 leave 128 beside the question's
+        sample = sampled(only("compress", own_segment=1.0), row, length)
+        assert len(sample.pieces) == pieces
+        assert sum(within(row.context, piece) for piece in sample.pieces) == 1
+
+
+# ---------------------------------------------------------------- text
+def test_reconstruction_starts_anywhere() -> None:
+    starts = Counter()
+    for seed in range(400):
+        sample = sampled(Reconstruction(), np.arange(100, 140), 40, 20, seed)
+        assert np.concatenate([sample.prompt, sample.target]).tolist() == list(
+            range(sample.prompt[0], sample.prompt[0] + 20)
+        )
+        assert len(sample.prompt) == 10
+        starts[int(sample.prompt[0]) - 100] += 1
+    assert set(starts) == set(range(21))
+    assert max(starts.values()) < 45
+    short = sampled(Reconstruction(), np.arange(100, 115), 40, 20)
+    assert np.concatenate([short.prompt, short.target]).tolist() == list(range(100, 115))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "context"),
+    [(60, 40), (59, 40), (50, 37), (41, 30), (40, 30), (8, 6), (5, 3), (3, 1), (2, 1), (1, 1)],
+)
+def test_continuation_goes_on_where_the_context_ends(tokens: int, context: int) -> None:
+    """Windows of 40 + 20; of a shorter document a quarter, rounded up, is left, or what does not fit."""
+    assert Continuation().window(40, 20) == 60
+    sample = sampled(Continuation(), np.arange(100, 100 + tokens), 40, 20)
+    everything = np.concatenate([*sample.pieces, sample.prompt, sample.target])
+    assert everything.tolist() == [*range(100, 100 + tokens), *[MARKS.eos] * (3 - tokens)]
+    assert len(sample.prompt) == 1
+    assert len(sample.pieces[0]) == context
+
+
+# ---------------------------------------------------------------- sizes
+quick = settings(max_examples=150, deadline=None, derandomize=True)
+options = st.fixed_dictionaries(
+    {k: st.sampled_from([0.0, 0.5, 1.0]) for k in ("before", "own_segment", "distractors", "unanswerable")}
+)
+
+
+def check_sizes(sample: Sample, length: int, targets: int, segment: int) -> None:
+    assert all(len(piece) for piece in sample.pieces)
+    assert sum(map(len, sample.pieces)) <= length
+    assert sum(-(-len(piece) // segment) for piece in sample.pieces) <= -(-length // segment)
+    assert len(sample.prompt) >= 1
+    assert len(sample.target) >= 1
+    assert len(sample.prompt) + len(sample.target) <= targets
+    assert {part.dtype for part in (*sample.pieces, sample.prompt, sample.target)} == {np.dtype(np.int64)}
+
+
+def same(a: Sample, b: Sample) -> bool:
+    parts = [(*s.pieces, s.prompt, s.target, np.array([]) if s.plain is None else s.plain) for s in (a, b)]
+    return len(parts[0]) == len(parts[1]) and all(np.array_equal(x, y) for x, y in zip(*parts, strict=True))
+
+
+@quick
+@given(
+    mode=st.sampled_from(prompting.MODES),
+    options=options,
+    sizes=st.tuples(st.integers(1, 400), st.integers(1, 200), st.integers(1, 60)),
+    length=st.integers(8, 700),
+    targets=st.integers(17, 128),
+    segment=st.sampled_from([16, 64, 128]),
+    seed=st.integers(0, 2**32),
+)
+@example(
+    "compress", dict.fromkeys(("before", "own_segment", "distractors", "unanswerable"), 1.0), (1, 200, 9), 8, 17, 16, 0
+)
+def test_instruction_sizes(mode, options, sizes, length, targets, segment, seed):
+    rng = np.random.default_rng(seed)
+    start = rng.integers(len(PROSE) - 700)
+    text = TOKENIZER.decode(PROSE[start + 400 : start + 400 + sizes[1]]).strip() or "Who?"
+    row = Row(PROSE[start : start + sizes[0]], MARKS.encode(text), PROSE[start + 600 : start + 600 + sizes[2]])
+    task = only(mode, **options)
+    sample = sampled(task, row, length, targets, seed, segment=segment)
+    check_sizes(sample, length, targets, segment)
+    assert same(sample, sampled(task, row, length, targets, seed, segment=segment))
+    prompts = {m: ids(prompting.build(text, m).decoder_text) for m in prompting.MODES}
+    assert sample.prompt.tolist() == (prompts[mode] if len(prompts[mode]) < targets else prompts["compress"])
+    fits = len(row.context) + len(row.question) <= task.window(length, targets)
+    if fits and len(row.question) + 2 <= length // 2 and not options["unanswerable"]:
+        assert sum(within(row.context, piece) for piece in sample.pieces) >= 1
+
+
+@quick
+@given(
+    name=st.sampled_from(["reconstruction", "continuation"]),
+    tokens=st.integers(1, 300),
+    length=st.integers(2, 200),
+    targets=st.integers(17, 128),
+    prompt_tokens=st.integers(1, 200),
+    seed=st.integers(0, 2**32),
+)
+def test_text_sizes(name, tokens, length, targets, prompt_tokens, seed):
+    task = TASKS[name](prompt_tokens=prompt_tokens)
+    text = np.arange(LOW, LOW + min(tokens, task.window(length, targets)))
+    sample = sampled(task, text, length, targets, seed)
+    check_sizes(sample, length, targets, 64)
+    assert same(sample, sampled(task, text, length, targets, seed))
+
+
+# ---------------------------------------------------------------- passkey
+def taken_apart(text: str) -> tuple[int, int, int]:
+    """Key, sentences before it, sentences in all."""
+    before, key, again, after = re.fullmatch(
+        re.escape(OPENING) + r"(.*) The pass key is (\d{5})\. Remember it\. (\d{5}) is the pass key\.(.*)", text
+    ).groups()
+    assert key == again
+    stops = before.count("."), after.count(".")
+    return int(key), stops[0], sum(stops)
+
+
+@pytest.mark.parametrize("length", [100, 101, 113, 127, 512, 5000])
+def test_passkey_text(length: int) -> None:
+    longest = max(len(ids(sentence)) for sentence in FILLER)
+    seen = []
+    for seed in range(40):
+        sample = sampled(Passkey(), None, length, 32, seed)
+        check_sizes(sample, length, 32, 64)
+        assert len(sample.pieces[0]) > length - longest
+        key, before, sentences = taken_apart(TOKENIZER.decode(sample.pieces[0]))
+        assert sample.pieces[0].tolist() == ids(passkey_text(key, before, sentences))
+        assert np.concatenate([sample.prompt, sample.target]).tolist() == [*ids(f"{QUESTION} {key}."), MARKS.eos]
+        assert sample.prompt.tolist() == ids(QUESTION)
+        seen.append((key, before))
+    assert len({key for key, _ in seen}) == 40
+
+
+def test_passkey_stands_anywhere() -> None:
+    shares = []
+    for seed in range(400):
+        _, before, sentences = taken_apart(TOKENIZER.decode(sampled(Passkey(), None, 2000, 32, seed).pieces[0]))
+        shares.append(before / sentences)
+    for quarter in range(1, 4):
+        assert np.quantile(shares, quarter / 4) == pytest.approx(quarter / 4, abs=0.07)
+    ends = [taken_apart(TOKENIZER.decode(passkey_ids(12345, where, 2000, MARKS.encode))) for where in (0.0, 1.0)]
+    assert [before for _, before, _ in ends] == [0, ends[0][2]]
+
+
+def test_passkey_needs_room() -> None:
+    with pytest.raises(InputError, match="give at least") as error:
+        sampled(Passkey(), None, 20, 32)
+    least = int(re.findall(r"\d+", str(error.value))[-1])
+    assert len(sampled(Passkey(), None, least, 32).pieces[0]) == least
+    with pytest.raises(InputError, match="target_tokens=17"):
+        sampled(Passkey(), None, 512, 17)
+
+
+# ---------------------------------------------------------------- options
+@pytest.mark.parametrize(
+    ("task", "options"),
+    [
+        ("reconstruction", {"prompt_tokens": 0}),
+        ("reconstruction", {"prompt_tokens": 1.5}),
+        ("continuation", {"share": 0}),
+        ("passkey", {"share": float("nan")}),
+        ("instruction", {"share": True}),
+        ("instruction", {"modes": {"humane": 1}}),
+        ("instruction", {"modes": {"human": 0}}),
+        ("instruction", {"modes": {"human": -1, "compress": 2}}),
+        ("instruction", {"before": 1.1}),
+        ("instruction", {"own_segment": "often"}),
+        ("instruction", {"distractors": -0.1}),
+        ("instruction", {"unanswerable": None}),
+    ],
+)
+def test_options_that_cannot_be_used_are_named(task: str, options: dict[str, Any]) -> None:
+    (key,) = options
+    with pytest.raises(InputError, match=rf"^tasks\.{task}\.{key} must be .*, not .*\.$"):
+        TASKS[task](**options)
+
+
+def test_unknown_options_are_refused() -> None:
+    with pytest.raises(TypeError, match="promt_tokens"):
+        TASKS["reconstruction"](promt_tokens=3)
+    assert {name: (task.name, task.reads) for name, task in TASKS.items()} == {
+        "reconstruction": ("reconstruction", "text"),
+        "continuation": ("continuation", "text"),
+        "instruction": ("instruction", "questions"),
+        "passkey": ("passkey", None),
+    }
+
+
+# ---------------------------------------------------------------- batches
+def sample_of(*sizes: int, prompt: int = 2, target: int = 3, plain: int | None = None) -> Sample:
+    pieces = tuple(np.arange(100, 100 + n) for n in sizes)
+    read = None if plain is None else np.arange(400, 400 + plain)
+    return Sample(pieces, np.arange(200, 200 + prompt), np.arange(300, 300 + target), "", read)
+
+
+def test_collate_pads_and_labels_targets_only() -> None:
+    batch = collate([sample_of(4), sample_of(2, 1, prompt=3, target=1)], pad=9)
+    assert {k: v.tolist() for k, v in batch.items()} == {
+        "context_ids": [[100, 101, 102, 103], [100, 101, 100, 9]],
+        "context_mask": [[1, 1, 1, 1], [1, 1, 2, 0]],
+        "input_ids": [[200, 201, 300, 301, 302], [200, 201, 202, 300, 9]],
+        "labels": [[-100, -100, 300, 301, 302], [-100, -100, -100, 300, -100]],
+        "logits_to_keep": [1, 2, 3],
+    }
+    assert "context_mask" not in collate([sample_of(4), sample_of(4)], pad=9)
+    assert "context_mask" in collate([sample_of(4), sample_of(3)], pad=9)
+    assert "context_mask" in collate([sample_of(2, 2), sample_of(2, 2)], pad=9)
+
+
+def test_loss_falls_on_targets_only(tiny) -> None:
+    """The model's loss is the mean over targets of what each row costs alone; other tokens' labels do not matter."""
+    model = tiny("llama")
+    samples = [
+        Sample((np.arange(1, 20),), np.arange(20, 24), np.arange(30, 36), ""),
+        Sample((np.arange(5, 12),), np.arange(40, 42), np.arange(50, 53), ""),
+    ]
+    losses = []
+    for rows in (samples, samples[:1], samples[1:]):
+        batch = collate(rows, pad=0)
+        del batch["logits_to_keep"]
+        losses.append(model(**batch, rate=4).loss.item())
+    assert losses[0] == pytest.approx((6 * losses[1] + 3 * losses[2]) / 9, rel=1e-4)
+
+
+def test_a_teachers_target_stands_in_the_same_columns() -> None:
+    samples = [sample_of(4), sample_of(2, 1, prompt=3, target=1, plain=8), sample_of(1, plain=1)]
+    batch = collate(samples, pad=9, teacher=True)
+    ids_, mask = batch["teacher_ids"], batch["teacher_mask"]
+    shift = ids_.shape[1] - batch["input_ids"].shape[1]
+    for b, sample in enumerate(samples):
+        plain = np.concatenate([*sample.pieces, sample.prompt]) if sample.plain is None else sample.plain
+        assert ids_[b][mask[b].bool()].tolist() == [*plain, *sample.target]
+        assert (ids_[b][~mask[b].bool()] == 9).all()
+        at = batch["labels"][b] != -100
+        assert ids_[b, shift:][at].tolist() == sample.target.tolist()
+
+
+def test_describe() -> None:
+    text = describe(
+        sampled(only("compress", own_segment=1.0, before=0.0, distractors=1.0), Row.of(*ROWS[0])), TOKENIZER
+    )
+    assert "instruction" in text
+    assert " […] " in text
+    assert r"'\n\nWhere did Ada go?'" in text
+    assert "prompt (2 tokens): 'Answer:'" in text
+    assert f"'Paris{prompting.END}'" in text
+    assert "[…]" not in describe(sampled(Reconstruction(), PROSE[:50]), TOKENIZER)
