@@ -26,6 +26,7 @@ from ..errors import FileError, InputError
 from .data import Source
 from .tasks import TASKS, Task
 
+BUDGETS = ("max_tokens", "max_steps", "max_minutes")
 GROUPS = ("encoder", "projections", "decoder")
 """Groups of parameters, each with a learning rate and a schedule of its own; memory tokens count as projections."""
 
@@ -192,12 +193,10 @@ class Stage:
         for key in ("target_tokens", "batch_tokens", "accumulation"):
             _check(getattr(self, key) > 0, key, getattr(self, key), "a positive whole number")
         _check(self.target_tokens > 16, "target_tokens", self.target_tokens, "more than 16, for prompt and target")
-        budgets = {k: getattr(self, k) for k in ("max_tokens", "max_steps", "max_minutes")}
+        budgets = {k: getattr(self, k) for k in BUDGETS}
         given = [k for k, v in budgets.items() if v is not None]
         if len(given) != 1:
-            raise InputError(
-                f"{' and '.join(given) or 'no budget'} given: set exactly one of {', '.join(budgets)} (null unsets one)."
-            )
+            raise InputError(f"{' and '.join(given) or 'no budget'} given: set exactly one of {', '.join(BUDGETS)}.")
         _check(budgets[given[0]] > 0, given[0], budgets[given[0]], "a positive number")
         for name in (*self.groups, *self.frozen):
             if name not in GROUPS and not (name == "all" and name in self.groups):
@@ -214,7 +213,7 @@ class Stage:
     @property
     def budget(self) -> str:
         """Which of the budgets is set."""
-        return next(k for k in ("max_tokens", "max_steps", "max_minutes") if getattr(self, k) is not None)
+        return next(k for k in BUDGETS if getattr(self, k) is not None)
 
 
 @dataclass
@@ -313,6 +312,8 @@ class Recipe:
             raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}.") from None
         for override in overrides or []:
             _override(data, override)
+        if isinstance(data, dict):
+            _one_budget(data, overrides or [])
         return build(cls, data, "")
 
     def to_dict(self) -> dict[str, Any]:
@@ -417,6 +418,16 @@ def _override(data: Any, override: str) -> None:
         if i < len(parents):
             place = place[index]
     place[index] = value
+
+
+def _one_budget(data: dict, overrides: list[str]) -> None:
+    """A budget that was set from outside takes the place of the file's."""
+    given = [override.partition("=")[0].split(".") for override in overrides]
+    for i, stage in enumerate(data.get("stages") or []):
+        chosen = {path[2] for path in given if path[:2] == ["stages", str(i)] and path[2:] and path[2] in BUDGETS}
+        for key in BUDGETS if chosen and isinstance(stage, dict) else ():
+            if key not in chosen:
+                stage.pop(key, None)
 
 
 def _join(where: str, key: Any) -> str:

@@ -1,0 +1,54 @@
+"""Measure models on the same held-out samples: loss and token accuracy of every task and rate of a recipe's stage.
+
+    python scripts/measure.py MODEL … --recipe recipes/smollm2-135m-cpu.yaml [--stage 0] [--samples 24] [--set K=V …]
+
+Models are shipped names or folders. The samples depend on the recipe alone, so the columns can be compared.
+"""
+
+import argparse
+
+from rcc import allocator
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+")
+    parser.add_argument("--recipe", required=True)
+    parser.add_argument("--stage", type=int, default=0)
+    parser.add_argument("--samples", type=int, default=24)
+    parser.add_argument("--set", action="append", default=[])
+    arguments = parser.parse_args()
+    allocator.configure()
+
+    import torch
+    from transformers.utils import logging
+
+    from rcc import RCCForCausalLM
+    from rcc.training.batches import Corpora, Samples
+    from rcc.training.objective import Objective
+    from rcc.training.recipe import Recipe
+    from rcc.training.trainer import Place, attention, load_tokenizer, measure
+
+    logging.disable_progress_bar()
+    recipe = Recipe.load(arguments.recipe, arguments.set)
+    place = Place.of(recipe)
+    tokenizer = load_tokenizer(recipe, arguments.models[0])
+    samples = Samples(recipe, arguments.stage, Corpora(recipe, tokenizer), tokenizer, "held_out")
+    columns = {}
+    for name in arguments.models:
+        model = RCCForCausalLM.from_pretrained(
+            name, device=place.device, attn_implementation=attention(recipe, place.device)
+        )
+        model.config.rates = recipe.model.rates  # some were not trained; that is to be seen, not warned of
+        objective = Objective(model, getattr(torch, recipe.run.dtype))
+        columns[name] = measure(objective, samples, arguments.samples, place.device)
+    print("| task@length/rate |", " | ".join(str(name).rstrip("/").rpartition("/")[2] for name in columns), "|")
+    print("|---|" + "---:|" * len(columns))
+    for kind in next(iter(columns.values())):
+        cells = (f"{f[kind]['loss']:.3f} ({f[kind]['accuracy']:.3f})" for f in columns.values())
+        print(f"| {kind} |", " | ".join(cells), "|")
+    print(f"\nloss, nats a token (token accuracy); {arguments.samples} held-out samples a row")
+
+
+if __name__ == "__main__":
+    main()

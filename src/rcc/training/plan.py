@@ -1,0 +1,242 @@
+"""`rcc train --dry-run`: what a recipe would train, on what, and roughly at what cost, without training.
+
+Weights need not be at hand: the model is made without storage from the backbones' configurations.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig
+
+from .. import backbones, checkpoints
+from ..config import RCCConfig
+from ..errors import FileError, InputError, ModelError
+from ..modeling import RCCForCausalLM
+from .batches import Corpora, Samples
+from .recipe import GROUPS, Recipe, Stage
+from .tasks import describe
+from .trainer import attention, group_of, load_tokenizer, prepare
+
+SUSTAINED = 0.45
+"""Share of the machine's matrix rate that training is taken to reach; measured 0.4 to 0.5 for the default model."""
+BIG = 300e12
+"""FLOP/s that a large GPU of 2024 sustains in such training; for a figure beside this machine's."""
+
+
+def plan(recipe: Recipe, init: str | None, console: Console) -> None:
+    """Print the plan of a recipe.
+
+    Raises:
+        ModelError: a backbone is neither at hand nor described in model.shapes.
+    """
+    model = empty_model(recipe, init)
+    _say(console, f"{recipe.name}: {len(recipe.stages)} stage(s), seed {recipe.seed}")
+    start = init or "the base, with new projections" + (
+        " and LoRA" if any("lora_" in n for n, _ in model.named_parameters()) else ""
+    )
+    _say(console, f"starts from {start}")
+    rate = _matrix_rate()
+    for number, stage in enumerate(recipe.stages):
+        trained = copy.deepcopy(model)
+        # compiling and attention make no difference to what is counted
+        settings = copy.deepcopy(recipe)
+        settings.run.compile = False
+        prepare(trained, stage, settings, torch.device("cpu"))
+        _stage(console, recipe, number, trained, rate)
+    _samples(console, recipe, init)
+
+
+def empty_model(recipe: Recipe, init: str | None) -> RCCForCausalLM:
+    """The recipe's model on the meta device: shapes without storage."""
+    settings = recipe.model
+    named: dict[str, tuple[str, Path | None]]
+    if init is not None:
+        folder = checkpoints.resolve_model(init)
+        config = RCCConfig.load(folder)
+        named = {side: (base.source, folder) for side, base in config.base.items()}
+    else:
+        config = settings.config(recipe.name)
+        if config.share_base is None:
+            config.share_base = settings.decoder is None
+        for side in ("encoder_lora_rank", "decoder_lora_rank"):
+            if getattr(config, side) is None:
+                setattr(config, side, 16 if config.share_base else 0)
+        named = {"decoder": (settings.decoder or settings.encoder, None)}
+        if not config.share_base:
+            named["encoder"] = (settings.encoder, None)
+    dtype = getattr(torch, recipe.run.dtype)
+    with torch.device("meta"):
+        sides: dict[str, Any] = {}
+        for side, (name, folder_of) in named.items():
+            auto = AutoModelForCausalLM if side == "decoder" else AutoModel
+            sides[side] = auto.from_config(_shape(recipe, name, folder_of)).to(dtype)
+        return RCCForCausalLM(config, sides.get("encoder"), sides["decoder"])
+
+
+def _shape(recipe: Recipe, name: str, relative_to: Path | None) -> PreTrainedConfig:
+    """A backbone's configuration: from its folder, or from what the recipe says of it."""
+    known = recipe.model.shapes.get(name)
+    if known is not None and not Path(name).is_dir():
+        shape = dict(known)
+        family = shape.pop("model_type", None)
+        if family is None:
+            raise InputError(f"model.shapes.{name} has no model_type: add it.")
+        return AutoConfig.for_model(family, **shape)
+    try:
+        folder = checkpoints.resolve_base(name, relative_to=relative_to)
+    except (ModelError, FileError) as error:
+        raise ModelError(f"{str(error).rstrip('.')}: describe it in model.shapes to plan without it.") from None
+    return AutoConfig.from_pretrained(folder)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one process needs for one batch.
+
+    Attributes:
+        flops: forward and backward.
+        weights: bytes of weights, gradients and optimiser.
+        activations: bytes kept for the backward pass, at most.
+    """
+
+    flops: float
+    weights: int
+    activations: int
+
+
+def cost(model: RCCForCausalLM, stage: Stage, recipe: Recipe) -> Cost:
+    """Estimate one batch of a prepared stage, at the mean over its lengths and rates.
+
+    A forward pass takes 2 FLOP a weight and token, the way back 2 more for the activations and 2 for weights that
+    learn. Activations: 34 bytes · width a token and layer at 16 bits (Korthikanti et al. 2022), and for eager
+    attention its scores; with checkpointing 2 bytes, and one layer in full.
+    """
+    sides = {"encoder": model.encoder, "decoder": model.decoder.base_model}
+    lengths, rates = stage.lengths, stage.rates
+    rows = sum(max(1, stage.batch_tokens // n) for n in lengths) / len(lengths)
+    read = sum(max(1, stage.batch_tokens // n) * n for n in lengths) / len(lengths)
+    prefix = read * sum(1 / r for r in rates) / len(rates)
+    tokens = {"encoder": read, "decoder": prefix + rows * stage.target_tokens}
+    longest = {
+        "encoder": recipe.model.segment_length,
+        "decoder": max(lengths) // min(rates) + stage.target_tokens,
+    }
+    eager = attention(recipe, torch.device(recipe.run.device or "cpu")) == "eager"
+    flops, activations = 0.0, 0.0
+    for side, body in sides.items():
+        weights = learning = 0
+        for p in {id(p): p for b in backbones.blocks(body) for p in b.parameters()}.values():
+            weights += p.numel()
+            learning += p.numel() if p.requires_grad else 0
+        passes = 2 * weights
+        if side not in stage.frozen:
+            passes += 2 * weights + 2 * learning + (2 * weights if stage.gradient_checkpointing else 0)
+            width, depth = body.config.hidden_size, len(backbones.blocks(body))
+            full = 34 * width + (5 * _heads(body) * longest[side] if eager else 0)
+            layers = 2 * width * depth + full if stage.gradient_checkpointing else full * depth
+            activations += tokens[side] * layers
+        flops += tokens[side] * passes
+    head = model.decoder.config.vocab_size * model.decoder.config.hidden_size
+    targets = rows * stage.target_tokens
+    flops += targets * 4 * head + prefix * 4 * sum(p.numel() for p in model.projections.parameters())
+    activations += targets * model.decoder.config.vocab_size * 12
+    total = sum(
+        p.numel() * (16 if p.requires_grad else p.element_size())
+        for p in {id(p): p for p in model.parameters()}.values()
+    )
+    return Cost(flops, total, int(activations))
+
+
+def _heads(body: nn.Module) -> int:
+    return int(getattr(body.config, "num_attention_heads", 0))
+
+
+def _stage(console: Console, recipe: Recipe, number: int, model: RCCForCausalLM, rate: float) -> None:
+    stage = recipe.stages[number]
+    _say(console, f"\nstage {number + 1}: {stage.name}", style="bold")
+    _say(console, "  group        learns          frozen          learning rate")
+    base = {id(p) for p in model.decoder.parameters()} & {id(p) for p in model.encoder.parameters()}
+    for group in GROUPS:
+        learns = frozen = 0
+        for name, p in model.named_parameters():
+            if group_of(name) == group and id(p) not in base:
+                learns, frozen = (learns + p.numel(), frozen) if p.requires_grad else (learns, frozen + p.numel())
+        how = stage.group(group)
+        rates = f"{how.learning_rate:g} {how.schedule}" if learns else "–"
+        _say(console, f"  {group:13}{learns:<16,}{frozen:<16,}{rates}")
+    if base:
+        shared = sum(p.numel() for p in model.parameters() if id(p) in base)
+        _say(console, f"  shared base  {0:<16}{shared:<16,}–")
+    samples = {n: max(1, stage.batch_tokens // n) for n in stage.lengths}
+    shares = sum(task.share for task in stage.tasks.values())
+    _say(console, "  tasks        " + ", ".join(f"{n} {t.share / shares:.0%}" for n, t in stage.tasks.items()))
+    _say(console, f"  contexts     {', '.join(f'{n:,} tokens ({s} a batch)' for n, s in samples.items())}")
+    _say(console, f"  rates        {', '.join(f'{r}×' for r in stage.rates)}")
+    one = cost(model, stage, recipe)
+    read = sum(s * n for n, s in samples.items()) / len(samples) * stage.accumulation
+    if stage.max_minutes is not None:
+        _say(console, f"  budget       {stage.max_minutes:g} minutes")
+        speed = read / stage.accumulation / one.flops * rate * SUSTAINED
+        _say(console, f"  speed        about {speed:,.0f} context tokens/s here ({_rate(rate)})")
+    else:
+        steps = stage.max_steps or -(-int(stage.max_tokens or 0) // int(read))
+        flops = steps * stage.accumulation * one.flops
+        here, big = flops / (rate * SUSTAINED) / 3600, flops / BIG / 3600
+        _say(console, f"  budget       {steps * read:,.0f} context tokens in {steps:,} steps of one process")
+        _say(console, f"  compute      {flops:.2g} FLOP: about {here:,.2g} hours here ({_rate(rate)}),")
+        _say(console, f"               {big:,.2g} hours where {BIG / 1e12:.0f} TFLOP/s are sustained (an H100 or H200)")
+    gb = [x / 1e9 for x in (one.weights, one.activations)]
+    _say(console, f"  memory       about {gb[0]:.1f} GB weights, gradients, optimiser; {gb[1]:.1f} GB activations")
+    if recipe.run.fsdp:
+        _say(console, "               (the first part is divided among processes, but for a base under LoRA)")
+
+
+def _rate(rate: float) -> str:
+    return f"{SUSTAINED:.0%} of its measured {rate / 1e12:.2g} TFLOP/s"
+
+
+def _matrix_rate() -> float:
+    """FLOP/s of bf16 matrix products on this machine, measured for a moment."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    a = torch.randn(2048, 2048, device=device, dtype=torch.bfloat16)
+    best = float("inf")
+    for _ in range(4):
+        if device == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        (a @ a).sum().item()
+        best = min(best, time.perf_counter() - start)
+    return 2 * 2048**3 / best
+
+
+def _samples(console: Console, recipe: Recipe, init: str | None) -> None:
+    """One decoded sample of every task of every stage, where tokenizer and data are at hand."""
+    try:
+        tokenizer = load_tokenizer(recipe, init)
+    except (ModelError, FileError) as error:
+        _say(console, f"\nno samples are shown, because the tokenizer is not at hand: {error}")
+        return
+    console.print()
+    for number, stage in enumerate(recipe.stages):
+        for name, task in stage.tasks.items():
+            only = copy.deepcopy(recipe)
+            only.stages = [copy.deepcopy(stage)]
+            only.stages[0].tasks = {name: task}
+            try:
+                samples = Samples(only, 0, Corpora(only, tokenizer), tokenizer)
+                text = describe(samples.sample(0, 0), tokenizer)
+            except (InputError, FileError, ModelError) as error:
+                text = f"{name}\n  no sample: {error}"
+            _say(console, f"stage {number + 1}, {text}")
+
+
+def _say(console: Console, text: str, style: str | None = None) -> None:
+    console.print(text, style=style, markup=False)
