@@ -77,7 +77,10 @@ def empty_model(recipe: Recipe, init: str | None) -> RCCForCausalLM:
         sides: dict[str, Any] = {}
         for side, (name, folder_of) in named.items():
             auto = AutoModelForCausalLM if side == "decoder" else AutoModel
-            sides[side] = auto.from_config(_shape(recipe, name, folder_of)).to(dtype)
+            shape = _shape(recipe, name, folder_of)
+            if settings.max_position_embeddings is not None:
+                shape.max_position_embeddings = settings.max_position_embeddings
+            sides[side] = auto.from_config(shape).to(dtype)
         return RCCForCausalLM(config, sides.get("encoder"), sides["decoder"])
 
 
@@ -191,8 +194,8 @@ def _stage(console: Console, recipe: Recipe, number: int, model: RCCForCausalLM,
         flops = steps * stage.accumulation * one.flops
         here, big = flops / (rate * SUSTAINED) / 3600, flops / BIG / 3600
         _say(console, f"  budget       {steps * read:,.0f} context tokens in {steps:,} steps of one process")
-        _say(console, f"  compute      {flops:.2g} FLOP: about {here:,.2g} hours here ({_rate(rate)}),")
-        _say(console, f"               {big:,.2g} hours where {BIG / 1e12:.0f} TFLOP/s are sustained (an H100 or H200)")
+        _say(console, f"  compute      {flops:.2g} FLOP: about {_hours(here)} hours here ({_rate(rate)}),")
+        _say(console, f"               {_hours(big)} hours where {BIG / 1e12:.0f} TFLOP/s are sustained (an H100 or H200)")
     gb = [x / 1e9 for x in (one.weights, one.activations)]
     _say(console, f"  memory       about {gb[0]:.1f} GB weights, gradients, optimiser; {gb[1]:.1f} GB activations")
     if recipe.run.fsdp:
@@ -201,6 +204,11 @@ def _stage(console: Console, recipe: Recipe, number: int, model: RCCForCausalLM,
 
 def _rate(rate: float) -> str:
     return f"{SUSTAINED:.0%} of its measured {rate / 1e12:.2g} TFLOP/s"
+
+
+def _hours(hours: float) -> str:
+    """Two significant digits, written out."""
+    return f"{float(f'{hours:.2g}'):,.10g}"
 
 
 def _matrix_rate() -> float:
@@ -221,10 +229,14 @@ def _samples(console: Console, recipe: Recipe, init: str | None) -> None:
     """One decoded sample of every task of every stage, where tokenizer and data are at hand."""
     try:
         tokenizer = load_tokenizer(recipe, init)
-    except (ModelError, FileError) as error:
-        _say(console, f"\nno samples are shown, because the tokenizer is not at hand: {error}")
-        return
-    console.print()
+        console.print()
+    except (ModelError, FileError):
+        name, _ = next(iter(checkpoints.BASES.items()))
+        if not (checkpoints.home() / "bases" / name).is_dir():
+            _say(console, "\nno samples are shown, because the tokenizer is not at hand")
+            return
+        tokenizer = checkpoints.load_tokenizer(checkpoints.resolve_base(name))
+        _say(console, f"\nthe tokenizer is not at hand: the samples are made with that of {name}\n")
     for number, stage in enumerate(recipe.stages):
         for name, task in stage.tasks.items():
             only = copy.deepcopy(recipe)

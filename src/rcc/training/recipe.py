@@ -37,6 +37,8 @@ class ModelSettings:
 
     Args:
         encoder, decoder: folders, hub ids or names of bases; without a decoder the encoder's base is shared.
+        max_position_embeddings: positions that both backbones shall address, where that is more than they were
+            pretrained with; their own weights must be trained.
         shapes: for `--dry-run` where a backbone is not at hand: {its name: what its config.json says of its shape}.
     """
 
@@ -52,12 +54,20 @@ class ModelSettings:
     encoder_lora_rank: int | None = None
     decoder_lora_rank: int | None = None
     lora_alpha: float | None = None
+    max_position_embeddings: int | None = None
     shapes: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.encoder:
             raise InputError("model.encoder is missing: name a folder, a hub id or a base.")
-        self.config("check")
+        config = self.config("check")
+        if self.max_position_embeddings is not None:
+            lora = config.encoder_lora_rank or config.decoder_lora_rank
+            if lora or config.share_base or self.decoder is None:
+                raise InputError(
+                    "model.max_position_embeddings is for backbones that are trained themselves: name a decoder and"
+                    " leave out LoRA, or leave it out."
+                )
 
     def config(self, name: str) -> RCCConfig:
         """The model's configuration, not yet joined with its bases."""

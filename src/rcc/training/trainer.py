@@ -112,6 +112,8 @@ def make_model(recipe: Recipe, init: str | None, place: Place) -> RCCForCausalLM
     dtype = getattr(torch, recipe.run.dtype)
     load: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention(recipe, place.device)}
     config = settings.config(recipe.name)
+    if settings.max_position_embeddings is not None:
+        load["max_position_embeddings"] = settings.max_position_embeddings
     if init is None:
         model = RCCForCausalLM.from_base(settings.encoder, settings.decoder, config, **load)
     else:

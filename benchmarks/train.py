@@ -1,0 +1,186 @@
+"""Speed and memory of `rcc train`, beside a bare PyTorch loop over the same modules and samples.
+
+    python benchmarks/train.py [--recipe recipes/smollm2-135m-cpu.yaml] [--steps 16] [--threads 2] [--set KEY=VALUE …]
+        [--warmstart ../shared/warmstart/warmstart.py --warmstart-data FOLDER] [--markdown OUT.md]
+
+Each figure comes from a process of its own, one after the other: context tokens a second over the steps after the
+first four, and the process's peak memory.
+
+- loop: forward, backward, clipping and AdamW in a `for`, and nothing else.
+- train: `rcc train`, with its log, progress, budget and checkpoint at the end.
+- two processes: `rcc train` under torchrun (DDP), the threads divided between them.
+- warmstart: the model and samples of that script in a bare loop, with the same sizes (where it is at hand; FOLDER as
+  its `tokens` command makes it).
+
+Text: `--text FILE` (default: examples/simple-susan.txt), reconstruction only, so that all four do the same work.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+WARM = 4
+"""Steps before the clock starts."""
+
+
+def overrides(arguments: argparse.Namespace) -> list[str]:
+    return [
+        "stages.0.tasks={reconstruction: 1}",
+        f"stages.0.max_steps={arguments.steps}",
+        f"data.text=[{{path: {arguments.text}}}]",
+        "data.questions=[]",
+        "data.evaluation_text=[]",
+        "data.evaluation_questions=[]",
+        "data.held_out=0",
+        "run.evaluation_samples=0",
+        "run.save_minutes=0",
+        "run.evaluate_minutes=0",
+        *arguments.set,
+    ]
+
+
+def loop(arguments: argparse.Namespace) -> None:
+    """The bare loop, in this process; prints JSON."""
+    from rcc import allocator
+
+    allocator.configure()
+    import torch
+
+    from rcc.training.batches import Corpora, Samples
+    from rcc.training.objective import Objective
+    from rcc.training.recipe import Recipe
+    from rcc.training.trainer import Place, load_tokenizer, make_model, prepare
+
+    recipe = Recipe.load(arguments.recipe, [*overrides(arguments), f"run.threads={arguments.threads}"])
+    place = Place.of(recipe)
+    tokenizer = load_tokenizer(recipe, arguments.init)
+    samples = Samples(recipe, 0, Corpora(recipe, tokenizer), tokenizer)
+    model = make_model(recipe, arguments.init, place)
+    prepare(model, recipe.stages[0], recipe, place.device)
+    objective = Objective(model, getattr(torch, recipe.run.dtype)).train()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+    tokens = start = 0.0
+    for step in range(arguments.steps):
+        if step == WARM:
+            start, tokens = time.perf_counter(), 0
+        batch = samples.batch(step)
+        batch = {k: v.to(place.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+        objective(**batch)["loss"].backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        tokens += batch["context_ids"].numel()
+    if place.device.type == "cuda":
+        torch.cuda.synchronize()
+    print(json.dumps({"speed": tokens / (time.perf_counter() - start)}))
+
+
+def warmstart(arguments: argparse.Namespace) -> None:
+    """warmstart.py's model, samples and step in a loop of the same sizes; prints JSON."""
+    from rcc import allocator, checkpoints
+
+    allocator.configure()
+    sys.path.insert(0, str(Path(arguments.warmstart).resolve().parent))
+    import numpy as np
+    import torch
+    import warmstart as theirs
+
+    from rcc.training.recipe import Recipe
+
+    torch.set_num_threads(arguments.threads)
+    recipe = Recipe.load(arguments.recipe, overrides(arguments))
+    stage, base = recipe.stages[0], str(checkpoints.resolve_base(recipe.model.encoder))
+    model = theirs.RCC(base, 16).to(theirs.DEV)
+    samples = theirs.Samples(base, arguments.warmstart_data)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+    generator, length = np.random.default_rng(0), stage.lengths[0]
+    tokens = start = 0.0
+    for step in range(arguments.steps):
+        if step == WARM:
+            start, tokens = time.perf_counter(), 0
+        rows = stage.batch_tokens // length
+        batch = theirs.to_dev(samples.batch("rec", rows, generator, length, recipe.model.segment_length))
+        model(batch[0], stage.rates[step % len(stage.rates)], batch[1], batch[2])[0].backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        tokens += batch[0].numel()
+    print(json.dumps({"speed": tokens / (time.perf_counter() - start)}))
+
+
+def train(arguments: argparse.Namespace, processes: int) -> dict[str, float]:
+    """`rcc train` in a process, or several, of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"] if processes > 1 else []
+        sets = [*overrides(arguments), f"run.threads={max(1, arguments.threads // processes)}", "run.log_steps=4"]
+        command = [sys.executable, *launcher, "-m", "rcc", "train", arguments.recipe, "--output", f"{folder}/run"]
+        command += ["--init", arguments.init, *(word for value in sets for word in ("--set", value))]
+        memory = child(command)[1]
+        rows = [json.loads(line) for line in Path(folder, "run/log.jsonl").read_text().splitlines()]
+    first, last = rows[WARM - 1], rows[-1]
+    return {"speed": (last["tokens"] - first["tokens"]) / (last["seconds"] - first["seconds"]), "bytes": memory}
+
+
+def child(command: list[str]) -> tuple[str, int]:
+    """Run a command → its output, and the peak memory of the largest of its processes in bytes."""
+    code = (
+        "import resource, subprocess, sys; done = subprocess.run(sys.argv[1:]);"
+        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024); sys.exit(done.returncode)"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True, env=environment)
+    if done.returncode:
+        sys.exit(done.stderr)
+    return done.stdout, int(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", default=str(ROOT / "recipes/smollm2-135m-cpu.yaml"))
+    parser.add_argument("--init", default="rcc-smollm2-135m")
+    parser.add_argument("--text", default=str(ROOT / "examples/simple-susan.txt"))
+    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--set", action="append", default=[])
+    parser.add_argument("--warmstart")
+    parser.add_argument("--warmstart-data")
+    parser.add_argument("--markdown", type=Path, help="also write the table here")
+    parser.add_argument("--kind", choices=["loop", "warmstart"], help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.kind:
+        {"loop": loop, "warmstart": warmstart}[arguments.kind](arguments)
+        return
+
+    def own(kind: str) -> dict[str, float]:
+        output, memory = child([sys.executable, __file__, *sys.argv[1:], "--kind", kind])
+        return {**json.loads(output.splitlines()[-2]), "bytes": memory}
+
+    rows = ["| | context tokens/s | of the loop | peak memory, GB |", "|---|---:|---:|---:|"]
+    print(*rows, sep="\n", flush=True)
+    kinds = {
+        "loop": lambda: own("loop"),
+        "train": lambda: train(arguments, 1),
+        "train, two processes": lambda: train(arguments, 2),
+    }
+    if arguments.warmstart:
+        kinds["warmstart"] = lambda: own("warmstart")
+    base = 0.0
+    for name, measure in kinds.items():
+        found = measure()
+        base = base or found["speed"]
+        rows.append(f"| {name} | {found['speed']:,.0f} | {found['speed'] / base:.2f} | {found['bytes'] / 1e9:.1f} |")
+        print(rows[-1], flush=True)
+    if arguments.markdown:
+        arguments.markdown.write_text("\n".join(rows) + "\n")
+
+
+if __name__ == "__main__":
+    main()
