@@ -38,8 +38,9 @@ class RCCConfig:
         segment_padding: `"none"` keeps the state of a partial group's last token; `"repeat"` is the published
             checkpoint's rule, which repeats tokens until the segment is full.
         share_base: the encoder runs on the decoder's own frozen weights. None: decided by `from_base`.
-        encoder_lora_rank, decoder_lora_rank: LoRA on every linear layer of that side's blocks; 0 is none
-            (and, where the base is not shared, trains the side's own weights). None: decided by `from_base`.
+        encoder_lora_rank, decoder_lora_rank: LoRA on every linear layer of that side's blocks (in Mamba's, on
+            `in_proj`); 0 is none (and, where the base is not shared, trains the side's own weights). None: decided
+            by `from_base`.
         lora_alpha: LoRA's scale is alpha / rank. None: equal to the rank, a scale of 1.
         name: what contexts and messages call the model.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from . import backbones, fileformat
 from .config import RCCConfig
 from .errors import ContextError, InputError
 
-_KEY = "rcc_capture"  # travels through the model's keyword arguments to every block
+_capture: ContextVar[_Capture | None] = ContextVar("rcc_capture", default=None)
+"""Set around an encoder's forward pass, each thread's own: not every family hands keyword arguments to its blocks."""
 
 
 @dataclass(frozen=True)
@@ -91,17 +93,14 @@ def segments(ids: Tensor, config: RCCConfig) -> tuple[Tensor, ...]:
 
 
 def capture_states(body: PreTrainedModel) -> None:
-    """Make every block of an encoder's base model look for a :class:`_Capture` among its keyword arguments."""
+    """Make every block of an encoder's base model hand its input to the pass's :class:`_Capture`, if it has one."""
     for i, block in enumerate(backbones.blocks(body)):
 
-        def take(module: nn.Module, args: tuple, kwargs: dict, i: int = i) -> tuple[tuple, dict] | None:
-            capture = kwargs.pop(_KEY, None)
-            if capture is None:
-                return None
-            capture.take(i, args[0])
-            return args, kwargs
+        def take(module: nn.Module, args: tuple, i: int = i) -> None:
+            if (capture := _capture.get()) is not None:
+                capture.take(i, args[0])
 
-        block.register_forward_pre_hook(take, with_kwargs=True)
+        block.register_forward_pre_hook(take)
 
 
 class _Done(Exception):
@@ -144,11 +143,15 @@ def _read(
     capture = _Capture(wanted, lengths, rate, device)
     ids = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True)
     order = torch.arange(ids.shape[1], device=device)[None]
+    token = _capture.set(capture)
     try:
-        out = body(input_ids=ids, position_ids=order, use_cache=False, **{_KEY: capture})
+        # a family without positions ignores them
+        out = body(input_ids=ids, position_ids=order, use_cache=False)
         capture.take(len(backbones.blocks(body)), out.last_hidden_state)
     except _Done:
         pass
+    finally:
+        _capture.reset(token)
     return capture.states, capture.valid
 
 

@@ -55,12 +55,13 @@ class RCCForCausalLM(nn.Module):
             encoder: a base model without head; None shares the decoder's weights.
 
         Raises:
-            ModelError: an unsupported family.
+            ModelError: a family that is not supported on that side.
+            InputError: a segment that the encoder cannot address.
         """
         super().__init__()
-        for side in (encoder, decoder):
-            if side is not None:
-                backbones.check_family(side.config)
+        backbones.check_family(decoder.config, "decoder")
+        if encoder is not None:
+            backbones.check_family(encoder.config, "encoder")
         self.config = config
         self.decoder = decoder
         if encoder is None:
@@ -757,7 +758,7 @@ def _load_base(
     """A backbone for :meth:`RCCForCausalLM.from_base`; one that comes from a folder is noted in the config."""
     if isinstance(source, PreTrainedModel):
         source = copy.deepcopy(source)  # hooks and LoRA go into our own copy
-        if load["attn_implementation"] is not None:
+        if load["attn_implementation"] is not None and source.config.model_type not in backbones.STATE_SPACE:
             source.set_attn_implementation(load["attn_implementation"])
         return source if side == "decoder" else getattr(source, "base_model", source)
     path = checkpoints.resolve_base(source).absolute()
@@ -771,7 +772,10 @@ def _load_base(
 def _load_backbone(path: Path, side: str, load: dict[str, Any]) -> PreTrainedModel:
     auto = AutoModelForCausalLM if side == "decoder" else AutoModel
     try:
-        backbones.check_family(transformers.AutoConfig.from_pretrained(path))
+        config = transformers.AutoConfig.from_pretrained(path)
+        backbones.check_family(config, side)
+        if config.model_type in backbones.STATE_SPACE:  # there is no attention to implement
+            load = {**load, "attn_implementation": None}
         return auto.from_pretrained(path, **load)
     except (OSError, ValueError) as error:
         if isinstance(error, ModelError):
