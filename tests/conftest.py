@@ -67,13 +67,15 @@ def make_backbone(
 
 @torch.no_grad()
 def randomise(model: RCCForCausalLM, seed: int = 0) -> RCCForCausalLM:
-    """Random projections and LoRA: as made, most projections and all of LoRA's B are zero."""
+    """Random projections, LoRA and memory: as made, most projections and all of LoRA's B are zero."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if name.startswith("projections."):
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.7 / parameter.shape[1] ** 0.5)
         elif ".lora_" in name:
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.6 / parameter.shape[1] ** 0.5)
+        elif name == "memory":
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
     return model
 
 
@@ -155,6 +157,7 @@ class Expected:
             "layer_map": config.layer_map,
             "states": config.states,
             "padding": config.segment_padding,
+            "memory": model.memory,
         }
 
     def _settings(self, rate: int | list[int] | None) -> dict[str, Any]:

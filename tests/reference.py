@@ -42,14 +42,21 @@ def compressed_vectors(
     segment: int,
     rate: int,
     padding: str = "none",
+    memory: Tensor | None = None,
 ) -> Tensor:
-    """[n, L + 1, H]: all states at the last token of every group of `rate` tokens of every segment."""
+    """[n, L + 1, H]: all states at the last token of every group of `rate` tokens of every segment; with `memory`,
+    at as many memory tokens behind the segment instead."""
     ids = padded(ids, segment, padding)
     kept = []
     for start in range(0, len(ids), segment):
         part = ids[start : start + segment]
         inputs = encoder.get_input_embeddings()(torch.tensor(part))
+        if memory is not None:
+            inputs = torch.cat([inputs, memory[: ceil(len(part) / rate)]])
         states = all_states(encoder, inputs)
+        if memory is not None:
+            kept += [torch.stack([layer[i] for layer in states]) for i in range(len(part), len(inputs))]
+            continue
         for first in range(0, len(part), rate):
             last = min(first + rate, len(part)) - 1  # a partial group keeps its last token's state
             kept.append(torch.stack([layer[last] for layer in states]))
@@ -131,16 +138,18 @@ def reference(
     layer_map: str = "duplicate",
     states: str = "all",
     padding: str = "none",
+    memory: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Logits [Q, V] of a prompt behind one or several texts, the later ones appended; and the vectors.
 
     Args:
         texts: token ids of each text; every one of them starts a new segment.
         rate: of all texts, or one of each.
+        memory: the memory embeddings [M, H_encoder] of an encoder that is read out at memory tokens.
     """
     rates = rate if isinstance(rate, list) else [rate] * len(texts)
     vectors = torch.cat(
-        [compressed_vectors(encoder, ids, segment, r, padding) for ids, r in zip(texts, rates, strict=True)]
+        [compressed_vectors(encoder, ids, segment, r, padding, memory) for ids, r in zip(texts, rates, strict=True)]
     )
     reads = decoder_inputs(vectors, decoder.config.num_hidden_layers, layer_map, states)
     return decode(decoder, projections, reads, prompt), vectors

@@ -1275,7 +1275,7 @@ def test_encoding_keeps_no_dropped_positions(tiny, tokens, monkeypatch, rate, le
 
     monkeypatch.setattr(rcc.encoder._Capture, "take", watch)
     with torch.no_grad():
-        for states, _, _ in rcc.encoder.encode(model.encoder, rows, rate, model.config, wanted, 32):
+        for states, _, _ in rcc.encoder.encode(model.encoder, rows, rate, model.config, wanted, 32, None):
             assert sorted(states) == wanted
             kept.extend(states.values())
     assert kept

@@ -70,16 +70,18 @@ class RCCForCausalLM(nn.Module):
             encoder = copy.deepcopy(decoder.base_model, memo=shared)
         self.encoder = encoder
         readable = backbones.window(self.encoder.config)
-        if config.segment_length > readable:
+        if config.segment_length + config.memory_length > readable:
+            behind = f" with its {config.memory_length} memory tokens" if config.memory_length else ""
             raise InputError(
-                f"segment_length={config.segment_length} is more than the {readable} positions that the encoder can"
-                " address: use a shorter segment."
+                f"segment_length={config.segment_length}{behind} is more than the {readable} positions that the encoder"
+                " can address: use a shorter segment."
             )
         encoding.capture_states(self.encoder)
         accept_residuals(self.decoder.base_model)
         sizes = self.encoder.config.hidden_size, self.decoder.config.hidden_size
         sources = layer_map(self._encoder_depth, len(backbones.blocks(self.decoder.base_model)), config)
         self.projections = Projections(sources, *sizes).to(self.decoder.device, self.decoder.dtype)
+        self.memory = self._new_memory() if config.memory_length else None
         self._add_lora()
         self._freeze()
         self._recorded: tuple[str, tuple[int, ...]] | None = None
@@ -174,7 +176,7 @@ class RCCForCausalLM(nn.Module):
         return model
 
     def save_pretrained(self, folder: str | Path, full: bool = False) -> None:
-        """Write the model: config.json and the weights that are its own (LoRA, projections).
+        """Write the model: config.json and the weights that are its own (LoRA, projections, memory).
 
         A side whose base is frozen is written as a reference to it with its SHA-256; with `full=True`, or where
         there is nothing to refer to, the base is written too, once, as an ordinary transformers folder.
@@ -221,11 +223,11 @@ class RCCForCausalLM(nn.Module):
                 checkpoints.load_tokenizer(source).save_pretrained(folder)
 
     def own_state_dict(self) -> dict[str, Tensor]:
-        """The weights that are not a base's: projections and LoRA, by the names under which they are saved."""
+        """The weights that are not a base's (projections, LoRA, memory), by the names under which they are saved."""
         return {
             name.replace(".default.", "."): tensor.contiguous()  # "default" is what peft calls our only adapter
             for name, tensor in self.state_dict().items()
-            if name.startswith("projections.") or ".lora_" in name
+            if name.startswith("projections.") or ".lora_" in name or name == "memory"
         }
 
     def load_own_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -253,6 +255,14 @@ class RCCForCausalLM(nn.Module):
         if checkpoints.weights_sha256(folder) != self.config.weights_sha256:
             raise ModelError(f"{folder / WEIGHTS} was changed: its SHA-256 is not the one in config.json.")
         self.load_own_state_dict(load_file(folder / WEIGHTS))
+
+    def _new_memory(self) -> nn.Parameter:
+        """Memory embeddings [M, H_encoder]: the mean of the encoder's embeddings, and a tenth of their spread around
+        it, so that they differ; the same every time."""
+        table = self.encoder.get_input_embeddings().weight.detach()
+        spread, mean = torch.std_mean(table.float(), 0)
+        noise = torch.randn(self.config.memory_length, len(mean), generator=torch.Generator().manual_seed(0))
+        return nn.Parameter((mean + 0.1 * spread * noise.to(table.device)).to(table.dtype))
 
     def _add_lora(self) -> None:
         from peft import LoraConfig, inject_adapter_in_model
@@ -378,7 +388,9 @@ class RCCForCausalLM(nn.Module):
 
         def chunks() -> Any:
             wanted = self.projections.states
-            for states, valid, done in encoding.encode(self.encoder, rows, rate, self.config, wanted, batch_tokens):
+            for states, valid, done in encoding.encode(
+                self.encoder, rows, rate, self.config, wanted, batch_tokens, self.memory
+            ):
                 yield states, valid
                 if progress is not None:
                     progress(min(done, total), total)
@@ -403,7 +415,9 @@ class RCCForCausalLM(nn.Module):
         rows = encoding.rows_of(_to(input_ids, self.device), _to(attention_mask, self.device), self._vocabulary)
         wanted = list(range(self._encoder_depth + 1)) if self.config.states == "all" else self.projections.states
         chunks = []
-        for states, valid, _ in encoding.encode(self.encoder, rows, rate, self.config, wanted, batch_tokens):
+        for states, valid, _ in encoding.encode(
+            self.encoder, rows, rate, self.config, wanted, batch_tokens, self.memory
+        ):
             block = torch.stack([states[k] for k in wanted], 2)
             chunks.append(block if valid is None else block.masked_fill(~valid[:, :, None, None], 0))
         pieces = tuple(piece_of(row, rate, self.config) for row in rows)
@@ -582,7 +596,7 @@ class RCCForCausalLM(nn.Module):
         new = [encoding.positions(len(row), rate, self.config) for row in rows]
         self._check_window(new, prompts, None)
         wanted = self.projections.states
-        ((states, valid, _),) = encoding.encode(self.encoder, rows, rate, self.config, wanted, None)
+        ((states, valid, _),) = encoding.encode(self.encoder, rows, rate, self.config, wanted, None, self.memory)
         residuals = Residuals(self.projections, states)
         prefix = residuals.inputs()
         n = prefix.shape[1]
