@@ -9,13 +9,25 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import reference as ref
 from rcc import RCCConfig, RCCForCausalLM, checkpoints
 
 VOCABULARY = 97
 FAMILIES = ["llama", "gpt_neox"]
+"""What the tests run on."""
+GROUPED = {"num_key_value_heads": 2, "rope_theta": 1000.0}
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama": {**GROUPED, "tie_word_embeddings": True},
+    "gpt_neox": {"tie_word_embeddings": False, "rotary_pct": 0.5},
+    "mistral": {**GROUPED, "tie_word_embeddings": False, "sliding_window": None},
+    "qwen2": {**GROUPED, "tie_word_embeddings": True},
+    "qwen3": {**GROUPED, "tie_word_embeddings": True, "head_dim": 16},
+    "mamba": {"state_size": 4, "tie_word_embeddings": True},
+}
+DECODERS = [family for family in SHAPES if family != "mamba"]
+"""What the tests that show a family to work run on."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -25,47 +37,45 @@ def pytest_configure(config: pytest.Config) -> None:
 def make_backbone(
     family: str, layers: int = 3, hidden: int = 48, seed: int = 0, attn: str = "sdpa", window: int = 512
 ) -> PreTrainedModel:
-    """A causal language model without an end token: Llama (GQA, tied embeddings) or GPT-NeoX (untied)."""
+    """A causal language model of a supported family, without an end token."""
     shape: dict[str, Any] = {
         "vocab_size": VOCABULARY,
         "hidden_size": hidden,
         "intermediate_size": 2 * hidden,
         "num_hidden_layers": layers,
-        "num_attention_heads": 4,
-        "max_position_embeddings": window,
         "bos_token_id": None,
         "eos_token_id": None,
         "pad_token_id": 0,
-        "attn_implementation": attn,
+        **SHAPES[family],
     }
+    if family != "mamba":
+        shape |= {"num_attention_heads": 4, "max_position_embeddings": window, "attn_implementation": attn}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if family == "llama":
-            model = LlamaForCausalLM(
-                LlamaConfig(**shape, num_key_value_heads=2, tie_word_embeddings=True, rope_theta=1000.0)
-            )
-        else:
-            model = GPTNeoXForCausalLM(GPTNeoXConfig(**shape, tie_word_embeddings=False, rotary_pct=0.5))
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **shape))
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if parameter.ndim == 1:
-                    parameter.normal_(1.0 if name.endswith("norm.weight") else 0.0, 0.1)
+                    parameter.normal_(1.0 if "norm" in name and name.endswith("weight") else 0.0, 0.1)
                 elif "embed" in name or "lm_head" in name:
                     parameter.normal_(0, 0.5)
                 else:
-                    parameter.normal_(0, 1.2 / parameter.shape[1] ** 0.5)
+                    # what x_proj gives is multiplied with itself
+                    parameter.normal_(0, (0.4 if "x_proj" in name else 1.2) / parameter.shape[1] ** 0.5)
     return model.eval()
 
 
 @torch.no_grad()
 def randomise(model: RCCForCausalLM, seed: int = 0) -> RCCForCausalLM:
-    """Random projections and LoRA: as made, most projections and all of LoRA's B are zero."""
+    """Random projections, LoRA and memory: as made, most projections and all of LoRA's B are zero."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if name.startswith("projections."):
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.7 / parameter.shape[1] ** 0.5)
         elif ".lora_" in name:
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.6 / parameter.shape[1] ** 0.5)
+        elif name == "memory":
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
     return model
 
 
@@ -147,6 +157,7 @@ class Expected:
             "layer_map": config.layer_map,
             "states": config.states,
             "padding": config.segment_padding,
+            "memory": model.memory,
         }
 
     def _settings(self, rate: int | list[int] | None) -> dict[str, Any]:

@@ -28,16 +28,38 @@ def padded(ids: list[int], segment: int, padding: str) -> list[int]:
     return filled[len(filled) - missing :] + filled
 
 
-def compressed_vectors(encoder: nn.Module, ids: list[int], segment: int, rate: int, padding: str = "none") -> Tensor:
-    """[n, L + 1, H]: all states at the last token of every group of `rate` tokens of every segment."""
+def all_states(encoder: nn.Module, inputs: Tensor) -> list[Tensor]:
+    """[T, H] each: the embeddings [T, H] that are given, each block's output, the last one behind the final norm."""
+    states = encoder(inputs_embeds=inputs[None], output_hidden_states=True).hidden_states
+    if encoder.config.model_type == "mamba":  # its list has no embeddings, and the last block's output with and without
+        states = [inputs[None], *states[:-2], states[-1]]
+    return [state[0] for state in states]
+
+
+def compressed_vectors(
+    encoder: nn.Module,
+    ids: list[int],
+    segment: int,
+    rate: int,
+    padding: str = "none",
+    memory: Tensor | None = None,
+) -> Tensor:
+    """[n, L + 1, H]: all states at the last token of every group of `rate` tokens of every segment; with `memory`,
+    at as many memory tokens behind the segment instead."""
     ids = padded(ids, segment, padding)
     kept = []
     for start in range(0, len(ids), segment):
         part = ids[start : start + segment]
-        states = encoder(input_ids=torch.tensor([part]), output_hidden_states=True).hidden_states
+        inputs = encoder.get_input_embeddings()(torch.tensor(part))
+        if memory is not None:
+            inputs = torch.cat([inputs, memory[: ceil(len(part) / rate)]])
+        states = all_states(encoder, inputs)
+        if memory is not None:
+            kept += [torch.stack([layer[i] for layer in states]) for i in range(len(part), len(inputs))]
+            continue
         for first in range(0, len(part), rate):
             last = min(first + rate, len(part)) - 1  # a partial group keeps its last token's state
-            kept.append(torch.stack([layer[0, last] for layer in states]))
+            kept.append(torch.stack([layer[last] for layer in states]))
     return torch.stack(kept)
 
 
@@ -74,9 +96,9 @@ def rotary(config, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def decode(decoder: nn.Module, projections: list[Tensor], reads: list[Tensor], prompt: list[int]) -> Tensor:
     """Logits [Q, V] of a prompt behind the prefix that `reads` make; [1, n + Q] in one go."""
     family = decoder.config.model_type
-    body = decoder.model if family == "llama" else decoder.gpt_neox
-    embed = body.embed_tokens if family == "llama" else body.embed_in
-    norm = body.norm if family == "llama" else body.final_layer_norm
+    body = decoder.gpt_neox if family == "gpt_neox" else decoder.model
+    embed = body.embed_in if family == "gpt_neox" else body.embed_tokens
+    norm = body.final_layer_norm if family == "gpt_neox" else body.norm
     terms = [read @ matrix.T for read, matrix in zip(reads, projections, strict=False)]
     x = embed(torch.tensor([prompt]))
     n = 0
@@ -116,16 +138,19 @@ def reference(
     layer_map: str = "duplicate",
     states: str = "all",
     padding: str = "none",
+    memory: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Logits [Q, V] of a prompt behind one or several texts, the later ones appended; and the vectors.
 
     Args:
         texts: token ids of each text; every one of them starts a new segment.
         rate: of all texts, or one of each.
+        memory: the memory embeddings [M, H_encoder] of an encoder that is read out at memory tokens.
     """
     rates = rate if isinstance(rate, list) else [rate] * len(texts)
-    parts = [compressed_vectors(encoder, ids, segment, r, padding) for ids, r in zip(texts, rates, strict=True)]
-    vectors = torch.cat(parts)
+    vectors = torch.cat(
+        [compressed_vectors(encoder, ids, segment, r, padding, memory) for ids, r in zip(texts, rates, strict=True)]
+    )
     reads = decoder_inputs(vectors, decoder.config.num_hidden_layers, layer_map, states)
     return decode(decoder, projections, reads, prompt), vectors
 

@@ -1,10 +1,12 @@
 """The transformers families that work as encoder and decoder, and what rcc needs to know of each.
 
-A family is listed when the equality tests (`tests/test_equality.py`) pass for it.
+A family is listed when the equality tests (`tests/test_equality.py`; of an encoder alone, `tests/test_backbones.py`)
+pass for it.
 """
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from torch import nn
@@ -12,15 +14,37 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .errors import ModelError
 
-BLOCKS = {"llama": "layers", "gpt_neox": "layers"}
+BLOCKS = {
+    "gpt_neox": "layers",
+    "llama": "layers",
+    "mamba": "layers",
+    "mistral": "layers",
+    "qwen2": "layers",
+    "qwen3": "layers",
+}
 """model_type → attribute of the base model that holds its blocks, in order."""
 
+STATE_SPACE = {"mamba": ("in_proj",)}
+"""Encoders only: they have no attention, no positions and no KV cache. model_type → the linear layers for LoRA: of the
+others the mixer, or its fused kernel, reads the weights itself and would pass the adapter by."""
 
-def check_family(config: PreTrainedConfig) -> None:
-    """Raise ModelError unless the family is supported."""
+
+def check_family(config: PreTrainedConfig, side: str) -> None:
+    """Raise ModelError unless the family is supported as this side, `"encoder"` or `"decoder"`."""
     family = config.model_type
+    names = ", ".join(sorted(f for f in BLOCKS if side == "encoder" or f not in STATE_SPACE))
     if family not in BLOCKS:
-        raise ModelError(f"backbone family {family!r} is not supported: use one of {', '.join(sorted(BLOCKS))}.")
+        raise ModelError(f"backbone family {family!r} is not supported: use one of {names}.")
+    if side == "decoder" and family in STATE_SPACE:
+        raise ModelError(
+            f"backbone family {family!r} has no KV cache and can only be the encoder: use one of {names} as decoder."
+        )
+    sliding = getattr(config, "sliding_window", None)
+    if sliding is not None and sliding < window(config):
+        raise ModelError(
+            f"the backbone attends to its last {sliding} positions only (sliding_window), and a prefix must stay"
+            " visible: use one with full attention."
+        )
 
 
 def blocks(body: PreTrainedModel) -> Any:
@@ -29,11 +53,14 @@ def blocks(body: PreTrainedModel) -> Any:
 
 
 def linear_names(body: PreTrainedModel) -> list[str]:
-    """Names of every linear layer in the blocks, relative to the base model: where LoRA goes."""
-    prefix = BLOCKS[body.config.model_type]
-    return [f"{prefix}.{name}" for name, m in blocks(body).named_modules() if isinstance(m, nn.Linear)]
+    """Names of the linear layers in the blocks that LoRA goes on (all, but see :data:`STATE_SPACE`), relative to the
+    base model."""
+    family = body.config.model_type
+    ends = STATE_SPACE.get(family, ("",))
+    linear = [name for name, m in blocks(body).named_modules() if isinstance(m, nn.Linear)]
+    return [f"{BLOCKS[family]}.{name}" for name in linear if name.endswith(ends)]
 
 
 def window(config: PreTrainedConfig) -> int:
-    """Number of positions that a decoder can address."""
-    return config.max_position_embeddings
+    """Number of positions that a backbone can address; without positions, no limit."""
+    return sys.maxsize if config.model_type in STATE_SPACE else config.max_position_embeddings

@@ -33,13 +33,16 @@ class RCCConfig:
             `segment_length` can be asked for and brings a warning.
         states: `"all"` hands over one encoder state per decoder layer (the paper), `"last"` only the
             encoder's last one, as the prefix's input (the paper's ablation, section 4).
-        readout: `"strided"` keeps the states of every rate-th token (the paper).
+        readout: `"strided"` keeps the states of every rate-th token (the paper). `"memory_tokens"` appends learned
+            embeddings to each segment, one for every `rate` tokens or part of that, and keeps the states of those;
+            there are as many as the lowest of `rates` asks for, and no lower rate can be used.
         layer_map: how encoder states are matched to a decoder of another depth: `"duplicate"` or `"average"`.
         segment_padding: `"none"` keeps the state of a partial group's last token; `"repeat"` is the published
             checkpoint's rule, which repeats tokens until the segment is full.
         share_base: the encoder runs on the decoder's own frozen weights. None: decided by `from_base`.
-        encoder_lora_rank, decoder_lora_rank: LoRA on every linear layer of that side's blocks; 0 is none
-            (and, where the base is not shared, trains the side's own weights). None: decided by `from_base`.
+        encoder_lora_rank, decoder_lora_rank: LoRA on every linear layer of that side's blocks (in Mamba's, on
+            `in_proj`); 0 is none (and, where the base is not shared, trains the side's own weights). None: decided
+            by `from_base`.
         lora_alpha: LoRA's scale is alpha / rank. None: equal to the rank, a scale of 1.
         name: what contexts and messages call the model.
 
@@ -67,7 +70,7 @@ class RCCConfig:
     def __post_init__(self) -> None:
         choices = {
             "states": ("all", "last"),
-            "readout": ("strided",),
+            "readout": ("strided", "memory_tokens"),
             "layer_map": ("duplicate", "average"),
             "segment_padding": ("none", "repeat"),
         }
@@ -91,7 +94,7 @@ class RCCConfig:
         """The rate to use: `rate`, or the default one for None.
 
         Raises:
-            InputError: it does not divide the segment.
+            InputError: it does not divide the segment, or there are too few memory tokens for it.
         """
         if rate is None:
             return self.rates[0]
@@ -101,7 +104,16 @@ class RCCConfig:
                 f"rate={rate!r} does not divide the segment of {self.segment_length} tokens:"
                 f" use one of {', '.join(map(str, divisors))}."
             )
+        if self.readout == "memory_tokens" and rate not in self.rates and rate < min(self.rates):
+            raise InputError(
+                f"rate={rate} needs more memory tokens than the model has: use {min(self.rates)} or a higher one."
+            )
         return rate
+
+    @property
+    def memory_length(self) -> int:
+        """Memory embeddings of `readout="memory_tokens"`; 0 with another readout."""
+        return self.segment_length // min(self.rates) if self.readout == "memory_tokens" else 0
 
     def method(self) -> dict[str, Any]:
         """The settings that change what a context holds, for the fingerprint."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from . import backbones, fileformat
 from .config import RCCConfig
 from .errors import ContextError, InputError
 
-_KEY = "rcc_capture"  # travels through the model's keyword arguments to every block
+_capture: ContextVar[_Capture | None] = ContextVar("rcc_capture", default=None)
+"""Set around an encoder's forward pass, each thread's own: not every family hands keyword arguments to its blocks."""
 
 
 @dataclass(frozen=True)
@@ -99,17 +102,14 @@ def segments(ids: Tensor, config: RCCConfig) -> tuple[Tensor, ...]:
 
 
 def capture_states(body: PreTrainedModel) -> None:
-    """Make every block of an encoder's base model look for a :class:`_Capture` among its keyword arguments."""
+    """Make every block of an encoder's base model hand its input to the pass's :class:`_Capture`, if it has one."""
     for i, block in enumerate(backbones.blocks(body)):
 
-        def take(module: nn.Module, args: tuple, kwargs: dict, i: int = i) -> tuple[tuple, dict] | None:
-            capture = kwargs.pop(_KEY, None)
-            if capture is None:
-                return None
-            capture.take(i, args[0])
-            return args, kwargs
+        def take(module: nn.Module, args: tuple, i: int = i) -> None:
+            if (capture := _capture.get()) is not None:
+                capture.take(i, args[0])
 
-        block.register_forward_pre_hook(take, with_kwargs=True)
+        block.register_forward_pre_hook(take)
 
 
 class _Done(Exception):
@@ -119,17 +119,17 @@ class _Done(Exception):
 class _Capture:
     """Keeps, of each wanted state, the positions to be read out, while the encoder runs."""
 
-    def __init__(self, wanted: list[int], lengths: list[int], rate: int, device: torch.device):
+    def __init__(self, wanted: list[int], lengths: list[int], rate: int, device: torch.device, memory: bool):
         self.wanted, self.rate = wanted, rate
         self.states: dict[int, Tensor] = {}
         counts = [-(-n // rate) for n in lengths]
         self.valid: Tensor | None = None  # [segments, m], None: all
         self.index: tuple[Tensor, Tensor] | None = None  # None: every rate-th position of every segment
-        if len(set(lengths)) > 1 or lengths[0] % rate:
-            ends = torch.tensor(lengths, device=device)[:, None] - 1
-            index = torch.arange(rate - 1, rate * max(counts), rate, device=device)[None]
+        if memory or len(set(lengths)) > 1 or lengths[0] % rate:
+            ends, order = torch.tensor(lengths, device=device)[:, None], torch.arange(max(counts), device=device)
             # a partial group keeps the state of its last token, so no token is dropped
-            self.index = (torch.arange(len(lengths), device=device)[:, None], torch.minimum(index, ends))
+            index = ends + order if memory else torch.minimum(rate * (order + 1), ends) - 1
+            self.index = (torch.arange(len(lengths), device=device)[:, None], index)
             if len(set(counts)) > 1:
                 self.valid = torch.arange(max(counts), device=device) < torch.tensor(counts, device=device)[:, None]
 
@@ -144,19 +144,28 @@ class _Capture:
 
 
 def _read(
-    body: PreTrainedModel, batch: list[Tensor], rate: int, wanted: list[int]
+    body: PreTrainedModel, batch: list[Tensor], rate: int, wanted: list[int], memory: Tensor | None
 ) -> tuple[dict[int, Tensor], Tensor | None]:
     """Run the encoder over a batch of segments → {state: [segments, m, H]} and which of the m are real (None: all)."""
     lengths = [len(segment) for segment in batch]
     device = batch[0].device
-    capture = _Capture(wanted, lengths, rate, device)
-    ids = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True)
-    order = torch.arange(ids.shape[1], device=device)[None]
+    inputs = {"input_ids": pad_sequence(batch, batch_first=True)}
+    if memory is not None:
+        # each segment's memory follows its own end, so padding comes behind both
+        embeds = body.get_input_embeddings()(inputs["input_ids"])
+        memory = memory.to(embeds.dtype)  # training keeps it in float32 beside a base that is not
+        rows = [torch.cat([row[:n], memory[: -(-n // rate)]]) for row, n in zip(embeds, lengths, strict=True)]
+        inputs = {"inputs_embeds": pad_sequence(rows, batch_first=True)}
+    order = torch.arange(next(iter(inputs.values())).shape[1], device=device)[None]
+    capture = _Capture(wanted, lengths, rate, device, memory is not None)
+    token = _capture.set(capture)
     try:
-        out = body(input_ids=ids, position_ids=order, use_cache=False, **{_KEY: capture})
+        out = body(**inputs, position_ids=order, use_cache=False)  # a family without positions ignores them
         capture.take(len(backbones.blocks(body)), out.last_hidden_state)
     except _Done:
         pass
+    finally:
+        _capture.reset(token)
     return capture.states, capture.valid
 
 
@@ -167,6 +176,7 @@ def encode(
     config: RCCConfig,
     wanted: list[int],
     batch_tokens: int | None,
+    memory: Tensor | None,
 ) -> Iterator[tuple[dict[int, Tensor], Tensor | None, int]]:
     """Read rows of texts segment by segment, all rows in step, a bounded number of segments at a time.
 
@@ -176,6 +186,8 @@ def encode(
         wanted: the encoder states to keep, ascending.
         batch_tokens: about how many tokens a forward pass takes (at least one segment of every text that has
             one left); None: all at once.
+        memory: [M, H] the memory embeddings of `readout="memory_tokens"`, of which a segment of T tokens is followed
+            by the first ceil(T / rate); None: `"strided"`.
 
     Yields:
         states: {state: [B, m, H]} for the next m prefix positions of every row,
@@ -189,7 +201,7 @@ def encode(
     for start in range(0, longest, step):
         parts = [row[start : start + step] for row in split]
         batch = [segment for part in parts for segment in part]
-        states, valid = _read(body, batch, rate, wanted)
+        states, valid = _read(body, batch, rate, wanted, memory)
         done += sum(map(len, batch))
         counts = [sum(-(-len(segment) // rate) for segment in part) for part in parts]
         m = max(counts)
@@ -199,7 +211,7 @@ def encode(
         # rows of different lengths: lay the real vectors of each behind one another, gaps at the end
         real = torch.ones(next(iter(states.values())).shape[:2], dtype=torch.bool) if valid is None else valid.cpu()
         flat = real.flatten().nonzero()[:, 0].split(counts)
-        index = torch.nn.utils.rnn.pad_sequence(list(flat), batch_first=True).to(rows[0][0].device)
+        index = pad_sequence(list(flat), batch_first=True).to(rows[0][0].device)
         mask = torch.arange(m)[None] < torch.tensor(counts)[:, None]
         yield {k: h.flatten(0, 1)[index] for k, h in states.items()}, mask.to(rows[0][0].device), done
 

@@ -55,12 +55,13 @@ class RCCForCausalLM(nn.Module):
             encoder: a base model without head; None shares the decoder's weights.
 
         Raises:
-            ModelError: an unsupported family.
+            ModelError: a family that is not supported on that side.
+            InputError: a segment that the encoder cannot address.
         """
         super().__init__()
-        for side in (encoder, decoder):
-            if side is not None:
-                backbones.check_family(side.config)
+        backbones.check_family(decoder.config, "decoder")
+        if encoder is not None:
+            backbones.check_family(encoder.config, "encoder")
         self.config = config
         self.decoder = decoder
         if encoder is None:
@@ -69,16 +70,18 @@ class RCCForCausalLM(nn.Module):
             encoder = copy.deepcopy(decoder.base_model, memo=shared)
         self.encoder = encoder
         readable = backbones.window(self.encoder.config)
-        if config.segment_length > readable:
+        if config.segment_length + config.memory_length > readable:
+            behind = f" with its {config.memory_length} memory tokens" if config.memory_length else ""
             raise InputError(
-                f"segment_length={config.segment_length} is more than the {readable} positions that the encoder can"
-                " address: use a shorter segment."
+                f"segment_length={config.segment_length}{behind} is more than the {readable} positions that the encoder"
+                " can address: use a shorter segment."
             )
         encoding.capture_states(self.encoder)
         accept_residuals(self.decoder.base_model)
         sizes = self.encoder.config.hidden_size, self.decoder.config.hidden_size
         sources = layer_map(self._encoder_depth, len(backbones.blocks(self.decoder.base_model)), config)
         self.projections = Projections(sources, *sizes).to(self.decoder.device, self.decoder.dtype)
+        self.memory = self._new_memory() if config.memory_length else None
         self._add_lora()
         self._freeze()
         self._recorded: tuple[str, tuple[int, ...]] | None = None
@@ -173,7 +176,7 @@ class RCCForCausalLM(nn.Module):
         return model
 
     def save_pretrained(self, folder: str | Path, full: bool = False, dtype: torch.dtype | None = None) -> None:
-        """Write the model: config.json and the weights that are its own (LoRA, projections).
+        """Write the model: config.json and the weights that are its own (LoRA, projections, memory).
 
         A side whose base is frozen is written as a reference to it with its SHA-256; with `full=True`, or where
         there is nothing to refer to, the base is written too, once, as an ordinary transformers folder.
@@ -224,11 +227,11 @@ class RCCForCausalLM(nn.Module):
                 checkpoints.load_tokenizer(source).save_pretrained(folder)
 
     def own_state_dict(self) -> dict[str, Tensor]:
-        """The weights that are not a base's: projections and LoRA, by the names under which they are saved."""
+        """The weights that are not a base's (projections, LoRA, memory), by the names under which they are saved."""
         return {
             name.replace(".default.", "."): tensor.contiguous()  # "default" is what peft calls our only adapter
             for name, tensor in self.state_dict().items()
-            if name.startswith("projections.") or ".lora_" in name
+            if name.startswith("projections.") or ".lora_" in name or name == "memory"
         }
 
     def load_own_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -256,6 +259,14 @@ class RCCForCausalLM(nn.Module):
         if checkpoints.weights_sha256(folder) != self.config.weights_sha256:
             raise ModelError(f"{folder / WEIGHTS} was changed: its SHA-256 is not the one in config.json.")
         self.load_own_state_dict(load_file(folder / WEIGHTS))
+
+    def _new_memory(self) -> nn.Parameter:
+        """Memory embeddings [M, H_encoder]: the mean of the encoder's embeddings, and a tenth of their spread around
+        it, so that they differ; the same every time."""
+        table = self.encoder.get_input_embeddings().weight.detach()
+        spread, mean = torch.std_mean(table.float(), 0)
+        noise = torch.randn(self.config.memory_length, len(mean), generator=torch.Generator().manual_seed(0))
+        return nn.Parameter((mean + 0.1 * spread * noise.to(table.device)).to(table.dtype))
 
     def _add_lora(self) -> None:
         from peft import LoraConfig, inject_adapter_in_model
@@ -385,7 +396,9 @@ class RCCForCausalLM(nn.Module):
         def chunks() -> Any:
             wanted = self.projections.states
             texts = encoding.texts_of(rows, None)
-            for states, valid, done in encoding.encode(self.encoder, texts, rate, self.config, wanted, batch_tokens):
+            for states, valid, done in encoding.encode(
+                self.encoder, texts, rate, self.config, wanted, batch_tokens, self.memory
+            ):
                 yield states, valid
                 if progress is not None:
                     progress(min(done, total), total)
@@ -411,7 +424,9 @@ class RCCForCausalLM(nn.Module):
         wanted = list(range(self._encoder_depth + 1)) if self.config.states == "all" else self.projections.states
         chunks = []
         texts = encoding.texts_of(rows, None)
-        for states, valid, _ in encoding.encode(self.encoder, texts, rate, self.config, wanted, batch_tokens):
+        for states, valid, _ in encoding.encode(
+            self.encoder, texts, rate, self.config, wanted, batch_tokens, self.memory
+        ):
             block = torch.stack([states[k] for k in wanted], 2)
             chunks.append(block if valid is None else block.masked_fill(~valid[:, :, None, None], 0))
         pieces = tuple(piece_of(row, rate, self.config) for row in rows)
@@ -637,17 +652,15 @@ class RCCForCausalLM(nn.Module):
 
         A frozen encoder's are computed without gradients, in chunks (section 3.2 of the paper, second stage).
         """
-        frozen = not any(parameter.requires_grad for parameter in self.encoder.parameters())
+        learning = [*self.encoder.parameters(), *([] if self.memory is None else [self.memory])]
+        frozen = not any(parameter.requires_grad for parameter in learning)
+        wanted, batch_tokens = self.projections.states, BATCH_TOKENS if frozen else None
         with torch.no_grad() if frozen else contextlib.nullcontext():
-            chunks = [
-                (states, valid)
-                for states, valid, _ in encoding.encode(
-                    self.encoder, texts, rate, self.config, self.projections.states, BATCH_TOKENS if frozen else None
-                )
-            ]
+            read = encoding.encode(self.encoder, texts, rate, self.config, wanted, batch_tokens, self.memory)
+            chunks = [(states, valid) for states, valid, _ in read]
         if len(chunks) == 1:
             return chunks[0]
-        states = {k: torch.cat([chunk[k] for chunk, _ in chunks], 1) for k in self.projections.states}
+        states = {k: torch.cat([chunk[k] for chunk, _ in chunks], 1) for k in wanted}
         if all(valid is None for _, valid in chunks):
             return states, None
         everywhere = [torch.ones_like(next(iter(c.values()))[..., 0], dtype=torch.bool) for c, _ in chunks]
@@ -806,7 +819,7 @@ def _load_base(
     """A backbone for :meth:`RCCForCausalLM.from_base`; one that comes from a folder is noted in the config."""
     if isinstance(source, PreTrainedModel):
         source = copy.deepcopy(source)  # hooks and LoRA go into our own copy
-        if load["attn_implementation"] is not None:
+        if load["attn_implementation"] is not None and source.config.model_type not in backbones.STATE_SPACE:
             source.set_attn_implementation(load["attn_implementation"])
         return source if side == "decoder" else getattr(source, "base_model", source)
     path = checkpoints.resolve_base(source).absolute()
@@ -820,7 +833,10 @@ def _load_base(
 def _load_backbone(path: Path, side: str, load: dict[str, Any]) -> PreTrainedModel:
     auto = AutoModelForCausalLM if side == "decoder" else AutoModel
     try:
-        backbones.check_family(transformers.AutoConfig.from_pretrained(path))
+        config = transformers.AutoConfig.from_pretrained(path)
+        backbones.check_family(config, side)
+        if config.model_type in backbones.STATE_SPACE:  # there is no attention to implement
+            load = {**load, "attn_implementation": None}
         return auto.from_pretrained(path, **load)
     except (OSError, ValueError) as error:
         if isinstance(error, ModelError):

@@ -195,7 +195,10 @@ def _stage(console: Console, recipe: Recipe, number: int, model: RCCForCausalLM,
         here, big = flops / (rate * SUSTAINED) / 3600, flops / BIG / 3600
         _say(console, f"  budget       {steps * read:,.0f} context tokens in {steps:,} steps of one process")
         _say(console, f"  compute      {flops:.2g} FLOP: about {_hours(here)} hours here ({_rate(rate)}),")
-        _say(console, f"               {_hours(big)} hours where {BIG / 1e12:.0f} TFLOP/s are sustained (an H100 or H200)")
+        _say(
+            console,
+            f"               {_hours(big)} hours where {BIG / 1e12:.0f} TFLOP/s are sustained (an H100 or H200)",
+        )
     gb = [x / 1e9 for x in (one.weights, one.activations)]
     _say(console, f"  memory       about {gb[0]:.1f} GB weights, gradients, optimiser; {gb[1]:.1f} GB activations")
     if recipe.run.fsdp:

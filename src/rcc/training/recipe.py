@@ -28,7 +28,7 @@ from .tasks import TASKS, Task
 
 BUDGETS = ("max_tokens", "max_steps", "max_minutes")
 GROUPS = ("encoder", "projections", "decoder")
-"""Groups of parameters, each with a learning rate and a schedule of its own; memory tokens count as projections."""
+"""Groups of parameters, each with a learning rate and a schedule of its own; memory tokens belong to the encoder."""
 
 
 @dataclass

@@ -146,8 +146,8 @@ def attention(recipe: Recipe, device: torch.device) -> str:
 
 def group_of(name: str) -> str:
     """The group of a parameter, by its name in the model."""
-    side = name.partition(".")[0]
-    return side if side in ("encoder", "decoder") else "projections"
+    part = name.partition(".")[0]
+    return "encoder" if part == "memory" else part
 
 
 def learned(model: RCCForCausalLM) -> dict[str, nn.Parameter]:
