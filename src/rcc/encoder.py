@@ -139,7 +139,7 @@ class _Capture:
             # both forms copy, so that nothing keeps the positions that are dropped
             kept = hidden[:, self.rate - 1 :: self.rate].clone() if self.index is None else hidden[self.index]
             self.states[i] = kept
-        if i == self.wanted[-1] and not torch.is_grad_enabled():
+        if i == self.wanted[-1]:
             raise _Done
 
 

@@ -160,6 +160,7 @@ def prepare(model: RCCForCausalLM, stage: Stage, recipe: Recipe, device: torch.d
     for name, parameter in learned(model).items():
         if group_of(name) in stage.frozen:
             parameter.requires_grad_(False)
+            parameter.data = parameter.data.to(getattr(torch, recipe.run.dtype))
         else:
             parameter.data = parameter.data.float()
     for module in model.modules():
@@ -185,7 +186,9 @@ def shard(objective: Objective, place: Place) -> None:
     for side in ("encoder", "decoder"):
         if model.config.share_base or getattr(model.config, f"{side}_lora_rank"):
             whole |= {p for p in getattr(model, side).parameters() if not p.requires_grad}
-    for block in (*backbones.blocks(model.encoder), *backbones.blocks(model.decoder.base_model)):
+    # the encoder stops before a block that feeds nothing, where sharding would wait for its end
+    read = backbones.blocks(model.encoder)[: model.projections.states[-1]]
+    for block in (*read, *backbones.blocks(model.decoder.base_model)):
         if any(p not in whole for p in block.parameters()):
             fully_shard(block, mesh=mesh, ignored_params=whole)
     fully_shard(objective, mesh=mesh, ignored_params=whole)
@@ -452,13 +455,22 @@ class _Steps(TrainerCallback):
         t.display.start(t)
         if state.global_step == 0:
             t.measure()
-        self.mark = self.saved = self.measured = time.perf_counter()
+        self.saved = self.measured = time.perf_counter()
+        self._start_clock()
+
+    def _start_clock(self) -> None:
+        self.mark = time.perf_counter(), time.process_time()
+
+    def _since(self) -> float:
+        """Seconds of training since the clock was started, without those that the process was stopped for."""
+        wall, busy = time.perf_counter() - self.mark[0], time.process_time() - self.mark[1]
+        return wall if busy > wall / 10 else busy
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         t, run = self.trainer, self.trainer.recipe.run
         t.step_done()
         now = time.perf_counter()
-        spent = t.spent + now - self.mark
+        spent = t.spent + self._since()
         step = state.global_step
         save = bool(run.save_minutes and now - self.saved >= 60 * run.save_minutes)
         measure = bool(run.evaluate_minutes and now - self.measured >= 60 * run.evaluate_minutes)
@@ -473,11 +485,12 @@ class _Steps(TrainerCallback):
             t.flush()
             t.measure()
             self.measured = time.perf_counter()
-        self.mark = time.perf_counter()  # measuring does not count
+        self._start_clock()  # measuring does not count
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         control.should_save = False  # the end of Trainer's epoch would do it again
-        self.mark = self.saved = time.perf_counter()
+        self.saved = time.perf_counter()
+        self._start_clock()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.flush()
