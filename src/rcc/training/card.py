@@ -40,12 +40,15 @@ def card(
         lengths, rates = (", ".join(map(str, values)) for values in (stage.lengths, stage.rates))
         lines.append(f"| {stage.name} | {tasks} | {seen} | {lengths} | {rates} | {', '.join(stage.frozen) or '–'} |")
     lines += ["", "Data:", ""]
+    tasks_done = [task for stage in recipe.stages[: number + 1] for task in stage.tasks.values()]
     for kind in ("text", "questions"):
-        for source in getattr(recipe.data, kind):
+        # instructions take prose from the text to put between their passages
+        used = any(task.reads == kind or (kind == "text" and task.reads) for task in tasks_done)
+        for source in getattr(recipe.data, kind) if used else []:
             chosen = f", only {', '.join(source.include)}" if source.include else ""
             chosen += f", without {', '.join(source.exclude)}" if source.exclude else ""
             lines.append(f"- {kind}: {source.path} (weight {source.weight:g}{chosen})")
-    if any("passkey" in stage.tasks for stage in recipe.stages[: number + 1]):
+    if any(task.name == "passkey" for task in tasks_done):
         lines.append("- the generated passkey task")
     if figures:
         lines += [

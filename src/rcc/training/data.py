@@ -718,7 +718,7 @@ class TextStream:
             raise InputError(f"minimum must be from 1 to window={window}, not {minimum!r}.")
         self.corpora, self.seed, self.window = list(corpora), seed, window
         self._items: list[tuple[np.ndarray, np.ndarray]] = []  # documents; items up to and with each
-        longest, where = 0, "the sources"
+        longest, where = 0, ""
         for corpus, numbers in zip(corpora, rows, strict=True):
             lengths = corpus.lengths[numbers]
             if len(lengths) and lengths.max() > longest:
@@ -726,6 +726,8 @@ class TextStream:
             enough = lengths >= minimum
             self._items.append((numbers[enough], np.maximum(lengths[enough] // window, 1).cumsum()))
         counts = [int(ends[-1]) if len(ends) else 0 for _, ends in self._items]
+        if not longest:
+            raise InputError("there is no document.")
         if not any(counts):
             raise InputError(
                 f"no document has {minimum} tokens, the longest ({where}) has {longest}:"

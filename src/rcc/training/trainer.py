@@ -703,7 +703,7 @@ class Run:
         try:
             return Samples(self.recipe, samples.number, samples.corpora, samples.tokenizer, "held_out")
         except InputError as error:
-            logger.warning("nothing is measured on held-out samples: %s", error)
+            logger.warning("nothing held out can be measured (data.held_out, data.evaluation_text): %s", error)
             return None
 
     def _check_output(self) -> None:

@@ -1,0 +1,94 @@
+"""Peak memory of one training step against context length, with the encoder learning and with it frozen.
+
+    python benchmarks/train_memory.py [--frozen 4096,16384,32768] [--learning 2048,4096,8192] [--rate 32] [--markdown F]
+
+One context of each length, 256 decoder tokens, the default model, each figure in a process of its own: the process's
+peak less what it held once the model was loaded. A frozen encoder's vectors are computed without gradients, in chunks:
+what grows with the context is the decoder's prefix, one position for every `rate` tokens.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    """One step of one kind and length, in this process; prints JSON."""
+    from rcc import allocator
+
+    allocator.configure()
+    import torch
+
+    from rcc.training.batches import Kind
+    from rcc.training.objective import Objective
+    from rcc.training.recipe import Recipe
+    from rcc.training.tasks import Sample, collate
+    from rcc.training.trainer import Place, make_model, prepare
+
+    frozen = arguments.kind == "frozen"
+    recipe = Recipe.load(
+        ROOT / "recipes/smollm2-135m-cpu.yaml",
+        [
+            "stages.0.tasks={reconstruction: 1}",
+            f"data.text=[{{path: {ROOT / 'examples/simple-susan.txt'}}}]",
+            f"model.rates=[{arguments.rate}]",
+            f"stages.0.lengths=[{arguments.length}]",
+            f"stages.0.frozen=[{'encoder' if frozen else ''}]",
+            f"run.threads={arguments.threads}",
+            "run.attention=sdpa",
+        ],
+    )
+    place = Place.of(recipe)
+    model = make_model(recipe, "rcc-smollm2-135m", place)
+    prepare(model, recipe.stages[0], recipe, place.device)
+    objective = Objective(model, torch.bfloat16).train()
+    text = torch.randint(1000, 40000, (arguments.length,)).numpy()
+    sample = Sample((text,), text[:10], text[10:256], "reconstruction")
+    batch = collate([sample], 0)
+    for weight in model.parameters():
+        weight.sum()  # weights are mapped files: read them in, so that they count as held before
+    before = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    objective(**batch, rate=arguments.rate, kind=str(Kind("reconstruction", arguments.length, arguments.rate)))[
+        "loss"
+    ].backward()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    held = [n for n, p in model.named_parameters() if n.startswith("encoder.") and p.grad is not None]
+    print(json.dumps({"bytes": peak - before, "encoder_gradients": len(held)}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--frozen", default="4096,16384,32768")
+    parser.add_argument("--learning", default="2048,4096,8192")
+    parser.add_argument("--rate", type=int, default=32)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--markdown", type=Path, help="also write the table here")
+    parser.add_argument("--kind", choices=["frozen", "learning"], help=argparse.SUPPRESS)
+    parser.add_argument("--length", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.kind:
+        measure(arguments)
+        return
+    rows = ["| encoder | context tokens | peak beyond the model, GB | encoder gradients |", "|---|---:|---:|---:|"]
+    print(*rows, sep="\n", flush=True)
+    for kind in ("learning", "frozen"):
+        for length in map(int, getattr(arguments, kind).split(",")):
+            command = [sys.executable, __file__, *sys.argv[1:], "--kind", kind, "--length", str(length)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                sys.exit(done.stderr)
+            found = json.loads(done.stdout.splitlines()[-1])
+            rows.append(f"| {kind} | {length:,} | {found['bytes'] / 1e9:.2f} | {found['encoder_gradients']} |")
+            print(rows[-1], flush=True)
+    if arguments.markdown:
+        arguments.markdown.write_text("\n".join(rows) + "\n")
+
+
+if __name__ == "__main__":
+    main()
