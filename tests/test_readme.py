@@ -59,6 +59,7 @@ def test_readme(copy: Path, tmp_path: Path, default_base: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     assert (copy / "susan.rcc").stat().st_size > 1e6
     assert (copy / "mine/model.safetensors").is_file()
+    assert (copy / "own/model.safetensors").is_file()
     for printed in done.stdout.split(MARK)[:-1]:
         assert printed.strip(), "a block of the README printed nothing"
 
