@@ -41,7 +41,7 @@ from rcc.training.recipe import Recipe
 def tokens(kind: str, number: int) -> str:
     source = getattr(Recipe.load(sys.argv[1], sys.argv[2:]).data, kind)[number]
     corpus = (open_text if "text" in kind else open_questions)(source, checkpoints.load_tokenizer("./init"))
-    return f"{kind} {number}: {len(corpus):,} rows, {corpus.tokens / 1e6:.1f}M tokens"
+    return f"{kind} {number}: {len(corpus):,} rows, {corpus.tokens_total / 1e6:.1f}M tokens"
 
 
 checkpoints.ensure_base("smollm2-135m-instruct", print)

@@ -280,7 +280,7 @@ class StageTrainer(Trainer):
         workers = self.recipe.run.workers
         workers = (4 if cuda else 0) if workers is None else workers
         batches = Batches(self.samples, self.first_batch, self.place.rank, self.place.world)
-        ahead: dict[str, Any] = {"prefetch_factor": 4, "persistent_workers": True} if workers else {}
+        ahead: dict[str, Any] = {"prefetch_factor": 4, "worker_init_fn": _alone} if workers else {}
         return DataLoader(batches, batch_size=None, num_workers=workers, pin_memory=cuda, **ahead)
 
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
@@ -442,6 +442,12 @@ class StageTrainer(Trainer):
             self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         if self.stopped_by is not None:
             raise Interrupted(self.stopped_by)
+
+
+def _alone(worker: int) -> None:
+    """In a worker process: the tokenizer's threads did not come along when it was forked."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    torch.set_num_threads(1)
 
 
 class _Steps(TrainerCallback):
