@@ -324,7 +324,7 @@ def train(
     if dry_run:
         from .training.plan import plan
 
-        plan(settings, init, out)
+        plan(settings, init or settings.init, out)
         return
     if output is None:
         raise InputError("--output is missing: name a folder for the run, or use --dry-run.")

@@ -281,13 +281,20 @@ class RunSettings:
 
 @dataclass
 class Recipe:
-    """Everything that one run of `rcc train` needs to know."""
+    """Everything that one run of `rcc train` needs to know.
+
+    Args:
+        name: what contexts and messages call the model.
+        init: a trained model to start from instead of new projections and LoRA; `--init` sets it.
+        seed: of the samples, their order and LoRA's start.
+    """
 
     model: ModelSettings
     stages: list[Stage]
     data: DataSettings = field(default_factory=DataSettings)
     run: RunSettings = field(default_factory=RunSettings)
     name: str = "rcc"
+    init: str | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -625,7 +625,7 @@ class Run:
         output: the run's folder: `recipe.yaml`, `log.jsonl`, `tensorboard/`, `stages/N-NAME/` and, at its top, the
             model as the last finished stage left it.
         resume: go on with what is there.
-        init: a model to start from instead of new projections and LoRA.
+        init: takes the place of the recipe's.
     """
 
     recipe: Recipe
@@ -634,6 +634,9 @@ class Run:
     init: str | None = None
     quiet: bool = False
     place: Place = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.init = self.recipe.init = self.init or self.recipe.init
 
     def go(self) -> None:
         """Train all stages.
@@ -725,8 +728,9 @@ class Run:
             return
         if not stored.exists():
             raise FileError(f"{self.output} holds no run to resume: leave out --resume.")
-        begun = Recipe.load(stored).to_dict()
-        differences = sorted(set(_flat(begun).items()) ^ set(_flat(self.recipe.to_dict()).items()))
+        begun = Recipe.load(stored)
+        self.init = self.recipe.init = self.init or begun.init
+        differences = sorted(set(_flat(begun.to_dict()).items()) ^ set(_flat(self.recipe.to_dict()).items()))
         changed = [key for key, _ in differences if not key.startswith("run.")]
         if changed:
             raise InputError(
