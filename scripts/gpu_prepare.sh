@@ -18,7 +18,7 @@ restore
 model=${1:-rcc-smollm2-135m}; data=${2:-data}
 [ -d "$model" ] || model=src/rcc/models/$model
 [ -e "$model/model.safetensors" ] || { echo "$model holds no model: name a shipped one or a folder." >&2; exit 1; }
-[ -e "$data/text_eval.jsonl" ] || { echo "$data holds no data: name the folder of text_*.jsonl and qa_*.jsonl." >&2; exit 1; }
+[ -e "$data/text_eval.jsonl" ] || { echo "$data holds no text_eval.jsonl: name the folder of the data." >&2; exit 1; }
 
 rm -rf .gpu/[0-9]* .gpu/payload; mkdir -p .gpu/wheels .gpu/payload/{init,data,home/downloads}
 read -r package wheel < <("$python" -c '
@@ -30,7 +30,7 @@ for need in "$wheel $package" "gguf-*.whl gguf" "platformdirs-*.whl platformdirs
 done
 ln .gpu/wheels/"$wheel" .gpu/payload/home/downloads/
 mkdir .gpu/payload/wheels; ln .gpu/wheels/{gguf,platformdirs}-*.whl .gpu/payload/wheels/
-cp "$data"/text_train_{books,docs}_*.jsonl.xz "$data"/qa_train_open_*.jsonl.xz "$data"/{text,qa}_eval.jsonl .gpu/payload/data/
+cp "$data"/{text_train_books,text_train_docs,qa_train_open}_*.jsonl.xz "$data"/{text,qa}_eval.jsonl .gpu/payload/data/
 find "$model" -maxdepth 1 -type f -exec cp -t .gpu/payload/init {} +
 tar -C .gpu/payload -cf .gpu/payload.tar .
 
@@ -40,7 +40,7 @@ done
 # what was moved away git still lists
 tree=$(git ls-files -co --exclude-standard -z | sort -zu | { xargs -0 stat -c %s 2> /dev/null || true; } |
   awk '{n += $1} END {print n}')
-[ "$tree" -lt $((limit / 2)) ] || { echo "the tree has $tree bytes without the weights: move more out of it." >&2; exit 1; }
+[ "$tree" -lt $((limit / 2)) ] || { echo "the tree has $tree bytes without weights: move more out of it." >&2; exit 1; }
 total=$(stat -c %s .gpu/payload.tar); calls=$(((total - 1) / (limit - tree) + 1))
 split -b $(((total - 1) / calls + 1)) -a 1 --numeric-suffixes=1 .gpu/payload.tar .gpu/part.
 for ((i = 1; i <= calls; i++)); do mkdir ".gpu/$i"; mv ".gpu/part.$i" ".gpu/$i/part.$i"; done
@@ -48,8 +48,11 @@ for ((i = 1; i <= calls; i++)); do mkdir ".gpu/$i"; mv ".gpu/part.$i" ".gpu/$i/p
 rm -r .gpu/payload .gpu/payload.tar
 
 echo "$calls calls of $(((total / calls + tree) >> 20)) MiB; the shipped weights are in .gpu/moved until $0 --restore."
+# the tool's arguments
+take="mkdir -p /tmp/rcc-gpu && cp"
 for ((i = 1; i < calls; i++)); do
-  echo "call $i: carry [\".gpu/$i\"], timeout_s 60, command: mkdir -p /tmp/rcc-gpu && cp .gpu/$i/* /tmp/rcc-gpu/"
+  echo "call $i: carry [\".gpu/$i\"], timeout_s 60, command: $take .gpu/$i/* /tmp/rcc-gpu/"
 done
-echo "call $calls: carry [\".gpu/$calls\"], timeout_s 600, command: cp .gpu/$calls/* /tmp/rcc-gpu/ && bash scripts/gpu_run.sh 9.5"
-echo "then, until the lease is spent: carry nothing, timeout_s 600, command: bash scripts/gpu_run.sh 9.5"
+train="timeout_s 600, command: "; run="bash scripts/gpu_run.sh 9.5"
+echo "call $calls: carry [\".gpu/$calls\"], ${train}$take .gpu/$calls/* /tmp/rcc-gpu/ && $run"
+echo "then, until the lease is spent: carry nothing, ${train}$run"

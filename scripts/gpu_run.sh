@@ -57,8 +57,8 @@ fi
 
 # 70 s are left for the step being taken, the checkpoint and the handing over
 left=$((end - SECONDS - 70)); [ "$left" -gt 0 ] || { echo "no time is left to train"; exit 1; }
-(sleep 120; nvidia-smi --query-gpu=name,memory.used,utilization.gpu --format=csv,noheader -l 120) 2> /dev/null &
+nvidia-smi --query-gpu=name,memory.used,utilization.gpu --format=csv,noheader -l 60 2> /dev/null &
 resume=(); [ ! -e run/recipe.yaml ] || resume=(--resume)
 # --foreground: else the processes that prepare batches get the signal too, and there is nothing left to save with
 timeout --foreground -k 30 -s TERM "$left" \
-  python3 -m rcc train "$recipe" --output run --init ./init "${resume[@]}" "${sets[@]}" || [ $? = 124 ]
+  python3 -m rcc train "$recipe" --output run --init ./init "${resume[@]}" "${sets[@]}" || [ $? = 124 ]  # time is up

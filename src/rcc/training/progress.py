@@ -109,7 +109,7 @@ class Progress:
         """Some steps are done."""
         part = trainer.part(trainer.state.global_step)
         tokens, spent = trainer.tokens - self.before[0], trainer.spent - self.before[1]
-        left = timedelta(seconds=round(trainer.spent / part * (1 - part))) if part else "?"
+        left = timedelta(seconds=round(trainer.spent / part * max(0.0, 1 - part))) if part else "?"
         state = (
             f"step {trainer.state.global_step:,}, {trainer.tokens / 1e6:.2f}M tokens, loss {logs['loss']:.3f},"
             f" {tokens / max(spent, 1e-9):,.0f} tokens/s, {left} left"

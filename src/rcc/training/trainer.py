@@ -171,8 +171,9 @@ def prepare(model: RCCForCausalLM, stage: Stage, recipe: Recipe, device: torch.d
     wanted = recipe.run.compile
     if wanted or (wanted is None and device.type == "cuda"):
         for block in (*backbones.blocks(model.encoder), *backbones.blocks(model.decoder.base_model)):
-            # only the block's own code: the hooks around it take objects that dynamo need not see
-            block.forward = torch.compile(block.forward)
+            # only the block's own code: the hooks around it take objects that dynamo need not see; batches have
+            # many shapes, more than dynamo would make a graph for each
+            block.forward = torch.compile(block.forward, dynamic=True)
 
 
 def shard(objective: Objective, place: Place) -> None:
