@@ -7,4 +7,4 @@ cd "$(dirname "$0")/.."
 .venv/bin/ruff check
 .venv/bin/ruff format --check
 .venv/bin/mypy
-.venv/bin/pytest "$@"
+.venv/bin/pytest -n auto --dist loadfile "$@"

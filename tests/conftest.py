@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,9 @@ DECODERS = [family for family in SHAPES if family != "mamba"]
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(2)
+    if "PYTEST_XDIST_WORKER" in os.environ:  # one of several, a core each: its own threads and its children's
+        torch.set_num_threads(1)
+        os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 
 
 def make_backbone(

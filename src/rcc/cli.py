@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import signal
 import sys
 import tempfile
@@ -333,7 +334,8 @@ def train(
     try:
         Run(settings, output, resume, init).go()
     except Interrupted as stop:
-        err.print(f"rcc: interrupted; rcc train {recipe} --output {output} --resume goes on.", markup=False)
+        again = shlex.join(["rcc", "train", str(output / "recipe.yaml"), "--output", str(output), "--resume"])
+        err.print(f"rcc: interrupted; {again} goes on.", markup=False)
         sys.exit(128 + stop.number)
 
 

@@ -802,6 +802,7 @@ def _library_versions() -> dict[str, str]:
 
 def _write_weights(state: dict[str, Tensor], folder: Path) -> None:
     """Write a folder's weights, whole or not at all."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     temporary = folder / f".{WEIGHTS}.tmp"
@@ -809,6 +810,8 @@ def _write_weights(state: dict[str, Tensor], folder: Path) -> None:
         save_file(state, temporary, metadata={"format": "pt"})
         temporary.chmod(folder.stat().st_mode & 0o666)  # safetensors writes for its owner only
         os.replace(temporary, folder / WEIGHTS)
+    except SafetensorError as error:  # how a full disk shows itself here
+        raise OSError(str(error)) from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -48,7 +48,8 @@ def write(folder: Path, step: int, files: dict[str, Callable[[Path], Any]], keep
         shutil.rmtree(temporary, ignore_errors=True)
         reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
         raise FileError(f"{target} cannot be written: {reason}.") from error
-    for old in _all(folder)[keep:]:
+    found = _all(folder)
+    for old in set(found) - set(found[found.index(target) :][:keep]):  # those of later steps were passed over
         shutil.rmtree(old, ignore_errors=True)
     return target
 

@@ -32,8 +32,11 @@ class Log:
 
     def write(self, row: dict[str, Any]) -> None:
         if self.path is not None:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            try:
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+            except OSError as error:
+                raise FileError(f"{self.path} cannot be written: {error.strerror or error}.") from error
 
     def rewind(self, stage: str, step: int) -> None:
         """Forget what a stage wrote after a step: it will be done again. Other stages' lines stay.

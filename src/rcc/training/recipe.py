@@ -142,11 +142,11 @@ class Distillation:
     tasks: list[str] = field(default_factory=lambda: ["continuation", "instruction"])
 
     def __post_init__(self) -> None:
-        _check(0 < self.weight <= 1, "distillation.weight", self.weight, "a share above 0, at most 1")
-        _check(self.top_k >= 0, "distillation.top_k", self.top_k, "a whole number that is not negative")
-        _check(self.temperature > 0, "distillation.temperature", self.temperature, "a number above 0")
+        _check(0 < self.weight <= 1, "weight", self.weight, "a share above 0, at most 1")
+        _check(self.top_k >= 0, "top_k", self.top_k, "a whole number that is not negative")
+        _check(self.temperature > 0, "temperature", self.temperature, "a number above 0")
         for name in self.tasks:
-            _check(name in TASKS, "distillation.tasks", name, f"some of {', '.join(TASKS)}")
+            _check(name in TASKS, "tasks", name, f"some of {', '.join(TASKS)}")
 
 
 @dataclass
@@ -208,9 +208,10 @@ class Stage:
         if len(given) != 1:
             raise InputError(f"{' and '.join(given) or 'no budget'} given: set exactly one of {', '.join(BUDGETS)}.")
         _check(budgets[given[0]] > 0, given[0], budgets[given[0]], "a positive number")
-        for name in (*self.groups, *self.frozen):
-            if name not in GROUPS and not (name == "all" and name in self.groups):
-                raise InputError(_unknown("groups", name, (*GROUPS, "all")))
+        for key, known in (("groups", (*GROUPS, "all")), ("frozen", GROUPS)):
+            for name in getattr(self, key):
+                if name not in known:
+                    raise InputError(_unknown(f"{key}.{name}", name, known))
         _check(set(self.frozen) < set(GROUPS), "frozen", self.frozen, "less than all groups")
         good = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
         _check(good, "betas", self.betas, "two numbers from 0 to below 1")
@@ -271,6 +272,8 @@ class RunSettings:
             "threads",
         ):
             _check(getattr(self, key) >= 0, f"run.{key}", getattr(self, key), "a number that is not negative")
+        good = self.workers is None or self.workers >= 0
+        _check(good, "run.workers", self.workers, "a whole number that is not negative")
         for key in ("keep", "log_steps"):
             _check(getattr(self, key) > 0, f"run.{key}", getattr(self, key), "a positive whole number")
         dtypes = ("bfloat16", "float32")
@@ -298,6 +301,7 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        _check(0 <= self.seed < 2**32, "seed", self.seed, "a whole number from 0 to below 2**32")
         _check(bool(self.stages), "stages", self.stages, "at least one stage")
         names = [stage.name for stage in self.stages]
         _check(len(set(names)) == len(names), "stages", names, "stages of different names")
@@ -440,7 +444,8 @@ def _override(data: Any, override: str) -> None:
 def _one_budget(data: dict, overrides: list[str]) -> None:
     """A budget that was set from outside takes the place of the file's."""
     given = [override.partition("=")[0].split(".") for override in overrides]
-    for i, stage in enumerate(data.get("stages") or []):
+    stages = data.get("stages")
+    for i, stage in enumerate(stages if isinstance(stages, list) else []):
         chosen = {path[2] for path in given if path[:2] == ["stages", str(i)] and path[2:] and path[2] in BUDGETS}
         for key in BUDGETS if chosen and isinstance(stage, dict) else ():
             if key not in chosen:

@@ -70,7 +70,10 @@ class Place:
         """Join the processes that torchrun started, if it did; pick the device."""
         rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
         name = recipe.run.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        device = torch.device(name)
+        try:
+            device = torch.device(name)
+        except RuntimeError:
+            raise InputError(f"run.device={name!r} is unknown: use cpu or cuda.") from None
         if device.type == "cuda":
             if not torch.cuda.is_available():
                 raise InputError(f"run.device is {name}, but there is no GPU here: use cpu.")
@@ -244,6 +247,7 @@ class StageTrainer(Trainer):
         self.pending: list[tuple[int, int, str, Tensor]] = []  # step, tokens, kinds, loss: written a few at a time
         self.running: list[tuple[str, Tensor]] = []  # of the step being taken
         self.stopped_by: int | None = None
+        self.over = False  # the budget is spent
         self.figures: dict[str, dict[str, float]] = {}
         stage, device = self.stage, place.device
         minutes = stage.max_minutes is not None
@@ -395,6 +399,8 @@ class StageTrainer(Trainer):
             "stage": self.stage.name,
             "step": self.state.global_step,
             "batch": self.state.global_step * self.stage.accumulation,
+            "over": self.over,
+            "held_out": self.figures,
             "recipe": self.recipe.to_dict(),
             "versions": versions(),
         }
@@ -439,6 +445,9 @@ class StageTrainer(Trainer):
             state = load_state(checkpoint)
             about = json.loads((checkpoint / ABOUT).read_text(encoding="utf-8"))
             self.tokens, self.spent, self.first_batch = state["tokens"], state["spent"], about["batch"]
+            if about["over"]:  # all but the model is there
+                self.figures = about["held_out"]
+                return
         with _signals(self):
             self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         if self.stopped_by is not None:
@@ -484,7 +493,7 @@ class _Steps(TrainerCallback):
         decided = agree([spent, save, measure, t.stopped_by or 0])
         t.spent, save, measure, stop = decided[0], bool(decided[1]), bool(decided[2]), int(decided[3])
         t.stopped_by = stop or None
-        over = step >= state.max_steps or (t.stage.max_minutes is not None and t.part(step) >= 1)
+        t.over = over = step >= state.max_steps or (t.stage.max_minutes is not None and t.part(step) >= 1)
         control.should_training_stop = bool(over or stop)
         control.should_save = bool(over or stop or save or (run.save_steps and step % run.save_steps == 0))
         control.should_log = control.should_log or control.should_save
@@ -654,8 +663,6 @@ class Run:
             tokenizer = load_tokenizer(self.recipe, self.init)
             corpora = Corpora(self.recipe, tokenizer, display.phase)
             every = [Samples(self.recipe, i, corpora, tokenizer) for i in range(len(self.recipe.stages))]
-            if first:
-                self._begin()
             log = Log(self.output / "log.jsonl" if first else None)
             before: Path | None = None
             for number in range(len(self.recipe.stages)):
@@ -674,6 +681,8 @@ class Run:
         stage, place = self.recipe.stages[number], self.place
         checkpoint = checkpointing.newest(folder / "checkpoints")
         model = make_model(self.recipe, self.init, place)
+        if place.first:
+            self._begin()  # not before: what cannot be made leaves no folder
         weights = learned(model)
         source = checkpoint or (None if before is None else checkpointing.newest(before / "checkpoints"))
         if source is not None:
@@ -696,7 +705,7 @@ class Run:
             result = make_model(self.recipe, self.init, Place(torch.device("cpu"), 0, 1))
             put(learned(result), state, folder)
             text = card(self.recipe, number, trainer.tokens, trainer.figures, versions(), self.init)
-            for target in (folder, self.output):
+            for target in (self.output, folder):  # the stage's own last: then it is done
                 with suppress(FileNotFoundError):
                     (target / "config.json").unlink()  # it is written last: without it the folder is no model
                 target.mkdir(parents=True, exist_ok=True)
