@@ -34,7 +34,7 @@ class Kind:
 
 
 class Schedule:
-    """The kinds of a stage's batches, in exact proportion to their shares over any 1,024 batches.
+    """The kinds of a stage's batches, in proportion to their shares in every block of 1,024.
 
     Args:
         stage: tasks with shares, lengths, rates, batch_tokens.

@@ -8,16 +8,22 @@ from .recipe import Recipe
 
 
 def card(
-    recipe: Recipe, number: int, tokens: int, figures: dict[str, dict[str, float]], versions: dict, init: str | None
+    recipe: Recipe,
+    number: int,
+    bases: list[str],
+    tokens: int,
+    figures: dict[str, dict[str, float]],
+    versions: dict[str, str],
 ) -> str:
     """Markdown for the model that stage `number` (from 0) left.
 
     Args:
+        bases: where the backbones came from.
         tokens: context tokens of that stage.
         figures: held-out loss and accuracy by kind of batch.
     """
     model = recipe.model
-    base = model.encoder if model.decoder is None else f"{model.encoder} (encoder) and {model.decoder} (decoder)"
+    base = " and ".join(dict.fromkeys(bases)) or model.encoder
     rates = ", ".join(f"{rate}×" for rate in model.rates)
     lines = [
         "---",
@@ -28,7 +34,7 @@ def card(
         f"Recurrent Context Compression (arXiv 2406.06110) over {base}: segments of {model.segment_length:,} tokens,"
         f" rates {rates}.",
         "",
-        f"Trained with `rcc train`, started from {init or 'the base'}, by these stages:",
+        f"Trained with `rcc train`, started from {recipe.init or 'the base'}, by these stages:",
         "",
         "| stage | tasks | context tokens | lengths | rates | frozen |",
         "|---|---|---:|---|---|---|",

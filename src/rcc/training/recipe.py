@@ -104,8 +104,8 @@ class Group:
 
     Args:
         learning_rate: the peak.
-        schedule: after the warm-up: `constant`, `linear` or `cosine`, down to `floor` of the peak.
-        warmup_steps: steps over which the rate rises from zero.
+        schedule: `constant`, `linear` or `cosine`, down to `floor` of the peak at the end of the stage.
+        warmup_steps: steps at the beginning over which that rises from zero.
         floor: what is left of the rate at the end of the stage, as a share of the peak.
         weight_decay: AdamW's.
     """
@@ -117,7 +117,7 @@ class Group:
     weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
-        _check(self.learning_rate > 0, "learning_rate", self.learning_rate, "a number above 0")
+        _check(0 < self.learning_rate < float("inf"), "learning_rate", self.learning_rate, "a number above 0")
         schedules = ("constant", "linear", "cosine")
         _check(self.schedule in schedules, "schedule", self.schedule, f"one of {', '.join(schedules)}")
         _check(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "a whole number that is not negative")
@@ -164,7 +164,8 @@ class Stage:
         max_tokens, max_steps, max_minutes: exactly one of them is the budget: context tokens, all processes together,
             steps, or minutes of training. Only the first two can be resumed to the same losses.
         groups: how each group learns; `all` sets those that are not named.
-        frozen: groups that do not learn. A frozen encoder's vectors are computed without gradients.
+        frozen: groups that do not learn, rounded to run.dtype. A frozen encoder's vectors are computed without
+            gradients.
         betas, max_grad_norm: AdamW's, and where gradients are clipped.
         gradient_checkpointing: recompute activations in the backward pass: less memory, a third more time.
         distillation: see :class:`Distillation`.
@@ -206,7 +207,8 @@ class Stage:
         budgets = {k: getattr(self, k) for k in BUDGETS}
         given = [k for k, v in budgets.items() if v is not None]
         if len(given) != 1:
-            raise InputError(f"{' and '.join(given) or 'no budget'} given: set exactly one of {', '.join(BUDGETS)}.")
+            found = " and ".join(given) or "none of them"
+            raise InputError(f"budget must be exactly one of {', '.join(BUDGETS)}, not {found}.")
         _check(budgets[given[0]] > 0, given[0], budgets[given[0]], "a positive number")
         for key, known in (("groups", (*GROUPS, "all")), ("frozen", GROUPS)):
             for name in getattr(self, key):

@@ -44,6 +44,7 @@ from .recipe import GROUPS, Group, Recipe, Stage
 logger = logging.getLogger(__name__)
 
 STATE, TRAINER_STATE, ABOUT = "state.pt", "trainer_state.json", "about.json"
+AGAIN = "start a new run with a lower learning rate (--init goes on from a finished stage's model)"
 FOREVER = 2**31 - 1
 """Steps of a stage whose budget is minutes."""
 
@@ -336,6 +337,8 @@ class StageTrainer(Trainer):
         super().log(logs, start_time)
         if "grad_norm" in logs:
             self.flush()
+            if not math.isfinite(logs["grad_norm"]):  # the weights are lost: they must not be saved
+                raise ModelError(f"the gradient at step {self.state.global_step} is not finite: {AGAIN}.")
             self.display.update(self, logs)
 
     # -------- losses
@@ -365,9 +368,7 @@ class StageTrainer(Trainer):
             row = {"stage": self.stage.name, "step": step, "tokens": tokens, "kind": kinds, "loss": loss}
             self.journal.write({**row, "seconds": round(self.spent, 2)})
             if not math.isfinite(loss):
-                raise ModelError(
-                    f"the loss at step {step} is {loss}: lower the learning rate, and resume from the last checkpoint."
-                )
+                raise ModelError(f"the loss at step {step} is {loss}: {AGAIN}.")
         self.pending = []
 
     def measure(self) -> None:
@@ -445,7 +446,7 @@ class StageTrainer(Trainer):
             state = load_state(checkpoint)
             about = json.loads((checkpoint / ABOUT).read_text(encoding="utf-8"))
             self.tokens, self.spent, self.first_batch = state["tokens"], state["spent"], about["batch"]
-            if about["over"]:  # all but the model is there
+            if about.get("over"):  # all but the model is there
                 self.figures = about["held_out"]
                 return
         with _signals(self):
@@ -456,6 +457,8 @@ class StageTrainer(Trainer):
 
 def _alone(worker: int) -> None:
     """In a worker process: the tokenizer's threads did not come along when it was forked."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the first process's to answer
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)
 
@@ -704,7 +707,8 @@ class Run:
             display.say(f"writing {folder}")
             result = make_model(self.recipe, self.init, Place(torch.device("cpu"), 0, 1))
             put(learned(result), state, folder)
-            text = card(self.recipe, number, trainer.tokens, trainer.figures, versions(), self.init)
+            bases = [base.source for base in result.config.base.values()]
+            text = card(self.recipe, number, bases, trainer.tokens, trainer.figures, versions())
             for target in (self.output, folder):  # the stage's own last: then it is done
                 with suppress(FileNotFoundError):
                     (target / "config.json").unlink()  # it is written last: without it the folder is no model
