@@ -380,7 +380,7 @@ def test_chat_answers_on_a_terminal(context: Path) -> None:
     chat = Terminal("chat", context, "--max-new-tokens", "40")
     chat.wait_for("> ")
     chat.type("Who is the father?\r")
-    chat.wait_for(r"\r?\n[^\n]*\w[^\n]*\r?\n(.|\n)*> ")
+    chat.wait_for(r"\?\r?\n(.|\n)*\n\r?> ")  # whatever it answers
     chat.type("\x03")
     assert chat.end() == 130
     assert "rcc: interrupted." in chat.screen
