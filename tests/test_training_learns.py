@@ -177,7 +177,7 @@ def test_a_pass_key_is_found_where_it_is(tmp_path: Path, monkeypatch: pytest.Mon
     seen, write = set(), tasks._passkey
     monkeypatch.setattr(tasks, "_passkey", lambda key: seen.add(key) or write(key))
     sizes = {"lengths": [LENGTH], "batch_tokens": 24 * LENGTH, "target_tokens": 32}
-    one = stage("key", 450, 6e-3, 60, tasks={"passkey": {}}, **sizes)
+    one = stage("key", 450, 4e-3, 60, tasks={"passkey": {}}, **sizes)
     model = RCCForCausalLM.from_pretrained(train(tmp_path, base, PART, 4, [one]))
     monkeypatch.undo()
     tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
