@@ -25,10 +25,33 @@ SHAPES: dict[str, dict[str, Any]] = {
     "mistral": {**GROUPED, "tie_word_embeddings": False, "sliding_window": None},
     "qwen2": {**GROUPED, "tie_word_embeddings": True},
     "qwen3": {**GROUPED, "tie_word_embeddings": True, "head_dim": 16},
+    "gemma3_text": {  # layers by turns slide and see all
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "query_pre_attn_scalar": 20,
+        "sliding_window": 7,
+        "sliding_window_pattern": 2,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            "full_attention": {"rope_type": "default", "rope_theta": 1000.0},
+        },
+        "tie_word_embeddings": True,
+    },
     "mamba": {"state_size": 4, "tie_word_embeddings": True},
+    "mamba2": {"state_size": 4, "num_heads": 8, "n_groups": 2, "chunk_size": 8, "tie_word_embeddings": False},
 }
-DECODERS = [family for family in SHAPES if family != "mamba"]
-"""What the tests that show a family to work run on."""
+STATE_SPACE = ["mamba", "mamba2"]
+"""Encoders only."""
+DECODERS = [family for family in SHAPES if family not in STATE_SPACE]
+SIDES: dict[str, dict[str, Any]] = {}
+"""What the tests that show a family to work run on: every decoder behind an encoder on its own weights, behind one of
+its own family, and behind Mamba's, of another depth and width. Arguments of `make_model` by name."""
+for decoder in DECODERS:
+    SIDES[f"{decoder}-shared"] = {"family": decoder}
+    SIDES[f"{decoder}-{decoder}"] = {"family": decoder, "share": False}
+    for encoder in STATE_SPACE:
+        other = {"encoder": encoder, "share": False, "layers": (4, 3), "hidden": (32, 48)}
+        SIDES[f"{decoder}-{encoder}"] = {"family": decoder, **other}
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -39,9 +62,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def make_backbone(
-    family: str, layers: int = 3, hidden: int = 48, seed: int = 0, attn: str = "sdpa", window: int = 512
+    family: str, layers: int = 3, hidden: int = 48, seed: int = 0, attn: str = "sdpa", window: int = 512, **more: Any
 ) -> PreTrainedModel:
-    """A causal language model of a supported family, without an end token."""
+    """A causal language model of a supported family, without an end token; `more` goes into its configuration."""
     shape: dict[str, Any] = {
         "vocab_size": VOCABULARY,
         "hidden_size": hidden,
@@ -52,8 +75,11 @@ def make_backbone(
         "pad_token_id": 0,
         **SHAPES[family],
     }
-    if family != "mamba":
+    if family == "mamba2":
+        shape["head_dim"] = 2 * hidden // shape["num_heads"]
+    if family not in STATE_SPACE:
         shape |= {"num_attention_heads": 4, "max_position_embeddings": window, "attn_implementation": attn}
+    shape |= more
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **shape))
@@ -64,8 +90,9 @@ def make_backbone(
                 elif "embed" in name or "lm_head" in name:
                     parameter.normal_(0, 0.5)
                 else:
-                    # what x_proj gives is multiplied with itself
-                    parameter.normal_(0, (0.4 if "x_proj" in name else 1.2) / parameter.shape[1] ** 0.5)
+                    # what a state-space model's x_proj and mamba2's in_proj give is multiplied with itself
+                    product = "x_proj" in name or (family == "mamba2" and "in_proj" in name)
+                    parameter.normal_(0, (0.4 if product else 1.2) / parameter.shape[1] ** 0.5)
     return model.eval()
 
 

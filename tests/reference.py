@@ -31,7 +31,10 @@ def padded(ids: list[int], segment: int, padding: str) -> list[int]:
 def all_states(encoder: nn.Module, inputs: Tensor) -> list[Tensor]:
     """[T, H] each: the embeddings [T, H] that are given, each block's output, the last one behind the final norm."""
     states = encoder(inputs_embeds=inputs[None], output_hidden_states=True).hidden_states
-    if encoder.config.model_type == "mamba":  # its list has no embeddings, and the last block's output with and without
+    if encoder.config.model_type in (
+        "mamba",
+        "mamba2",
+    ):  # its list has no embeddings, and the last block's output with and without
         states = [inputs[None], *states[:-2], states[-1]]
     return [state[0] for state in states]
 
@@ -79,11 +82,12 @@ def decoder_inputs(vectors: Tensor, depth: int, layer_map: str = "duplicate", st
     return reads
 
 
-def rotary(config, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin, [1, length, rotary dimensions], of positions 0 … length - 1."""
+def rotary(config, kind: str, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin, [1, length, rotary dimensions], of positions 0 … length - 1, in layers of a kind."""
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    dims = int(head * config.rope_parameters.get("partial_rotary_factor", 1.0))
-    theta = config.rope_parameters["rope_theta"]
+    settings = config.rope_parameters.get(kind, config.rope_parameters)
+    dims = int(head * settings.get("partial_rotary_factor", 1.0))
+    theta = settings["rope_theta"]
     rows = []
     frequencies = torch.tensor([1.0 / theta ** (2 * k / dims) for k in range(dims // 2)])
     for position in range(length):
@@ -106,17 +110,19 @@ def decode(decoder: nn.Module, projections: list[Tensor], reads: list[Tensor], p
         n = len(terms[0])
         x = torch.cat([terms[0][None].to(x.dtype), x], 1)
     total = x.shape[1]
-    mask = torch.zeros(1, 1, total, total, dtype=x.dtype)
-    for query in range(total):
-        for key in range(query + 1, total):
-            mask[0, 0, query, key] = torch.finfo(x.dtype).min
-    cos_sin = rotary(decoder.config, total, x.dtype)
-    for i, block in enumerate(body.layers):
+    kinds = getattr(decoder.config, "layer_types", None) or ["full_attention"] * len(body.layers)
+    for i, (block, kind) in enumerate(zip(body.layers, kinds, strict=True)):
+        sees = decoder.config.sliding_window if kind == "sliding_attention" else total
+        mask = torch.zeros(1, 1, total, total, dtype=x.dtype)
+        for query in range(total):
+            for key in range(total):
+                if key > query or query - key >= sees:
+                    mask[0, 0, query, key] = torch.finfo(x.dtype).min
         x = block(
             x,
             attention_mask=mask,
             position_ids=torch.arange(total)[None],
-            position_embeddings=cos_sin,
+            position_embeddings=rotary(decoder.config, kind, total, x.dtype),
         )
         if i + 1 < len(terms):
             x = x.clone()

@@ -36,7 +36,8 @@ from rcc import (
 )
 from rcc.context import BlockLayer
 
-FAMILIES, DECODERS = conftest.FAMILIES, conftest.DECODERS
+FAMILIES = conftest.FAMILIES
+sides = pytest.mark.parametrize("sides", conftest.SIDES.values(), ids=conftest.SIDES)
 LENGTHS = [3, 10, 16, 37, 48]
 """Shorter than a group, partial group, one segment, partial segment and group, several segments."""
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
@@ -63,12 +64,11 @@ def same_bits(a: CompressedContext, b: CompressedContext) -> bool:
 
 
 # ---------------------------------------------------------------- the tests can see a fault
-@pytest.mark.parametrize("family", DECODERS)
-@pytest.mark.parametrize("share", [True, False])
-def test_every_part_of_the_tiny_models_matters(tiny, expected, tokens, family, share):
+@sides
+def test_every_part_of_the_tiny_models_matters(tiny, expected, tokens, sides):
     """Zeroing any one projection, swapping two segments, dropping the encoder's LoRA or changing one token of the
     last, partial group moves the prompt's logits by more than 1e-2: a fault in any of them cannot hide."""
-    model = tiny(family, share=share)
+    model = tiny(**sides)
     ids, prompt = tokens(39), tokens(6, 1)
     want = expected(model).logits([ids], prompt)
     assert len(model.projections) == 3
@@ -80,7 +80,7 @@ def test_every_part_of_the_tiny_models_matters(tiny, expected, tokens, family, s
     assert (expected(model).logits([swapped], prompt) - want).abs().max() > 1e-2
     changed = [*ids[:-1], ids[-1] % 96 + 1]
     assert (expected(model).logits([changed], prompt) - want).abs().max() > 1e-2
-    if share:
+    if sides.get("share", True):
         damaged = copy.deepcopy(model)
         for name, parameter in damaged.encoder.named_parameters():
             if "lora_B" in name:
@@ -141,11 +141,11 @@ def test_chunking_does_not_change_the_result(tiny, expected, tokens, batch, batc
 
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 @pytest.mark.parametrize("states", ["all", "last"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_bfloat16(tiny, expected, tokens, family, states, attn):
+@sides
+def test_bfloat16(tiny, expected, tokens, sides, states, attn):
     """In bfloat16 the logits stay within rounding of the float32 reference on the same weights: correlation above
     0.99, nearly all argmaxes equal, and the mean deviation far below the logits' own spread."""
-    model = tiny(family, states=states, attn=attn, dtype=torch.bfloat16)
+    model = tiny(**sides, states=states, attn=attn, dtype=torch.bfloat16)
     exact = copy.deepcopy(model).float()
     same, total = 0, 0
     for length in LENGTHS:
@@ -293,10 +293,10 @@ def test_appending_leaves_earlier_contexts_alone(tiny, expected, tokens, family)
     assert torch.equal(model.generate(input_ids=one(prompt), context=parent, max_new_tokens=5), answer)
 
 
-@pytest.mark.parametrize("family", DECODERS)
-def test_appending_to_a_batch(tiny, expected, tokens, batch, family):
+@sides
+def test_appending_to_a_batch(tiny, expected, tokens, batch, sides):
     """Appending texts of different lengths to a batch of texts of different lengths (gaps behind gaps), twice."""
-    model = tiny(family)
+    model = tiny(**sides)
     want, prompt = expected(model), tokens(6, 1)
     steps = [[tokens(37, 1), tokens(5, 2)], [tokens(3, 3), tokens(30, 4)], [tokens(16, 5), tokens(9, 6)]]
     context = None
@@ -323,11 +323,11 @@ def test_appending_beyond_the_spare_capacity(tiny, expected, tokens):
 
 # ---------------------------------------------------------------- (c) batches equal one by one
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", DECODERS)
-def test_texts_of_different_lengths(tiny, expected, tokens, batch, family, attn):
+@sides
+def test_texts_of_different_lengths(tiny, expected, tokens, batch, sides, attn):
     """Texts of every kind of length in one batch, padded on either side, behind ragged prompts padded on either side
     (forward) or on the left (generate): each row is the reference's of that text and prompt alone."""
-    model = tiny(family, attn=attn)
+    model = tiny(**sides, attn=attn)
     want = expected(model)
     texts = [tokens(length, length) for length in LENGTHS]
     prompts = [tokens(length, 1) for length in (6, 1, 9, 4, 9)]
@@ -524,12 +524,11 @@ def test_generation_stops_at_the_end_token(tiny, expected, tokens, batch):
 
 # ---------------------------------------------------------------- (d) training
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
-@pytest.mark.parametrize("share", [True, False])
-@pytest.mark.parametrize("family", DECODERS)
-def test_training_forward_equals_cached(tiny, expected, tokens, batch, family, share, attn):
+@sides
+def test_training_forward_equals_cached(tiny, expected, tokens, batch, sides, attn):
     """One pass with `context_ids` gives the logits of the reference and of the cached context, in a batch of different
     texts and ragged prompts; the loss is the mean of -log p over labelled targets, computed by hand."""
-    model = tiny(family, share=share, attn=attn)
+    model = tiny(**sides, attn=attn)
     want = expected(model)
     texts = [tokens(length, length) for length in LENGTHS]
     prompts = [tokens(length, 1) for length in (6, 2, 9, 4, 9)]
@@ -643,17 +642,20 @@ def exact_in_float64(model: RCCForCausalLM) -> RCCForCausalLM:
     """The model in float64 throughout: norms by the root mean square compute in float32 otherwise."""
     model.double()
     for module in model.modules():
-        if type(module).__name__.endswith("RMSNorm"):
+        kind = type(module).__name__
+        if kind == "Gemma3RMSNorm":  # its weights are what is added to one
+            module.forward = lambda x, m=module: F.rms_norm(x, x.shape[-1:], 1 + m.weight, m.eps)
+        elif kind.endswith("RMSNorm"):
             module.forward = lambda x, m=module: F.rms_norm(x, x.shape[-1:], m.weight, m.variance_epsilon)
     return model
 
 
-@pytest.mark.parametrize(("share", "lora"), [(True, 4), (False, 0)])
-@pytest.mark.parametrize("family", DECODERS)
-def test_gradients_agree_with_finite_differences(fresh, tokens, batch, family, share, lora):
+@sides
+def test_gradients_agree_with_finite_differences(fresh, tokens, batch, sides):
     """In float64 the derivative of the loss along a random direction, in encoder, projections and decoder parameters
-    each, equals the central difference to 1e-5 relative, for a batch with gaps and ragged prompts."""
-    model = exact_in_float64(fresh(family, share=share, lora=lora))
+    each, equals the central difference to 1e-5 relative (1e-2 in Mamba, whose scan computes in float32 whatever the
+    precision), for a batch with gaps and ragged prompts; LoRA is trained where the base is shared, else everything."""
+    model = exact_in_float64(fresh(**sides))
     ids, mask = batch([tokens(37), tokens(21, 2)])
     prompt, prompt_mask = batch([tokens(9, 3), tokens(6, 4)])
     targets = prompt[:, 1:].masked_fill(prompt_mask[:, 1:] == 0, -100)
@@ -670,7 +672,8 @@ def test_gradients_agree_with_finite_differences(fresh, tokens, batch, family, s
         assert parameters
         direction = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in parameters]
         slope = sum((p.grad * d).sum().item() for p, d in zip(parameters, direction, strict=True))
-        step, values = 1e-6, []
+        rough = side == "encoder." and sides.get("encoder") in conftest.STATE_SPACE
+        step, values = 1e-5 if rough else 1e-6, []
         with torch.no_grad():
             for sign in (1, -2):
                 for p, d in zip(parameters, direction, strict=True):
@@ -680,7 +683,7 @@ def test_gradients_agree_with_finite_differences(fresh, tokens, batch, family, s
                 p.add_(d, alpha=step)
         numeric = (values[0] - values[1]) / (2 * step)
         assert abs(slope) > 1e-3
-        assert numeric == pytest.approx(slope, rel=1e-5), side
+        assert numeric == pytest.approx(slope, rel=1e-2 if rough else 1e-5), side
 
 
 @pytest.mark.parametrize("reentrant", [None, False, True])
@@ -848,11 +851,10 @@ def test_save_and_load(backbone, tokens, tmp_path, family, share, lora, dtype, f
     assert_same_model(model, RCCForCausalLM.from_pretrained(moved), tokens)
 
 
-@pytest.mark.parametrize("share", [True, False])
-@pytest.mark.parametrize("family", DECODERS)
-def test_save_and_load_of_a_model_made_of_modules(fresh, tokens, tmp_path, family, share):
+@sides
+def test_save_and_load_of_a_model_made_of_modules(fresh, tokens, tmp_path, sides):
     """Bases that came as modules have no folder to refer to: they are written without being asked for."""
-    model = fresh(family, share=share)
+    model = fresh(**sides)
     model.save_pretrained(tmp_path / "model")
     assert_same_model(model, RCCForCausalLM.from_pretrained(tmp_path / "model"), tokens)
 

@@ -15,16 +15,18 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from .errors import ModelError
 
 BLOCKS = {
+    "gemma3_text": "layers",
     "gpt_neox": "layers",
     "llama": "layers",
     "mamba": "layers",
+    "mamba2": "layers",
     "mistral": "layers",
     "qwen2": "layers",
     "qwen3": "layers",
 }
 """model_type → attribute of the base model that holds its blocks, in order."""
 
-STATE_SPACE = {"mamba": ("in_proj",)}
+STATE_SPACE = {"mamba": ("in_proj",), "mamba2": ("in_proj",)}
 """Encoders only: they have no attention, no positions and no KV cache. model_type → the linear layers for LoRA: of the
 others the mixer, or its fused kernel, reads the weights itself and would pass the adapter by."""
 
@@ -39,12 +41,26 @@ def check_family(config: PreTrainedConfig, side: str) -> None:
         raise ModelError(
             f"backbone family {family!r} has no KV cache and can only be the encoder: use one of {names} as decoder."
         )
-    sliding = getattr(config, "sliding_window", None)
-    if sliding is not None and sliding < window(config):
+    if getattr(config, "use_bidirectional_attention", False):
+        raise ModelError("the backbone attends in both directions (use_bidirectional_attention): use a causal one.")
+    sliding = sliding_window(config)
+    if side == "decoder" and sliding is not None and sliding < window(config) and not has_full_attention(config):
         raise ModelError(
-            f"the backbone attends to its last {sliding} positions only (sliding_window), and a prefix must stay"
-            " visible: use one with full attention."
+            f"every layer of the backbone attends to its last {sliding} positions only (sliding_window), and a prefix"
+            " must stay visible: use one that has layers with full attention as decoder."
         )
+
+
+def sliding_window(config: PreTrainedConfig) -> int | None:
+    """Positions that the backbone's sliding layers attend to, their own included; None where no layer slides."""
+    kinds = getattr(config, "layer_types", None)
+    slides = kinds is None or "sliding_attention" in kinds
+    return getattr(config, "sliding_window", None) if slides else None
+
+
+def has_full_attention(config: PreTrainedConfig) -> bool:
+    """Whether some layer attends to everything before it."""
+    return sliding_window(config) is None or "full_attention" in (getattr(config, "layer_types", None) or ())
 
 
 def blocks(body: PreTrainedModel) -> Any:

@@ -54,6 +54,36 @@ def accept_residuals(body: PreTrainedModel) -> None:
         block.register_forward_pre_hook(add, with_kwargs=True)
 
 
+def window_by_position(body: PreTrainedModel) -> None:
+    """Make the sliding layers of a decoder's base model count positions, not gaps.
+
+    transformers measures a window in cache entries, so what stands between a text and its prompt in a batch of
+    different lengths would push the text's end out of it. Flash attention drops gaps by itself.
+    """
+    sliding = backbones.sliding_window(body.config)
+    if sliding is None or not backbones.has_full_attention(body.config):
+        return
+
+    def masks(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        mask = kwargs.get("attention_mask")
+        attention = body.config._attn_implementation
+        if not isinstance(mask, Tensor) or mask.ndim != 2 or attention not in ("eager", "sdpa") or bool(mask.all()):
+            return None
+        new = kwargs["inputs_embeds"] if kwargs.get("input_ids") is None else kwargs["input_ids"]
+        entries = torch.arange(mask.shape[1], device=mask.device)
+        order = mask.cumsum(1)
+        asking = slice(mask.shape[1] - new.shape[1], None)
+        visible = mask.bool()[:, None] & (entries <= entries[asking, None])
+        near = visible & (order[:, asking, None] - order[:, None] < sliding)
+        both = {"full_attention": visible[:, None], "sliding_attention": near[:, None]}
+        if attention == "eager":  # which adds its mask to the scores
+            low = torch.finfo(body.dtype).min
+            both = {k: torch.zeros_like(v, dtype=body.dtype).masked_fill(~v, low) for k, v in both.items()}
+        return args, {**kwargs, "attention_mask": both}
+
+    body.register_forward_pre_hook(masks, with_kwargs=True)
+
+
 def residual_arguments(residuals: Residuals) -> dict[str, Residuals]:
     """Keyword arguments that hand `residuals` to a forward pass of a prepared decoder."""
     return {_KEY: residuals}

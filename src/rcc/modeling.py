@@ -26,7 +26,7 @@ from . import backbones, checkpoints
 from . import encoder as encoding
 from .config import BaseReference, RCCConfig
 from .context import SPARE, BlockLayer, CompressedContext, KVBlocks
-from .decoder import Residuals, accept_residuals, residual_arguments
+from .decoder import Residuals, accept_residuals, residual_arguments, window_by_position
 from .encoder import CompressedVectors, piece_of
 from .errors import ContextError, FileError, InputError, ModelError, WindowError
 from .projection import Projections, layer_map
@@ -78,6 +78,7 @@ class RCCForCausalLM(nn.Module):
             )
         encoding.capture_states(self.encoder)
         accept_residuals(self.decoder.base_model)
+        window_by_position(self.decoder.base_model)
         sizes = self.encoder.config.hidden_size, self.decoder.config.hidden_size
         sources = layer_map(self._encoder_depth, len(backbones.blocks(self.decoder.base_model)), config)
         self.projections = Projections(sources, *sizes).to(self.decoder.device, self.decoder.dtype)
@@ -312,8 +313,9 @@ class RCCForCausalLM(nn.Module):
         return backbones.window(self.decoder.config)
 
     def _apply(self, fn: Any, recurse: bool = True) -> RCCForCausalLM:
-        """Move and cast as any module, but keep rotary frequencies exact, as transformers' own loading does."""
-        exact = [(m, name, b) for m in self.modules() for name, b in m._buffers.items() if name.endswith("inv_freq")]
+        """Move and cast as any module, but keep rotary frequencies and embedding scales exact, as transformers does."""
+        names = ("inv_freq", "embed_scale")
+        exact = [(m, name, b) for m in self.modules() for name, b in m._buffers.items() if name.endswith(names)]
         super()._apply(fn, recurse)
         for module, name, buffer in exact:
             if buffer is not None:
