@@ -139,6 +139,30 @@ def test_chunking_does_not_change_the_result(tiny, expected, tokens, batch, batc
         torch.testing.assert_close(got[b], expected(model).logits([row], prompt), **CLOSE)
 
 
+def test_equal_segments_are_read_once(tiny, expected, tokens, batch):
+    """What repeats within a batch is read once, and the result is the reference's of reading it each time; also for
+    equal segments of different rows and for an equal, shorter end, cached and with gradients."""
+    model = tiny("llama")
+    filler, key, prompt = tokens(16), tokens(21, 1), tokens(5, 2)
+    rows = [filler * 3 + key + filler * 2, filler * 2 + filler[:5], filler * 3 + filler[:5]]
+    ids, mask = batch(rows)
+    read = []
+    handle = model.encoder.register_forward_pre_hook(
+        lambda _, args, kwargs: read.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    try:
+        context = model.compress(ids, mask)
+        trained = model(one(prompt).expand(3, -1), context_ids=ids, context_mask=mask).logits
+    finally:
+        handle.remove()
+    assert read == [6, 6]  # the filler, its short end, and behind the key every segment is shifted
+    cached = model(one(prompt).expand(3, -1), context=context).logits
+    for b, row in enumerate(rows):
+        want = expected(model).logits([row], prompt)
+        torch.testing.assert_close(cached[b], want, **CLOSE)
+        torch.testing.assert_close(trained[b], want, **CLOSE)
+
+
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 @pytest.mark.parametrize("states", ["all", "last"])
 @sides

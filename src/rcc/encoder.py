@@ -169,6 +169,18 @@ def _read(
     return capture.states, capture.valid
 
 
+def _distinct(batch: list[Tensor]) -> tuple[list[Tensor], list[int]]:
+    """Segments → the different ones among them, and for each segment which of those it is.
+
+    A segment's states depend on nothing but itself, so what repeats (filler, boilerplate) is read once.
+    """
+    ids = torch.cat(batch).cpu().split([len(segment) for segment in batch])  # one copy from a GPU, not one each
+    seen: dict[bytes, int] = {}
+    places = [seen.setdefault(segment.numpy().tobytes(), len(seen)) for segment in ids]
+    first = {place: i for i, place in reversed(list(enumerate(places)))}
+    return [batch[first[place]] for place in range(len(seen))], places
+
+
 def encode(
     body: PreTrainedModel,
     rows: list[tuple[Tensor, ...]],
@@ -178,7 +190,8 @@ def encode(
     batch_tokens: int | None,
     memory: Tensor | None,
 ) -> Iterator[tuple[dict[int, Tensor], Tensor | None, int]]:
-    """Read rows of texts segment by segment, all rows in step, a bounded number of segments at a time.
+    """Read rows of texts segment by segment, all rows in step, a bounded number of segments at a time; equal segments
+    among those are read once.
 
     Args:
         body: the encoder, prepared by :func:`capture_states`.
@@ -201,7 +214,11 @@ def encode(
     for start in range(0, longest, step):
         parts = [row[start : start + step] for row in split]
         batch = [segment for part in parts for segment in part]
-        states, valid = _read(body, batch, rate, wanted, memory)
+        once, places = _distinct(batch)
+        states, valid = _read(body, once, rate, wanted, memory)
+        if len(once) < len(batch):
+            states = {k: h[places] for k, h in states.items()}
+            valid = None if valid is None else valid[places]
         done += sum(map(len, batch))
         counts = [sum(-(-len(segment) // rate) for segment in part) for part in parts]
         m = max(counts)
