@@ -30,6 +30,7 @@ from .decoder import Residuals, accept_residuals, residual_arguments, window_by_
 from .encoder import CompressedVectors, piece_of
 from .errors import ContextError, FileError, InputError, ModelError, WindowError
 from .projection import Projections, layer_map
+from .provenance import libraries
 
 logger = logging.getLogger(__name__)
 
@@ -478,7 +479,7 @@ class RCCForCausalLM(nn.Module):
                 self.fingerprint,
                 self.config.name,
                 self.config.segment_length,
-                _library_versions(),
+                libraries(),
                 mask,
             )
         with context.borrow(new, SPARE) as cache:
@@ -794,12 +795,6 @@ class RCCForCausalLM(nn.Module):
 def _to(tensor: Any, device: torch.device) -> Any:
     """A tensor on a device; anything else as it is, for the checks to name."""
     return tensor.to(device) if isinstance(tensor, Tensor) else tensor
-
-
-def _library_versions() -> dict[str, str]:
-    from . import __version__
-
-    return {"rcc": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
 
 
 def _write_weights(state: dict[str, Tensor], folder: Path) -> None:

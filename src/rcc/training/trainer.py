@@ -13,7 +13,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -31,9 +30,10 @@ from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 
-from .. import __version__, backbones, checkpoints
+from .. import backbones, checkpoints
 from ..errors import FileError, InputError, ModelError
 from ..modeling import RCCForCausalLM
+from ..provenance import commit, libraries
 from . import checkpointing
 from .batches import Batches, Corpora, Kind, Samples
 from .card import card
@@ -403,7 +403,7 @@ class StageTrainer(Trainer):
             "over": self.over,
             "held_out": self.figures,
             "recipe": self.recipe.to_dict(),
-            "versions": versions(),
+            "versions": {**libraries(), **commit()},
         }
         if self.place.first:
             self.state.log_history = []  # it is in log.jsonl
@@ -619,16 +619,6 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
         raise FileError(f"{checkpoint / STATE} cannot be read: {str(error).partition(chr(10))[0]}.") from error
 
 
-def versions() -> dict[str, str]:
-    """What made a checkpoint: library versions and, from a source checkout, its commit."""
-    found = {"rcc": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
-    with suppress(OSError, subprocess.SubprocessError):
-        here = Path(__file__).resolve().parent
-        command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
-        found["commit"] = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    return found
-
-
 # ---------------------------------------------------------------- a whole run
 @dataclass
 class Run:
@@ -708,7 +698,7 @@ class Run:
             result = make_model(self.recipe, self.init, Place(torch.device("cpu"), 0, 1))
             put(learned(result), state, folder)
             bases = [base.source for base in result.config.base.values()]
-            text = card(self.recipe, number, bases, trainer.tokens, trainer.figures, versions())
+            text = card(self.recipe, number, bases, trainer.tokens, trainer.figures, {**libraries(), **commit()})
             for target in (self.output, folder):  # the stage's own last: then it is done
                 with suppress(FileNotFoundError):
                     (target / "config.json").unlink()  # it is written last: without it the folder is no model

@@ -1,0 +1,67 @@
+"""Plots of evaluations, as files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+from .results import Interval
+
+
+def _figure(width: float, height: float) -> tuple[Any, Any]:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise InputError("plots need matplotlib: pip install 'rcc[eval]', or leave out --output.") from None
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots()
+
+
+def curves(
+    path: Path,
+    lines: Mapping[str, Sequence[tuple[float, Interval]]],
+    x: str,
+    y: str,
+    title: str,
+    log: bool = False,
+) -> None:
+    """Curves with their intervals as bands: {name: [(x, figure), …]}."""
+    figure, axes = _figure(6.4, 4.0)
+    for name, points in lines.items():
+        places = [place for place, _ in points]
+        axes.plot(places, [v.mean for _, v in points], marker="o", markersize=3, label=name)
+        axes.fill_between(places, [v.low for _, v in points], [v.high for _, v in points], alpha=0.15)
+    if log:
+        axes.set_xscale("log", base=2)
+        places = sorted({place for points in lines.values() for place, _ in points})
+        axes.set_xticks(places, [f"{place:g}" for place in places])
+        axes.minorticks_off()
+    axes.set(xlabel=x, ylabel=y, title=title)
+    axes.grid(alpha=0.3)
+    if len(lines) > 1:
+        axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def heat_map(
+    path: Path,
+    values: Sequence[Sequence[float | None]],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    title: str,
+    x: str,
+    y: str,
+) -> None:
+    """Shares from 0 to 1 by row and column, red to green; None is left white."""
+    figure, axes = _figure(1.6 + 0.9 * len(columns), 1.4 + 0.45 * len(rows))
+    table = [[float("nan") if v is None else v for v in row] for row in values]
+    axes.imshow(table, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+    axes.set_xticks(range(len(columns)), columns)
+    axes.set_yticks(range(len(rows)), rows)
+    for i, row in enumerate(values):
+        for j, value in enumerate(row):
+            axes.text(j, i, "–" if value is None else f"{value:.0%}", ha="center", va="center")
+    axes.set(xlabel=x, ylabel=y, title=title)
+    figure.savefig(path, dpi=150)

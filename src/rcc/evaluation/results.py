@@ -1,0 +1,269 @@
+"""One evaluation's folder: samples as they are made, what they come to, and how sure that is.
+
+A folder holds `samples.jsonl` (a line a sample, written as it is made, so that an interrupted evaluation goes on),
+`results.json` (the figures, and what made them), `table.md` and plots.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import FileError, InputError
+from ..provenance import commit, libraries, machine
+
+FORMAT_VERSION = 1
+RESAMPLES = 2000
+CONFIDENCE = 0.95
+
+Key = dict[str, str | int | float]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One sample to be measured.
+
+    Attributes:
+        key: what tells it from the others, in a form that JSON holds: `{"rate": 8, "length": 2048, "document": 3}`.
+        measure: → its figures; numbers are averaged, the rest is kept with the sample.
+    """
+
+    key: Key
+    measure: Callable[[], dict[str, Any]]
+
+
+class Skipped(Exception):
+    """Raised by a measurement that cannot be made; the cell says why and the others go on."""
+
+
+@dataclass
+class Interval:
+    """A mean of `n` samples and the bounds between which it lies with 95 % confidence."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+
+def interval(values: Sequence[float], groups: Sequence[Any] | None = None, seed: int = 0) -> Interval:
+    """Mean with a confidence interval.
+
+    Shares (every value 0 or 1, each from a group of its own) by Wilson's score, which does not shrink to a point when
+    all succeed; anything else by the percentile bootstrap over groups.
+
+    Args:
+        values: one figure a sample.
+        groups: what samples have in common (their document): samples of a group are drawn together.
+    """
+    x = np.asarray(values, dtype=np.float64)
+    n = len(x)
+    if n == 0:
+        raise ValueError("there are no values")
+    names, inverse = np.unique(np.asarray([str(g) for g in groups] if groups else range(n)), return_inverse=True)
+    mean = float(x.mean())
+    if len(names) == n and bool(np.isin(x, (0.0, 1.0)).all()):
+        z = 1.959963984540054
+        centre = (mean + z * z / (2 * n)) / (1 + z * z / n)
+        half = z * np.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+        return Interval(mean, max(0.0, float(centre - half)), min(1.0, float(centre + half)), n)
+    sums, counts = np.bincount(inverse, x), np.bincount(inverse)
+    drawn = np.random.default_rng(seed).integers(len(names), size=(RESAMPLES, len(names)))
+    means = sums[drawn].sum(1) / counts[drawn].sum(1)
+    low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return Interval(mean, float(low), float(high), n)
+
+
+@dataclass
+class Results:
+    """The folder of one evaluation.
+
+    Args:
+        task: its name.
+        settings: all that the samples depend on: a folder of other settings is refused. Figures made with one model
+            say which by its fingerprint.
+        folder: where to keep everything; None keeps nothing.
+        cluster: the key that samples with something in common share (see :func:`interval`).
+
+    Raises:
+        InputError: the folder holds another evaluation, or something else.
+        FileError: it cannot be written.
+    """
+
+    task: str
+    settings: dict[str, Any]
+    folder: Path | None = None
+    cluster: str | None = None
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.settings = json.loads(json.dumps(self.settings))  # as a file will give it back
+        if self.folder is None:
+            return
+        path = self.folder / "settings.json"
+        try:
+            if path.exists():
+                try:
+                    before = json.loads(path.read_text(encoding="utf-8"))
+                except ValueError:
+                    before = None
+                if before != {"task": self.task, **self.settings}:
+                    raise InputError(f"{self.folder} holds an evaluation with other settings: name another folder.")
+                self.rows = self._read()
+                return
+            if self.folder.exists() and any(self.folder.iterdir()):
+                raise InputError(f"{self.folder} is not empty and holds no evaluation: name another folder.")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._write("settings.json", json.dumps({"task": self.task, **self.settings}, indent=2) + "\n")
+        except OSError as error:
+            raise FileError(f"{self.folder} cannot be written: {error.strerror or error}.") from error
+
+    def _read(self) -> list[dict[str, Any]]:
+        assert self.folder is not None
+        path, rows, kept = self.folder / "samples.jsonl", [], []
+        if not path.exists():
+            return []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                continue  # the last line of a killed process
+            kept.append(line + "\n")
+        self._write("samples.jsonl", "".join(kept))
+        return rows
+
+    def _write(self, name: str, text: str) -> None:
+        assert self.folder is not None
+        temporary = self.folder / f".{name}.tmp"
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, self.folder / name)
+        except OSError as error:
+            raise FileError(f"{self.folder / name} cannot be written: {error.strerror or error}.") from error
+
+    def collect(self, cases: Iterable[Case], progress: Callable[[int], None] | None = None) -> None:
+        """Measure what has not been measured yet, one case after the other, each kept at once.
+
+        Args:
+            progress: called with the number of cases done so far.
+        """
+        done = {_name(row["key"]) for row in self.rows}
+        start = time.perf_counter()
+        with ExitStack() as stack:
+            file = None
+            if self.folder is not None:
+                try:
+                    file = stack.enter_context((self.folder / "samples.jsonl").open("a", encoding="utf-8"))
+                except OSError as error:
+                    raise FileError(f"{self.folder} cannot be written: {error.strerror or error}.") from error
+            for number, case in enumerate(cases, 1):
+                if _name(case.key) not in done:
+                    try:
+                        row = {"key": case.key, **case.measure()}
+                    except Skipped as reason:
+                        row = {"key": case.key, "skipped": str(reason)}
+                    self.rows.append(row)
+                    if file is not None:
+                        file.write(json.dumps(row) + "\n")
+                        file.flush()
+                if progress is not None:
+                    progress(number)
+        self.seconds += time.perf_counter() - start
+
+    def cells(self, by: Sequence[str]) -> list[dict[str, Any]]:
+        """Figures by some of the keys, in order of appearance: `{"key": …, metric: Interval …}`, or `"skipped"`."""
+        groups: dict[str, list[dict[str, Any]]] = {}
+        for row in self.rows:
+            groups.setdefault(_name({k: row["key"][k] for k in by if k in row["key"]}), []).append(row)
+        found = []
+        for name, rows in groups.items():
+            cell: dict[str, Any] = {"key": json.loads(name)}
+            made = [row for row in rows if "skipped" not in row]
+            if not made:
+                cell["skipped"] = rows[0]["skipped"]
+            for metric in sorted({k for row in made for k, v in row.items() if _is_number(v)}):
+                some = [row for row in made if _is_number(row.get(metric))]
+                shared = [row["key"].get(self.cluster) for row in some] if self.cluster else None
+                cell[metric] = interval([float(row[metric]) for row in some], shared)
+            found.append(cell)
+        return found
+
+    def finish(self, by: Sequence[str], table: str, plots: Mapping[str, Callable[[Path], None]] | None = None) -> None:
+        """Write `results.json`, `table.md` and the plots `{file name: draw it there}`."""
+        if self.folder is None:
+            return
+        figures = [{k: vars(v) if isinstance(v, Interval) else v for k, v in cell.items()} for cell in self.cells(by)]
+        data = {
+            "format_version": FORMAT_VERSION,
+            "task": self.task,
+            "settings": self.settings,
+            "made": {**libraries(), **commit(), **machine()},
+            "seconds": round(self.seconds, 1),
+            "samples": {"file": "samples.jsonl", "count": len(self.rows)},
+            "notes": self.notes,
+            "cells": figures,
+        }
+        for name, draw in (plots or {}).items():
+            draw(self.folder / name)
+        self._write("table.md", table + "".join(f"\n{note}\n" for note in self.notes))
+        self._write("results.json", json.dumps(data, indent=2) + "\n")
+
+
+def _name(key: Mapping[str, Any]) -> str:
+    return json.dumps(key)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float))  # True counts as 1
+
+
+def load(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """A finished evaluation's results and samples.
+
+    Raises:
+        InputError: the folder holds none, or of a newer format.
+    """
+    try:
+        data = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        lines = (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) for line in lines]
+        version = data["format_version"]
+    except FileNotFoundError as error:
+        raise InputError(f"{folder} holds no finished evaluation: it has no {Path(error.filename).name}.") from None
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise InputError(f"{folder} holds no readable evaluation ({error}): make it again.") from None
+    if version > FORMAT_VERSION:
+        raise InputError(f"{folder} has format version {version}, this rcc reads up to {FORMAT_VERSION}: update rcc.")
+    return data, rows
+
+
+def paired(a: Sequence[float], b: Sequence[float], groups: Sequence[Any] | None = None) -> Interval:
+    """The mean of b − a over pairs, with a bootstrap interval.
+
+    Raises:
+        ValueError: there are no pairs.
+    """
+    return interval([y - x for x, y in zip(a, b, strict=True)], groups)
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; the first column on the left, the others on the right."""
+    lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
+
+
+def show(value: Interval, percent: bool = False, digits: int = 3) -> str:
+    """A figure with its interval as tables show it: `0.812 [0.790, 0.833]`."""
+    if percent:
+        return f"{value.mean:.1%} [{value.low:.1%}, {value.high:.1%}]"
+    return f"{value.mean:.{digits}f} [{value.low:.{digits}f}, {value.high:.{digits}f}]"
