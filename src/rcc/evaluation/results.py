@@ -209,6 +209,8 @@ class Results:
             "settings": self.settings,
             "made": {**libraries(), **commit(), **machine()},
             "seconds": round(self.seconds, 1),
+            "by": list(by),
+            "cluster": self.cluster,
             "samples": {"file": "samples.jsonl", "count": len(self.rows)},
             "notes": self.notes,
             "cells": figures,
