@@ -34,6 +34,7 @@ BOOK = Path(__file__).resolve().parent.parent / "examples" / "simple-susan.txt"
 MODEL = "rcc-smollm2-135m"
 RCC = [sys.executable, "-m", "rcc"]
 LIMIT = 240  # seconds a process may take; other tests may be running beside it
+VERBS = ("compress", "ask", "chat", "reconstruct", "inspect", "train", "models", "convert-checkpoint")
 
 
 # ---------------------------------------------------------------- running it
@@ -533,7 +534,7 @@ finally:
 
     assert seen["--version", "--version"].stdout == f"rcc {rcc.__version__}\n"
     assert "rcc ask book.rcc" in seen["--help", "--help"].stdout
-    assert all(verb in seen["--help", "--help"].stdout for verb in ("compress", "ask", "chat", "reconstruct", "models"))
+    assert all(verb in seen["--help", "--help"].stdout for verb in VERBS)
     assert "--force" in seen["compress", "--help"].stdout
     assert seen["compress", "x.rcc"].returncode == 2
 

@@ -16,7 +16,7 @@ import tempfile
 import uuid
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -345,18 +345,27 @@ def weights_sha256(folder: Path) -> str:
     from safetensors import SafetensorError, safe_open
 
     digest = hashlib.sha256()
-    files = _safetensors(Path(folder))
+    home_of: dict[str, Path] = {}
     try:
-        with ExitStack() as stack:
-            opened = [stack.enter_context(safe_open(file, framework="pt")) for file in files]
-            home_of = {name: file for file in opened for name in file.keys()}  # noqa: SIM118
-            for name in sorted(home_of):
-                add_tensor(digest, name, home_of[name].get_tensor(name))
+        for file in _safetensors(Path(folder)):
+            with safe_open(file, framework="pt") as opened:
+                home_of |= dict.fromkeys(opened.keys(), file)
+        for name in sorted(home_of):
+            add_tensor(digest, name, read_tensor(home_of[name], name))
     except SafetensorError as error:
         raise ModelError(f"the weights in {folder} are damaged ({_short(str(error))}): get them again.") from error
     except OSError as error:
         raise FileError(f"the weights in {folder} cannot be read ({_short(error)}).") from error
     return digest.hexdigest()
+
+
+def read_tensor(file: Path, name: str) -> Tensor:
+    """One tensor of a safetensors file, mapped; the file is opened for it alone, or all that has been read of it
+    would count as memory in use until the last tensor is let go."""
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as opened:
+        return opened.get_tensor(name)
 
 
 def add_tensor(digest: hashlib._Hash, name: str, tensor: Tensor) -> None:
@@ -401,7 +410,7 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     """
     folder = resolve_model(name)
     # asked first: for a folder without one transformers goes on to the hub, or makes an empty tokenizer
-    if not any((folder / f).is_file() for f in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+    if not has_tokenizer(folder):
         base = None
         with suppress(ModelError):  # a plain base has no configuration of ours
             base = RCCConfig.load(folder).base.get("decoder")
@@ -414,6 +423,11 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # OSError, ValueError, and plain Exception from the Rust side
         raise ModelError(f"the tokenizer in {folder} cannot be loaded ({_short(error)}).") from error
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a tokenizer's files."""
+    return any((folder / f).is_file() for f in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))
 
 
 def _short(error: Exception | str) -> str:

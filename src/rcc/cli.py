@@ -14,6 +14,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from .context import CompressedContext
+    from .conversion import Fate
     from .modeling import RCCForCausalLM
 
 DEFAULT_MODEL = "rcc-smollm2-135m"
@@ -179,17 +181,22 @@ def ask(
     from . import prompting
 
     prompts = [prompting.build(question, mode) for question in questions]
-    rcc, tokenizer, value = _open(context, model, rate, device, dtype)
+    rcc, tokenizer, source = _open(context, model, rate, device, dtype)
+    joined = isinstance(source, str) and prompting.joins(rcc.config, prompts[0])
+    value = None if joined else _context(rcc, tokenizer, source, rate)
     rows = []
     for question, prompt in zip(questions, prompts, strict=True):
         if len(questions) > 1 and not as_json:
             out.print(question, style="bold", markup=False)
+        if joined:  # of use for this question only, so not kept
+            value = _compress(rcc, tokenizer, [f"{source}{prompt.encoder_text}"], _parse_rate(rate), None)
+            prompt = replace(prompt, encoder_text="")
         streamer = None if as_json else _streamer(tokenizer, prompt)
         instruction, answer = prompting.ask(rcc, tokenizer, value, prompt, max_new_tokens, streamer=streamer)
         row = {"question": question, "answer": answer, "mode": mode}
         rows.append(row if instruction is None else {**row, "reconstructed_question": instruction})
     if as_json:
-        _print_json({"model": value.model_name, "fingerprint": value.fingerprint, "answers": rows})
+        _print_json({"model": rcc.config.name, "fingerprint": rcc.fingerprint, "answers": rows})
 
 
 @app.command()
@@ -206,7 +213,8 @@ def chat(
 
     if context == "-":
         raise InputError("a chat reads its questions from standard input: name a file for the text.")
-    rcc, tokenizer, value = _open(context, model, rate, device, dtype)
+    rcc, tokenizer, source = _open(context, model, rate, device, dtype)
+    value = _context(rcc, tokenizer, source, rate)
     typed = sys.stdin.isatty()
     if typed:
         with contextlib.suppress(ImportError):  # input() then edits lines and remembers them
@@ -378,6 +386,55 @@ def models(as_json: Json = False) -> None:
             out.print(f"  {key:16}{value}", markup=False)
 
 
+@app.command()
+def convert_checkpoint(
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="The folder with the authors' files.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="The model folder to make.")],
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="A folder with the model's tokenizer (default: SOURCE, if it has one).")
+    ] = None,
+    segment_length: Annotated[int, typer.Option(min=1, help="Tokens a segment that it was trained with.")] = 2048,
+    rate: Annotated[int, typer.Option(min=1, help="The rate that it was trained at.")] = 32,
+    as_json: Json = False,
+) -> None:
+    """Turn the RCC authors' published checkpoint into a model folder."""
+    with _status("loading torch and transformers"):
+        from transformers.utils import logging as quiet
+
+        from .conversion import IncompleteError, convert_checkpoint
+
+        quiet.set_verbosity_error()
+    try:
+        with _progress("converting", 1, "MB") as advance:
+            done = convert_checkpoint(
+                source,
+                output,
+                tokenizer,
+                segment_length=segment_length,
+                rate=rate,
+                progress=lambda bytes_done, total: advance(bytes_done // 10**6, total // 10**6),
+            )
+    except IncompleteError as error:
+        if not as_json:
+            _print_tensors(error.tensors)
+        raise
+    ask_it = shlex.join(["rcc", "ask", "--model", str(output), "TEXTFILE", "QUESTION", "--mode", "reconstruct"])
+    if as_json:
+        tensors = [asdict(tensor) for tensor in done.tensors]
+        words = None if done.tokenizer is None else str(done.tokenizer)
+        _print_json({"folder": str(output), "tokenizer": words, "ask": ask_it, "tensors": tensors})
+        return
+    _print_tensors(done.tensors)
+    if done.tokenizer is None:
+        out.print(f"no tokenizer: copy one into {output / 'decoder'}, or convert again with --tokenizer.", markup=False)
+    out.print(f"{output}: {done.summary()}; ask it with {ask_it}", markup=False)
+
+
+def _print_tensors(tensors: list[Fate]) -> None:
+    for tensor in tensors:
+        out.print(f"{tensor.fate:10}{tensor.name} {'→' if tensor.fate == 'used' else '–'} {tensor.note}", markup=False)
+
+
 # ---------------------------------------------------------------- input
 def _read_text(source: str) -> str:
     name = "standard input" if source == "-" else source
@@ -403,9 +460,9 @@ def _read_text(source: str) -> str:
     return text
 
 
-def _parse_rate(rate: str) -> int | None:
-    """`auto` is None."""
-    if rate == "auto":
+def _parse_rate(rate: str | None) -> int | None:
+    """`auto`, the default, is None."""
+    if rate in (None, "auto"):
         return None
     if not re.fullmatch("[1-9][0-9]{0,8}", rate):
         raise InputError(f"--rate {rate} is not a rate: use a whole number such as 8, or auto.")
@@ -496,34 +553,41 @@ def _load_context(path: Path, rcc: RCCForCausalLM | None) -> CompressedContext:
 
 def _open(
     path: str, model: str | None, rate: str | None, device: str | None, dtype: str | None
-) -> tuple[RCCForCausalLM, PreTrainedTokenizerBase, CompressedContext]:
-    """The context in a file, or that of a text, from the cache if the same text was asked before."""
+) -> tuple[RCCForCausalLM, PreTrainedTokenizerBase, CompressedContext | str]:
+    """The model, its tokenizer, and the context in a file, or else the text."""
     if _is_context(path):
         if rate is not None:
             raise InputError(f"--rate is for a text, and {path} is compressed already: leave it out.")
         rcc, tokenizer = _load_model(model, device, dtype, _context_info(Path(path)))
         return rcc, tokenizer, _load_context(Path(path), rcc)
+    text = _read_text(path)
+    _parse_rate(rate)  # a bad one is refused before a model is loaded
+    return *_load_model(model, device, dtype), text
+
+
+def _context(
+    rcc: RCCForCausalLM, tokenizer: PreTrainedTokenizerBase, source: CompressedContext | str, rate: str | None
+) -> CompressedContext:
+    """What :func:`_open` found, as a context: that of a text from the cache, if it was asked before."""
+    if not isinstance(source, str):
+        return source
     from . import checkpoints
 
-    text = _read_text(path)
-    rate = rate or "auto"
-    number = _parse_rate(rate)
-    rcc, tokenizer = _load_model(model, device, dtype)
-    key = hashlib.sha256(f"{rcc.fingerprint} {rate} {rcc.dtype}\n{text}".encode()).hexdigest()
+    key = hashlib.sha256(f"{rcc.fingerprint} {rate or 'auto'} {rcc.dtype}\n{source}".encode()).hexdigest()
     kept = checkpoints.home() / "contexts" / f"{key[:32]}.rcc"
     if kept.exists():
         with contextlib.suppress(RCCError):  # a damaged one is made again
             context = _load_context(kept, rcc)
             err.print(f"read {kept}: {_describe(context)}", markup=False)
-            return rcc, tokenizer, context
-    context = _compress(rcc, tokenizer, [text], number, None)
+            return context
+    context = _compress(rcc, tokenizer, [source], _parse_rate(rate), None)
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
         context.save(kept)
         err.print(f"kept as {kept}: {_describe(context)}", markup=False)
     except OSError as error:  # the answer does not need the file
         err.print(f"not kept for the next time: {error}", markup=False)
-    return rcc, tokenizer, context
+    return context
 
 
 def _compress(

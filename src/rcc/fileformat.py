@@ -3,7 +3,8 @@
 The file is an ordinary safetensors file, which any safetensors reader opens. Its metadata hold `rcc` (the manifest
 as JSON) and `sha256`: the SHA-256 of the whole file with those 64 digits replaced by zeros. It is not written by the
 safetensors library, because that one wants every tensor contiguous in memory at once, which would double a large
-context; nor read by it, because it opens the file anew, which may by then be another one than the one checked.
+context (weights are written here for the same reason); nor read by it, because it opens the file anew, which may by
+then be another one than the one checked.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ import os
 import re
 import secrets
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -52,14 +53,55 @@ def write(path: Path, kind: str, manifest: Mapping[str, Any], tensors: Mapping[s
     Raises:
         FileError: the folder does not exist or cannot be written, or the disk is full.
     """
-    header: dict[str, Any] = {
-        "__metadata__": {
-            "format": f"rcc-{kind}",
-            "version": str(VERSION),
-            "sha256": _ZEROS,
-            "rcc": json.dumps(manifest),
-        }
-    }
+    metadata = {"format": f"rcc-{kind}", "version": str(VERSION), "sha256": _ZEROS, "rcc": json.dumps(manifest)}
+    header = _header(metadata, tensors)
+    match = _DIGEST.search(header)
+    assert match is not None
+    digest = hashlib.sha256()
+    if not path.name:
+        raise FileError(f"{str(path)!r} cannot be written: it does not name a file.")
+    try:
+        with _whole(path) as file:
+
+            def put(data: bytes | memoryview) -> None:
+                digest.update(data)
+                file.write(data)
+
+            _put(header, tensors, put)
+            file.seek(match.start(1))
+            file.write(digest.hexdigest().encode())
+    except OSError as error:
+        raise FileError(f"{path} cannot be written: {error.strerror or error}.") from error
+
+
+def write_weights(path: Path, tensors: Mapping[str, Lazy]) -> None:
+    """Write a model's weights as transformers reads them, one tensor in memory at a time, whole or not at all.
+
+    Raises:
+        OSError: the folder does not exist or cannot be written, or the disk is full.
+    """
+    with _whole(path) as file:
+        _put(_header({"format": "pt"}, tensors), tensors, file.write)
+
+
+@contextlib.contextmanager
+def _whole(path: Path) -> Iterator[BinaryIO]:
+    """A file to be written that has its name, and is on the disk, once it is complete."""
+    temporary = path.with_name(f".rcc-{secrets.token_hex(8)}.tmp")  # any name can be too long already
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _header(metadata: dict[str, str], tensors: Mapping[str, Lazy]) -> bytes:
+    """What a safetensors file begins with: a length, and JSON of that length."""
+    header: dict[str, Any] = {"__metadata__": metadata}
     offset = 0
     for name, (dtype, shape, _) in tensors.items():
         size = dtype.itemsize * torch.Size(shape).numel()
@@ -67,32 +109,14 @@ def write(path: Path, kind: str, manifest: Mapping[str, Any], tensors: Mapping[s
         offset += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors start aligned
-    digest = hashlib.sha256()
-    if not path.name:
-        raise FileError(f"{str(path)!r} cannot be written: it does not name a file.")
-    temporary = path.with_name(f".rcc-{secrets.token_hex(8)}.tmp")  # any name can be too long already
-    try:
-        try:
-            with open(temporary, "xb") as file:
-                for chunk in (struct.pack("<Q", len(text)), text):
-                    digest.update(chunk)
-                    file.write(chunk)
-                for _, _, get in tensors.values():
-                    data = get().detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-                    digest.update(data)
-                    file.write(data)
-                match = _DIGEST.search(text)
-                assert match is not None
-                file.seek(8 + match.start(1))
-                file.write(digest.hexdigest().encode())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except OSError as error:
-            raise FileError(f"{path} cannot be written: {error.strerror or error}.") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _put(header: bytes, tensors: Mapping[str, Lazy], put: Callable[[bytes | memoryview], Any]) -> None:
+    put(header)
+    for _, _, get in tensors.values():
+        # in one expression, so that a tensor is let go before the next one is made
+        put(get().detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def is_ours(path: Path, kind: str) -> bool:

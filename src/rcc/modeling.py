@@ -10,8 +10,7 @@ import contextlib
 import copy
 import hashlib
 import logging
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig, PreT
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from . import backbones, checkpoints
+from . import backbones, checkpoints, fileformat
 from . import encoder as encoding
 from .config import BaseReference, RCCConfig
 from .context import SPARE, BlockLayer, CompressedContext, KVBlocks
@@ -344,10 +343,7 @@ class RCCForCausalLM(nn.Module):
         return self._recorded[0]
 
     def _compute_fingerprint(self, dtype: torch.dtype | None = None) -> str:
-        digest = hashlib.sha256(repr(sorted(self.config.method().items())).encode())
-        for name, tensor in sorted(self.state_dict().items()):
-            checkpoints.add_tensor(digest, name, tensor.to(dtype=dtype))
-        return digest.hexdigest()
+        return fingerprint_of(self.config, sorted(self.state_dict().items()), dtype)
 
     def _record(self, fingerprint: str) -> None:
         self._recorded = fingerprint, self._versions()
@@ -792,6 +788,19 @@ class RCCForCausalLM(nn.Module):
             )
 
 
+def fingerprint_of(config: RCCConfig, state: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None = None) -> str:
+    """SHA-256 that names a model: its settings and all its weights.
+
+    Args:
+        state: what the model's `state_dict` holds, by name in order, one tensor in memory at a time if need be.
+        dtype: that the weights are taken in; None: their own.
+    """
+    digest = hashlib.sha256(repr(sorted(config.method().items())).encode())
+    for name, tensor in state:
+        checkpoints.add_tensor(digest, name, tensor.to(dtype=dtype))
+    return digest.hexdigest()
+
+
 def _to(tensor: Any, device: torch.device) -> Any:
     """A tensor on a device; anything else as it is, for the checks to name."""
     return tensor.to(device) if isinstance(tensor, Tensor) else tensor
@@ -799,18 +808,7 @@ def _to(tensor: Any, device: torch.device) -> Any:
 
 def _write_weights(state: dict[str, Tensor], folder: Path) -> None:
     """Write a folder's weights, whole or not at all."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    temporary = folder / f".{WEIGHTS}.tmp"
-    try:
-        save_file(state, temporary, metadata={"format": "pt"})
-        temporary.chmod(folder.stat().st_mode & 0o666)  # safetensors writes for its owner only
-        os.replace(temporary, folder / WEIGHTS)
-    except SafetensorError as error:  # how a full disk shows itself here
-        raise OSError(str(error)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    fileformat.write_weights(folder / WEIGHTS, {name: fileformat.lazy(tensor) for name, tensor in state.items()})
 
 
 def _load_base(

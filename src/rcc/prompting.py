@@ -6,7 +6,8 @@
 | `human`       | the decoder, as plain tokens | the chat header and instruction | the answer                   |
 | `compress`    | the encoder, with the text   | a short cue ("Answer:")         | the answer                   |
 
-Behind a stored context the instruction that goes to the encoder is a segment of its own.
+Behind a stored context the instruction that goes to the encoder is a segment of its own. The published checkpoint has
+not learned to read it so: of a text that is at hand, its encoder reads `text + encoder_text` as one (:func:`joins`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, StoppingCriteria
 
+from .config import RCCConfig
 from .context import CompressedContext
 from .errors import InputError
 from .modeling import RCCForCausalLM
@@ -73,6 +75,16 @@ def build(question: str, mode: str, history: Sequence[tuple[str, str]] = ()) -> 
     if mode == "reconstruct":
         return Prompt(mode, SEPARATOR + question, HEADER, ends=2)
     return Prompt(mode, SEPARATOR + question, CUE)
+
+
+def joins(config: RCCConfig, prompt: Prompt) -> bool:
+    """Whether the encoder should read a text that is at hand and the instruction behind it as one text.
+
+    The published checkpoint was trained on that alone, and its padding would fill a segment with the instruction,
+    again and again. Other models are trained to read it both ways, and a text compressed by itself serves every
+    question.
+    """
+    return bool(prompt.encoder_text) and config.segment_padding == "repeat"
 
 
 class _Ends(StoppingCriteria):
