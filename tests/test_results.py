@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -142,6 +144,24 @@ def test_compare(tmp_path):
     text = compare.table(found, "a", "b")
     assert "| rate 4 | accuracy | 0.254 | 0.256 | **+0.002 [+0.002, +0.002]** | 5 |" in text
     assert "| rate 4 | right | 0.600 | 0.600 | +0.000 [+0.000, +0.000] | 5 |" in text
+
+
+def test_compare_from_the_command_line(tmp_path):
+    """`rcc eval compare A B` prints the table and the notes, or JSON; what it refuses is one sentence and code 2."""
+    for name, better in (("a", 0.0), ("b", 0.5)):
+        run = Results("demo", {**SETTINGS, "model": name}, tmp_path / name)
+        run.collect(cases(better=better)[0])
+        run.finish(["rate"], "")
+    rcc = [sys.executable, "-m", "rcc", "eval", "compare"]
+    done = subprocess.run([*rcc, tmp_path / "a", tmp_path / "b"], capture_output=True, text=True, check=True)
+    assert "| rate 4 | accuracy | 0.255 | 0.755 | **+0.500 [+0.500, +0.500]** | 6 |" in done.stdout
+    assert "settings that differ: model ('a', 'b')." in done.stdout
+    done = subprocess.run([*rcc, tmp_path / "a", tmp_path / "b", "--json"], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["differences"][0]["change"]["mean"] == pytest.approx(0.5)
+    done = subprocess.run([*rcc, tmp_path / "a", tmp_path / "none"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("rcc: ")
+    assert "no finished evaluation" in done.stderr
 
 
 def test_compare_refuses(tmp_path):

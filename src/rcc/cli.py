@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
-import json
 import logging
 import os
 import re
@@ -13,18 +12,18 @@ import shlex
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, replace
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from . import __version__, allocator
-from .errors import FileError, InputError, ModelError, RCCError
+from .console import Device, Dtype, Json, Model, err, load_model, out, print_json, progress, read_text, status
+from .errors import FileError, InputError, RCCError
+from .evaluation.cli import app as evaluation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,8 +31,6 @@ if TYPE_CHECKING:
     from .context import CompressedContext
     from .conversion import Fate
     from .modeling import RCCForCausalLM
-
-DEFAULT_MODEL = "rcc-smollm2-135m"
 
 app = typer.Typer(
     name="rcc",
@@ -44,13 +41,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
-
-Model = Annotated[str | None, typer.Option("--model", help="A shipped model (`rcc models`), a folder, or a hub id.")]
-Device = Annotated[str | None, typer.Option(help="Where to compute: cpu, cuda, … (default: a GPU if there is one).")]
-Dtype = Annotated[str | None, typer.Option(help="Precision: bfloat16, float16, float32 (default: as stored).")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def main() -> None:
@@ -141,6 +131,9 @@ def _root(
     pass
 
 
+app.add_typer(evaluation, name="eval")
+
+
 # ---------------------------------------------------------------- verbs
 @app.command()
 def compress(
@@ -155,10 +148,10 @@ def compress(
 ) -> None:
     """Compress texts into a context file."""
     target = _check_output(output, force)
-    texts = [_read_text(source) for source in sources]
+    texts = [read_text(source) for source in sources]
     number = _parse_rate(rate)
     before = _context_info(context) if context is not None else None
-    rcc, tokenizer = _load_model(model, device, dtype, before)
+    rcc, tokenizer = load_model(model, device, dtype, before)
     grown = _load_context(context, rcc) if context is not None else None
     result = _compress(rcc, tokenizer, texts, number, grown)
     result.save(target)
@@ -196,7 +189,7 @@ def ask(
         row = {"question": question, "answer": answer, "mode": mode}
         rows.append(row if instruction is None else {**row, "reconstructed_question": instruction})
     if as_json:
-        _print_json({"model": rcc.config.name, "fingerprint": rcc.fingerprint, "answers": rows})
+        print_json({"model": rcc.config.name, "fingerprint": rcc.fingerprint, "answers": rows})
 
 
 @app.command()
@@ -262,8 +255,8 @@ def reconstruct(
     """Write back what a context holds."""
     from . import prompting
 
-    source = None if against is None else _read_text(against)
-    rcc, tokenizer = _load_model(model, device, dtype, _context_info(context))
+    source = None if against is None else read_text(against)
+    rcc, tokenizer = load_model(model, device, dtype, _context_info(context))
     value = _load_context(context, rcc)
     if prompt is not None:
         ids = prompting.token_ids(tokenizer, prompt)
@@ -274,7 +267,7 @@ def reconstruct(
     if ids.shape[1] == 0:
         raise InputError("the prompt is empty: give some words to go on from.")
     streamer = None if as_json or source is not None else _plain_streamer(tokenizer)
-    with _status("writing") if streamer is None else contextlib.nullcontext():
+    with status("writing") if streamer is None else contextlib.nullcontext():
         written = rcc.generate(
             ids,
             context=value,
@@ -287,7 +280,7 @@ def reconstruct(
     if source is not None:
         result |= _compare(rcc, tokenizer, value, source, written.tolist(), ids.shape[1], not as_json)
     if as_json:
-        _print_json(result)
+        print_json(result)
 
 
 @app.command()
@@ -298,7 +291,7 @@ def inspect(
     """Say what a context file holds, after checking every byte of it."""
     info = {"file": str(context), **_load_context(context, None).info()}
     if as_json:
-        _print_json(info)
+        print_json(info)
         return
     for key, value in info.items():
         if key == "pieces":
@@ -322,7 +315,7 @@ def train(
     """Train a model by a recipe; under torchrun, in several processes."""
     first = os.environ.get("RANK", "0") == "0"
     err.quiet = not first  # the others would say the same
-    with _status("loading torch and transformers"):
+    with status("loading torch and transformers"):
         from transformers.utils import logging as quiet
 
         from .training.recipe import Recipe
@@ -371,7 +364,7 @@ def models(as_json: Json = False) -> None:
             }
         )
     if as_json:
-        _print_json(rows)
+        print_json(rows)
         return
     for row in rows:
         out.print(row["name"], style="bold")
@@ -398,14 +391,14 @@ def convert_checkpoint(
     as_json: Json = False,
 ) -> None:
     """Turn the RCC authors' published checkpoint into a model folder."""
-    with _status("loading torch and transformers"):
+    with status("loading torch and transformers"):
         from transformers.utils import logging as quiet
 
         from .conversion import IncompleteError, convert_checkpoint
 
         quiet.set_verbosity_error()
     try:
-        with _progress("converting", 1, "MB") as advance:
+        with progress("converting", 1, "MB") as advance:
             done = convert_checkpoint(
                 source,
                 output,
@@ -422,7 +415,7 @@ def convert_checkpoint(
     if as_json:
         tensors = [asdict(tensor) for tensor in done.tensors]
         words = None if done.tokenizer is None else str(done.tokenizer)
-        _print_json({"folder": str(output), "tokenizer": words, "ask": ask_it, "tensors": tensors})
+        print_json({"folder": str(output), "tokenizer": words, "ask": ask_it, "tensors": tensors})
         return
     _print_tensors(done.tensors)
     if done.tokenizer is None:
@@ -436,30 +429,6 @@ def _print_tensors(tensors: list[Fate]) -> None:
 
 
 # ---------------------------------------------------------------- input
-def _read_text(source: str) -> str:
-    name = "standard input" if source == "-" else source
-    try:
-        data = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
-    except FileNotFoundError:
-        raise FileError(f"{source} does not exist.") from None
-    except IsADirectoryError:
-        raise FileError(f"{source} is a folder: name a text file.") from None
-    except OSError as error:
-        raise FileError(f"{source} cannot be read: {error.strerror or error}.") from None
-    if b"\0" in data[: 1 << 20]:
-        raise InputError(f"{name} is not a text but a binary file: give it as UTF-8 text.")
-    try:
-        text = data.decode("utf-8-sig").replace("\r\n", "\n")
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{name} is not UTF-8 text (byte {data[error.start]:#04x} at position {error.start:,}):"
-            " convert it, for instance with iconv."
-        ) from None
-    if not text.strip():
-        raise InputError(f"{name} is empty: there is nothing to compress.")
-    return text
-
-
 def _parse_rate(rate: str | None) -> int | None:
     """`auto`, the default, is None."""
     if rate in (None, "auto"):
@@ -506,45 +475,6 @@ def _context_info(path: Path) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------- models and contexts
-def _load_model(
-    name: str | None, device: str | None, dtype: str | None, made_by: dict[str, Any] | None = None
-) -> tuple[RCCForCausalLM, PreTrainedTokenizerBase]:
-    """The model that is named, or the one that made the context, or the default one; and its tokenizer."""
-    from . import checkpoints
-
-    if name is None and made_by is not None:
-        name = str(made_by.get("model"))
-        if name not in checkpoints.shipped_models():
-            raise ModelError(f"the context was made by {name}: name that model's folder with --model.")
-    with _status("loading the model") as say:
-        import torch
-        from transformers.utils import logging as quiet
-
-        from .modeling import RCCForCausalLM
-
-        quiet.set_verbosity_error()
-        quiet.disable_progress_bar()
-        if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        try:
-            torch.device(device)
-        except RuntimeError:
-            raise InputError(f"--device {device} is unknown: use cpu, cuda or mps.") from None
-        try:
-            torch.zeros(1, device=device).item()
-        except (RuntimeError, AssertionError, ImportError) as error:
-            reason = str(error).strip().splitlines()[0].rstrip(".")
-            raise InputError(f"--device {device} cannot be used here ({reason}): use cpu.") from None
-        kind = None
-        if dtype is not None:
-            kind = getattr(torch, dtype, None)
-            if kind not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
-                raise InputError(f"--dtype {dtype} is unknown: use bfloat16, float16 or float32.")
-        name = DEFAULT_MODEL if name is None else name
-        rcc = RCCForCausalLM.from_pretrained(name, device=device, dtype=kind, progress=say)
-        return rcc, checkpoints.load_tokenizer(name)
-
-
 def _load_context(path: Path, rcc: RCCForCausalLM | None) -> CompressedContext:
     from .context import CompressedContext
 
@@ -558,11 +488,11 @@ def _open(
     if _is_context(path):
         if rate is not None:
             raise InputError(f"--rate is for a text, and {path} is compressed already: leave it out.")
-        rcc, tokenizer = _load_model(model, device, dtype, _context_info(Path(path)))
+        rcc, tokenizer = load_model(model, device, dtype, _context_info(Path(path)))
         return rcc, tokenizer, _load_context(Path(path), rcc)
-    text = _read_text(path)
+    text = read_text(path)
     _parse_rate(rate)  # a bad one is refused before a model is loaded
-    return *_load_model(model, device, dtype), text
+    return *load_model(model, device, dtype), text
 
 
 def _context(
@@ -600,13 +530,13 @@ def _compress(
     """Compress texts one after another, each from a segment of its own, at one rate that fits them all."""
     from . import prompting
 
-    with _status("reading the text"):
+    with status("reading the text"):
         rows = [prompting.token_ids(tokenizer, text) for text in texts]
     lengths = [row.shape[1] for row in rows]
     if rate is None:
         rate = rcc.fitting_rate(lengths, context)
     done, total = 0, sum(lengths)
-    with _progress("compressing", total) as advance:
+    with progress("compressing", total) as advance:
         for ids in rows:
             context = rcc.compress(ids, rate=rate, context=context, progress=partial(_add, advance, done))
             done += ids.shape[1]
@@ -649,7 +579,7 @@ def _compare(
     elif show:
         out.print(tokenizer.decode(written), markup=False)
         err.print("the prompt does not occur in the text: nothing to compare what was written with.", style="yellow")
-    with _progress("measuring the whole text", 1, "spans") as advance:
+    with progress("measuring the whole text", 1, "spans") as advance:
         whole = teacher_forced(rcc, context, ids, progress=advance)
     found |= {"source_tokens": len(ids), "tokens_measured": whole.tokens, "tokens_recovered": whole.accuracy}
     found["loss"] = whole.loss
@@ -702,10 +632,6 @@ def _describe(context: CompressedContext) -> str:
     return f"{context.source_tokens:,} tokens at {rate}× in {len(context):,} positions, {context.nbytes / 1e6:.1f} MB"
 
 
-def _print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
 def _plain_streamer(tokenizer: PreTrainedTokenizerBase) -> Any:
     from transformers import TextStreamer
 
@@ -729,44 +655,6 @@ def _streamer(tokenizer: PreTrainedTokenizerBase, prompt: Any) -> Any:
             self.shown = answer
 
     return Answer(tokenizer, skip_prompt=True)
-
-
-@contextlib.contextmanager
-def _status(message: str) -> Iterator[Callable[[str], None]]:
-    """A line that says what is being done; phases that take long stay visible, silent unless on a terminal."""
-    if not sys.stderr.isatty():  # FORCE_COLOR makes rich's is_terminal true in a pipe
-        yield lambda phase: None
-        return
-    with err.status(message) as status:
-
-        def say(phase: str) -> None:
-            status.stop()  # pip draws a bar of its own
-            err.print(f"{phase} …", markup=False)
-
-        yield say
-
-
-@contextlib.contextmanager
-def _progress(message: str, total: int, unit: str = "tokens") -> Iterator[Callable[..., None]]:
-    """A bar with speed and time left on a terminal; silent otherwise."""
-    if not sys.stderr.isatty():
-        yield lambda done, total=None: None
-        return
-    from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
-    from rich.text import Text
-
-    class Pace(ProgressColumn):
-        def render(self, task: Task) -> Text:
-            if not task.completed or not task.elapsed:
-                return Text("")
-            pace = task.completed / task.elapsed
-            left = timedelta(seconds=round(((task.total or 0) - task.completed) / pace))
-            return Text(f"{pace:,.{0 if pace > 10 else 1}f} {unit}/s, {left} left")
-
-    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,}/{task.total:,}"), Pace()
-    with Progress(*columns, console=err, transient=True) as bar:
-        task = bar.add_task(message, total=total)
-        yield lambda done, total=None: bar.update(task, completed=done, **({"total": total} if total else {}))
 
 
 if __name__ == "__main__":
