@@ -1,10 +1,13 @@
 """Peak memory of one training step against context length, with the encoder learning and with it frozen.
 
     python benchmarks/train_memory.py [--frozen 4096,16384,32768] [--learning 2048,4096,8192] [--rate 32] [--markdown F]
+        [--checkpointing]
 
 One context of each length, 256 decoder tokens, the default model, each figure in a process of its own: the process's
-peak less what it held once the model was loaded. A frozen encoder's vectors are computed without gradients, in chunks:
-what grows with the context is the decoder's prefix, one position for every `rate` tokens.
+peak less what it held once the model was loaded, what torch allocated in a second such step, and what
+`rcc models --plan` and `rcc train --dry-run` estimate: activations, and the gradients beside them. A frozen encoder's
+vectors are computed without gradients, in chunks: what grows with the context is the decoder's prefix, one position for
+every `rate` tokens.
 """
 
 import argparse
@@ -16,6 +19,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+MODEL = "rcc-smollm2-135m"
 
 
 def measure(arguments: argparse.Namespace) -> None:
@@ -24,9 +28,12 @@ def measure(arguments: argparse.Namespace) -> None:
 
     allocator.configure()
     import torch
+    from torch.profiler import ProfilerActivity, profile
 
+    from rcc import planning
     from rcc.training.batches import Kind
     from rcc.training.objective import Objective
+    from rcc.training.plan import blueprint
     from rcc.training.recipe import Recipe
     from rcc.training.tasks import Sample, collate
     from rcc.training.trainer import Place, make_model, prepare
@@ -40,12 +47,13 @@ def measure(arguments: argparse.Namespace) -> None:
             f"model.rates=[{arguments.rate}]",
             f"stages.0.lengths=[{arguments.length}]",
             f"stages.0.frozen=[{'encoder' if frozen else ''}]",
+            f"stages.0.gradient_checkpointing={str(arguments.checkpointing).lower()}",
             f"run.threads={arguments.threads}",
             "run.attention=sdpa",
         ],
     )
     place = Place.of(recipe)
-    model = make_model(recipe, "rcc-smollm2-135m", place)
+    model = make_model(recipe, MODEL, place)
     prepare(model, recipe.stages[0], recipe, place.device)
     objective = Objective(model, torch.bfloat16).train()
     text = torch.randint(1000, 40000, (arguments.length,)).numpy()
@@ -54,12 +62,27 @@ def measure(arguments: argparse.Namespace) -> None:
     for weight in model.parameters():
         weight.sum()  # weights are mapped files: read them in, so that they count as held before
     before = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    objective(**batch, rate=arguments.rate, kind=str(Kind("reconstruction", arguments.length, arguments.rate)))[
-        "loss"
-    ].backward()
+    kind = str(Kind("reconstruction", arguments.length, arguments.rate))
+
+    def step() -> None:
+        objective(**batch, rate=arguments.rate, kind=kind)["loss"].backward()
+
+    step()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    held = [n for n, p in model.named_parameters() if n.startswith("encoder.") and p.grad is not None]
-    print(json.dumps({"bytes": peak - before, "encoder_gradients": len(held)}))
+    gradients = {name: p.grad.nbytes for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    held = allocated = 0
+    for event in sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            allocated = max(allocated, held)
+    shape = planning.Batch(1, arguments.length, arguments.rate, 256)
+    found = planning.activations(blueprint(recipe, MODEL), shape, recipe.stages[0].frozen)
+    estimate = (found.checkpointed if arguments.checkpointing else found.kept) + sum(gradients.values())
+    learning = sum(name.startswith("encoder.") for name in gradients)
+    print(json.dumps({"sizes": [peak - before, allocated, estimate], "encoder_gradients": learning}))
 
 
 def main() -> None:
@@ -68,6 +91,7 @@ def main() -> None:
     parser.add_argument("--learning", default="2048,4096,8192")
     parser.add_argument("--rate", type=int, default=32)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward pass")
     parser.add_argument("--markdown", type=Path, help="also write the table here")
     parser.add_argument("--kind", choices=["frozen", "learning"], help=argparse.SUPPRESS)
     parser.add_argument("--length", type=int, help=argparse.SUPPRESS)
@@ -75,7 +99,8 @@ def main() -> None:
     if arguments.kind:
         measure(arguments)
         return
-    rows = ["| encoder | context tokens | peak beyond the model, GB | encoder gradients |", "|---|---:|---:|---:|"]
+    rows = ["| encoder | context tokens | process, GB | torch, GB | estimated, GB | encoder gradients |"]
+    rows.append("|---|---:|---:|---:|---:|---:|")
     print(*rows, sep="\n", flush=True)
     for kind in ("learning", "frozen"):
         for length in map(int, getattr(arguments, kind).split(",")):
@@ -84,7 +109,8 @@ def main() -> None:
             if done.returncode:
                 sys.exit(done.stderr)
             found = json.loads(done.stdout.splitlines()[-1])
-            rows.append(f"| {kind} | {length:,} | {found['bytes'] / 1e9:.2f} | {found['encoder_gradients']} |")
+            sizes = " | ".join(f"{size / 1e9:.2f}" for size in found["sizes"])
+            rows.append(f"| {kind} | {length:,} | {sizes} | {found['encoder_gradients']} |")
             print(rows[-1], flush=True)
     if arguments.markdown:
         arguments.markdown.write_text("\n".join(rows) + "\n")

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from typer.testing import CliRunner
 
 from conftest import STATE_SPACE
-from rcc import RCCForCausalLM
+from rcc import RCCForCausalLM, backbones, shapes
 from rcc.cli import app
 from rcc.training.recipe import Recipe
 
@@ -67,8 +67,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _family(recipe: dict[str, Any], side: str) -> str:
-    name = recipe["model"][side]
-    return recipe["model"]["shapes"][name]["model_type"] if "shapes" in recipe["model"] else "llama"
+    return shapes.find(recipe["model"][side], recipe["model"].get("shapes")).model_type
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -155,8 +154,8 @@ def test_recipe_as_it_stands(path: Path) -> None:
     """It is valid unchanged, names its own file in its command, and its families are supported."""
     recipe = Recipe.load(path)
     assert f"recipes/{path.name}" in path.read_text(encoding="utf-8")
-    for shape in recipe.model.shapes.values():
-        AutoConfig.for_model(**shape)
+    for side in ("decoder", "encoder") if recipe.model.decoder else ("encoder",):
+        backbones.check_family(shapes.find(getattr(recipe.model, side), recipe.model.shapes), side)
 
 
 def test_dry_run_without_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,20 +119,31 @@ def _find(ref: str | Path, kind: str, names: Iterable[str], relative_to: Path | 
             return _complete(place)
         if os.path.isfile(place):
             raise ModelError(f"{place} is a file where a model's folder is needed: name the folder it is in.")
-    neither = f"{text!r} is neither {kind} ({', '.join(names) or 'there are none'})"
+    # what a model folder is made of; never pickles or code
+    patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+    return _complete(fetch(ref, f"{text!r} is neither {kind} ({', '.join(names) or 'there are none'})", patterns))
+
+
+def fetch(ref: str | Path, neither: str, patterns: list[str]) -> Path:
+    """The folder with a hub repository's files of these patterns.
+
+    Args:
+        neither: how a message begins that says what `ref` is not.
+
+    Raises:
+        ModelError: `ref` is or looks like a path, or the hub does not give it.
+    """
+    text = os.fspath(ref)
     looks_like_path = text.startswith(("/", "./", "../", "~")) or text.count("/") > 1 or text.endswith(os.sep)
     if isinstance(ref, Path) or looks_like_path or not text:
         raise ModelError(f"{neither} nor a folder.")
     from huggingface_hub import snapshot_download
 
-    # what a model folder is made of; never pickles or code
-    patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
     try:
-        fetched = snapshot_download(text, allow_patterns=patterns)
+        return Path(snapshot_download(text, allow_patterns=patterns))
     except Exception as error:  # the hub's client raises its own errors, httpx's, OSError and ValueError
         why = _hub_reason(error)
         raise ModelError(f"{neither}, nor a folder, nor could it be fetched from the hub: {why}.") from error
-    return _complete(Path(fetched))
 
 
 def _hub_reason(error: Exception) -> str:

@@ -341,8 +341,31 @@ def train(
 
 
 @app.command()
-def models(as_json: Json = False) -> None:
-    """List the models that come with rcc."""
+def models(
+    plan: Annotated[
+        str | None,
+        typer.Option(
+            metavar="BACKBONE", help="What it would cost: a config.json, a folder, a hub id or pythia-1.4b, …"
+        ),
+    ] = None,
+    encoder: Annotated[str | None, typer.Option(help="With --plan: another backbone that reads.")] = None,
+    rates: Annotated[str | None, typer.Option(help="With --plan: compression rates (default: 8,32).")] = None,
+    segment_length: Annotated[
+        int | None, typer.Option(min=1, help="With --plan: tokens read at once (default: 2048).")
+    ] = None,
+    lora_rank: Annotated[int | None, typer.Option(min=1, help="With --plan: LoRA's (default: 16).")] = None,
+    full: Annotated[bool, typer.Option("--full", help="With --plan: no LoRA, both sides' own weights learn.")] = False,
+    dtype: Annotated[str | None, typer.Option(help="With --plan: precision (default: bfloat16).")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the models that come with rcc, or plan one on a backbone whose weights need not be here."""
+    if plan is not None:
+        _plan(plan, encoder, rates, segment_length, lora_rank, full, dtype, as_json)
+        return
+    given = {"encoder": encoder, "rates": rates, "segment-length": segment_length, "lora-rank": lora_rank}
+    for name, value in {**given, "full": full or None, "dtype": dtype}.items():
+        if value is not None:
+            raise InputError(f"--{name} is for a plan: name a backbone with --plan.")
     from . import checkpoints
     from .config import RCCConfig
 
@@ -377,6 +400,45 @@ def models(as_json: Json = False) -> None:
         }
         for key, value in lines.items():
             out.print(f"  {key:16}{value}", markup=False)
+
+
+def _plan(
+    backbone: str,
+    encoder: str | None,
+    rates: str | None,
+    segment_length: int | None,
+    lora_rank: int | None,
+    full: bool,
+    dtype: str | None,
+    as_json: bool,
+) -> None:
+    if full and lora_rank is not None:
+        raise InputError("--full trains all weights, without LoRA: leave out --lora-rank.")
+    numbers = []
+    for word in ("8,32" if rates is None else rates).split(","):
+        if not re.fullmatch(" *[1-9][0-9]{0,8} *", word):
+            raise InputError(f"--rates {rates} are not rates: give whole numbers with commas between, such as 8,32.")
+        numbers.append(int(word))
+    if dtype not in (None, "bfloat16", "float16", "float32"):
+        raise InputError(f"--dtype {dtype} is unknown: use bfloat16, float16 or float32.")
+    with status("loading torch and transformers"):
+        import torch
+        from transformers.utils import logging as quiet
+
+        from . import planning
+
+        quiet.set_verbosity_error()
+        quiet.disable_progress_bar()
+    with status("planning"):
+        precision = getattr(torch, dtype or "bfloat16")
+        data = planning.plan(
+            backbone, encoder, list(dict.fromkeys(numbers)), segment_length or 2048, lora_rank, full, precision
+        )
+    if as_json:
+        print_json(data)
+        return
+    for line in planning.lines(data):
+        out.print(line, markup=False)
 
 
 @app.command()

@@ -39,10 +39,10 @@ class RCCConfig:
         layer_map: how encoder states are matched to a decoder of another depth: `"duplicate"` or `"average"`.
         segment_padding: `"none"` keeps the state of a partial group's last token; `"repeat"` is the published
             checkpoint's rule, which repeats tokens until the segment is full.
-        share_base: the encoder runs on the decoder's own frozen weights. None: decided by `from_base`.
+        share_base: the encoder runs on the decoder's own frozen weights. None: see :meth:`decide`.
         encoder_lora_rank, decoder_lora_rank: LoRA on every linear layer of that side's blocks (in Mamba's, on
-            `in_proj`); 0 is none (and, where the base is not shared, trains the side's own weights). None: decided
-            by `from_base`.
+            `in_proj`); 0 is none (and, where the base is not shared, trains the side's own weights). None: see
+            :meth:`decide`.
         lora_alpha: LoRA's scale is alpha / rank. None: equal to the rank, a scale of 1.
         name: what contexts and messages call the model.
 
@@ -89,6 +89,15 @@ class RCCConfig:
             if value is not None and (not isinstance(value, int) or value < 0):
                 raise InputError(f"{key} must be a whole number that is not negative, not {value!r}.")
         self.base = {k: v if isinstance(v, BaseReference) else BaseReference(**v) for k, v in self.base.items()}
+
+    def decide(self, one_base: bool) -> None:
+        """Decide what was left open, for a model whose two sides have one base or one each: one base is shared, LoRA
+        has rank 16 where the base is shared, and elsewhere all weights are trained."""
+        if self.share_base is None:
+            self.share_base = one_base
+        for side in ("encoder_lora_rank", "decoder_lora_rank"):
+            if getattr(self, side) is None:
+                setattr(self, side, 16 if self.share_base else 0)
 
     def check_rate(self, rate: int | None) -> int:
         """The rate to use: `rate`, or the default one for None.

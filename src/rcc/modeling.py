@@ -105,8 +105,8 @@ class RCCForCausalLM(nn.Module):
 
         Args:
             decoder: None: the encoder's own base.
-            config: see :class:`RCCConfig`. Left open there: the base is shared where no decoder is given; LoRA has
-                rank 16 on both sides where the base is shared, else none, and all weights are trained.
+            config: see :class:`RCCConfig`. Left open there: the base is shared where no decoder is given, and
+                :meth:`RCCConfig.decide` says which weights are trained.
             dtype: of the backbones; as stored by default.
             kwargs: go to transformers' `from_pretrained`.
 
@@ -115,13 +115,9 @@ class RCCForCausalLM(nn.Module):
             InputError: settings that contradict each other.
         """
         config = copy.deepcopy(config) if config is not None else RCCConfig()
-        if config.share_base is None:
-            config.share_base = decoder is None
+        config.decide(one_base=decoder is None)
         if config.share_base and decoder is not None:
             raise InputError("share_base needs one base for both sides: leave out the decoder, or set it to False.")
-        for side in ("encoder_lora_rank", "decoder_lora_rank"):
-            if getattr(config, side) is None:
-                setattr(config, side, 16 if config.share_base else 0)
         load = {"dtype": dtype or "auto", "attn_implementation": attn_implementation, **kwargs}
         config.base = {}
         lower = _load_base(decoder if decoder is not None else encoder, "decoder", config, load)
@@ -621,6 +617,19 @@ class RCCForCausalLM(nn.Module):
         new = [sum(encoding.positions(len(text), rate, self.config) for text in row) for row in texts]
         self._check_window(new, prompts, None)
         states, valid = self._encode_to_train(texts, rate)
+        return self._decode_to_train(states, valid, input_ids, attention_mask, labels, logits_to_keep, **kwargs)
+
+    def _decode_to_train(
+        self,
+        states: dict[int, Tensor],
+        valid: Tensor | None,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        labels: Tensor | None,
+        logits_to_keep: Tensor | None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """The decoder's part of a training pass, behind what :meth:`_encode_to_train` gave."""
         residuals = Residuals(self.projections, states)
         prefix = residuals.inputs()
         n = prefix.shape[1]
@@ -743,6 +752,10 @@ class RCCForCausalLM(nn.Module):
             )
         return rate
 
+    def room(self, reserve: int = SPARE) -> int:
+        """Positions of the window for a prefix, beside `reserve` for a question and its answer (at most half of it)."""
+        return self.window - min(reserve, self.window // 2)
+
     def fitting_rate(self, tokens: list[int], context: CompressedContext | None = None, reserve: int = SPARE) -> int:
         """The lowest trained rate at which texts of these lengths, one behind the other, leave room in the window.
 
@@ -753,7 +766,7 @@ class RCCForCausalLM(nn.Module):
         Raises:
             WindowError: they fit at no trained rate.
         """
-        room = self.window - min(reserve, self.window // 2) - (max(context.lengths) if context is not None else 0)
+        room = self.room(reserve) - (max(context.lengths) if context is not None else 0)
         for rate in sorted(self.config.rates):
             if sum(encoding.positions(n, rate, self.config) for n in tokens) <= room:
                 return rate

@@ -7,23 +7,22 @@ from __future__ import annotations
 
 import copy
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
-from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 
-from .. import backbones, checkpoints
+from .. import backbones, checkpoints, planning, shapes
 from ..config import RCCConfig
 from ..errors import FileError, InputError, ModelError
 from ..modeling import RCCForCausalLM
+from ..planning import Batch, Blueprint, learning_bytes
 from .batches import Corpora, Samples
+from .groups import group_of
 from .recipe import GROUPS, Recipe, Stage
 from .tasks import describe
-from .trainer import attention, group_of, load_tokenizer, prepare
+from .trainer import attention, load_tokenizer, prepare
 
 SUSTAINED = 0.45
 """Share of the machine's matrix rate that training is taken to reach; measured 0.4 to 0.5 for the default model."""
@@ -37,7 +36,8 @@ def plan(recipe: Recipe, init: str | None, console: Console) -> None:
     Raises:
         ModelError: a backbone is neither at hand nor described in model.shapes.
     """
-    model = empty_model(recipe, init)
+    whole = blueprint(recipe, init)
+    model = whole.build()
     _say(console, f"{recipe.name}: {len(recipe.stages)} stage(s), seed {recipe.seed}")
     start = init or "the base, with new projections" + (
         " and LoRA" if any("lora_" in n for n, _ in model.named_parameters()) else ""
@@ -50,119 +50,85 @@ def plan(recipe: Recipe, init: str | None, console: Console) -> None:
         settings = copy.deepcopy(recipe)
         settings.run.compile = False
         prepare(trained, stage, settings, torch.device("cpu"))
-        _stage(console, recipe, number, trained, rate)
+        _stage(console, recipe, number, whole, trained, rate)
     _samples(console, recipe, init)
 
 
-def empty_model(recipe: Recipe, init: str | None) -> RCCForCausalLM:
-    """The recipe's model on the meta device: shapes without storage."""
+def blueprint(recipe: Recipe, init: str | None) -> Blueprint:
+    """The recipe's model, whose weights need not be at hand.
+
+    Raises:
+        ModelError: a backbone is neither at hand nor known, nor described in model.shapes.
+    """
     settings = recipe.model
     named: dict[str, tuple[str, Path | None]]
     if init is not None:
         folder = checkpoints.resolve_model(init)
         config = RCCConfig.load(folder)
+        config.segment_length = settings.segment_length
         named = {side: (base.source, folder) for side, base in config.base.items()}
     else:
         config = settings.config(recipe.name)
-        if config.share_base is None:
-            config.share_base = settings.decoder is None
-        for side in ("encoder_lora_rank", "decoder_lora_rank"):
-            if getattr(config, side) is None:
-                setattr(config, side, 16 if config.share_base else 0)
+        config.decide(one_base=settings.decoder is None)
         named = {"decoder": (settings.decoder or settings.encoder, None)}
         if not config.share_base:
             named["encoder"] = (settings.encoder, None)
-    dtype = getattr(torch, recipe.run.dtype)
-    with torch.device("meta"):
-        sides: dict[str, Any] = {}
-        for side, (name, folder_of) in named.items():
-            auto = AutoModelForCausalLM if side == "decoder" else AutoModel
-            shape = _shape(recipe, name, folder_of)
-            if settings.max_position_embeddings is not None:
-                shape.max_position_embeddings = settings.max_position_embeddings
-            sides[side] = auto.from_config(shape).to(dtype)
-        return RCCForCausalLM(config, sides.get("encoder"), sides["decoder"])
+    sides = {side: _shape(recipe, *name) for side, name in named.items()}
+    dtype, device = getattr(torch, recipe.run.dtype), torch.device(recipe.run.device or "cpu")
+    return Blueprint(config, sides["decoder"], sides.get("encoder"), dtype, attention(recipe, device))
 
 
 def _shape(recipe: Recipe, name: str, relative_to: Path | None) -> PreTrainedConfig:
-    """A backbone's configuration: from its folder, or from what the recipe says of it."""
-    known = recipe.model.shapes.get(name)
-    if known is not None and not Path(name).is_dir():
-        shape = dict(known)
-        family = shape.pop("model_type", None)
-        if family is None:
-            raise InputError(f"model.shapes.{name} has no model_type: add it.")
-        return AutoConfig.for_model(family, **shape)
+    """A backbone's configuration: from its folder, or from what is known or the recipe says of it."""
     try:
-        folder = checkpoints.resolve_base(name, relative_to=relative_to)
-    except (ModelError, FileError) as error:
+        shape = shapes.find(name, recipe.model.shapes, relative_to)
+    except ModelError as error:
         raise ModelError(f"{str(error).rstrip('.')}: describe it in model.shapes to plan without it.") from None
-    return AutoConfig.from_pretrained(folder)
+    if recipe.model.max_position_embeddings is not None:
+        shape.max_position_embeddings = recipe.model.max_position_embeddings
+    return shape
 
 
-@dataclass(frozen=True)
-class Cost:
-    """What one process needs for one batch.
-
-    Attributes:
-        flops: forward and backward.
-        weights: bytes of weights, gradients and optimiser.
-        activations: bytes kept for the backward pass, at most.
-    """
-
-    flops: float
-    weights: int
-    activations: int
-
-
-def cost(model: RCCForCausalLM, stage: Stage, recipe: Recipe) -> Cost:
-    """Estimate one batch of a prepared stage, at the mean over its lengths and rates.
+def flops(model: RCCForCausalLM, stage: Stage) -> float:
+    """FLOP of one batch of a prepared stage, forward and backward, at the mean over its lengths and rates.
 
     A forward pass takes 2 FLOP a weight and token, the way back 2 more for the activations and 2 for weights that
-    learn. Activations: 34 bytes · width a token and layer at 16 bits (Korthikanti et al. 2022), and for eager
-    attention its scores; with checkpointing 2 bytes, and one layer in full.
+    learn.
     """
-    sides = {"encoder": model.encoder, "decoder": model.decoder.base_model}
     lengths, rates = stage.lengths, stage.rates
     rows = sum(max(1, stage.batch_tokens // n) for n in lengths) / len(lengths)
     read = sum(max(1, stage.batch_tokens // n) * n for n in lengths) / len(lengths)
     prefix = read * sum(1 / r for r in rates) / len(rates)
     tokens = {"encoder": read, "decoder": prefix + rows * stage.target_tokens}
-    longest = {
-        "encoder": recipe.model.segment_length,
-        "decoder": max(lengths) // min(rates) + stage.target_tokens,
-    }
-    eager = attention(recipe, torch.device(recipe.run.device or "cpu")) == "eager"
-    flops, activations = 0.0, 0.0
-    for side, body in sides.items():
+    total = 0.0
+    for side, body in (("encoder", model.encoder), ("decoder", model.decoder.base_model)):
         weights = learning = 0
         for p in {id(p): p for b in backbones.blocks(body) for p in b.parameters()}.values():
             weights += p.numel()
             learning += p.numel() if p.requires_grad else 0
         passes = 2 * weights
-        if side not in stage.frozen:
+        if side == "decoder" or learning:  # gradients pass through a decoder that does not learn
             passes += 2 * weights + 2 * learning + (2 * weights if stage.gradient_checkpointing else 0)
-            width, depth = body.config.hidden_size, len(backbones.blocks(body))
-            full = 34 * width + (5 * _heads(body) * longest[side] if eager else 0)
-            layers = 2 * width * depth + full if stage.gradient_checkpointing else full * depth
-            activations += tokens[side] * layers
-        flops += tokens[side] * passes
+        total += tokens[side] * passes
     head = model.decoder.config.vocab_size * model.decoder.config.hidden_size
-    targets = rows * stage.target_tokens
-    flops += targets * 4 * head + prefix * 4 * sum(p.numel() for p in model.projections.parameters())
-    activations += targets * model.decoder.config.vocab_size * 12
-    total = sum(
-        p.numel() * (16 if p.requires_grad else p.element_size())
-        for p in {id(p): p for p in model.parameters()}.values()
-    )
-    return Cost(flops, total, int(activations))
+    projections = sum(p.numel() for p in model.projections.parameters())
+    return total + rows * stage.target_tokens * 4 * head + prefix * 4 * projections
 
 
-def _heads(body: nn.Module) -> int:
-    return int(getattr(body.config, "num_attention_heads", 0))
+def stage_activations(model: Blueprint, stage: Stage) -> int:
+    """Bytes that a batch of a stage keeps, at most over its lengths; see :func:`rcc.planning.activations`."""
+    found = [
+        planning.activations(
+            model,
+            Batch(max(1, stage.batch_tokens // n), n, min(stage.rates), stage.target_tokens),
+            stage.frozen,
+        )
+        for n in stage.lengths
+    ]
+    return max(one.checkpointed if stage.gradient_checkpointing else one.kept for one in found)
 
 
-def _stage(console: Console, recipe: Recipe, number: int, model: RCCForCausalLM, rate: float) -> None:
+def _stage(console: Console, recipe: Recipe, number: int, whole: Blueprint, model: RCCForCausalLM, rate: float) -> None:
     stage = recipe.stages[number]
     _say(console, f"\nstage {number + 1}: {stage.name}", style="bold")
     _say(console, "  group        learns          frozen          learning rate")
@@ -183,23 +149,23 @@ def _stage(console: Console, recipe: Recipe, number: int, model: RCCForCausalLM,
     _say(console, "  tasks        " + ", ".join(f"{n} {t.share / shares:.0%}" for n, t in stage.tasks.items()))
     _say(console, f"  contexts     {', '.join(f'{n:,} tokens ({s} a batch)' for n, s in samples.items())}")
     _say(console, f"  rates        {', '.join(f'{r}×' for r in stage.rates)}")
-    one = cost(model, stage, recipe)
+    one = flops(model, stage)
     read = sum(s * n for n, s in samples.items()) / len(samples) * stage.accumulation
     if stage.max_minutes is not None:
         _say(console, f"  budget       {stage.max_minutes:g} minutes")
-        speed = read / stage.accumulation / one.flops * rate * SUSTAINED
+        speed = read / stage.accumulation / one * rate * SUSTAINED
         _say(console, f"  speed        about {speed:,.0f} context tokens/s here ({_rate(rate)})")
     else:
         steps = stage.max_steps or -(-int(stage.max_tokens or 0) // int(read))
-        flops = steps * stage.accumulation * one.flops
-        here, big = flops / (rate * SUSTAINED) / 3600, flops / BIG / 3600
+        compute = steps * stage.accumulation * one
+        here, big = compute / (rate * SUSTAINED) / 3600, compute / BIG / 3600
         _say(console, f"  budget       {steps * read:,.0f} context tokens in {steps:,} steps of one process")
-        _say(console, f"  compute      {flops:.2g} FLOP: about {_hours(here)} hours here ({_rate(rate)}),")
+        _say(console, f"  compute      {compute:.2g} FLOP: about {_hours(here)} hours here ({_rate(rate)}),")
         _say(
             console,
             f"               {_hours(big)} hours where {BIG / 1e12:.0f} TFLOP/s are sustained (an H100 or H200)",
         )
-    gb = [x / 1e9 for x in (one.weights, one.activations)]
+    gb = [x / 1e9 for x in (learning_bytes(model), stage_activations(whole, stage))]
     _say(console, f"  memory       about {gb[0]:.1f} GB weights, gradients, optimiser; {gb[1]:.1f} GB activations")
     if recipe.run.fsdp:
         _say(console, "               (the first part is divided among processes, but for a base under LoRA)")

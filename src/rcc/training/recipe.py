@@ -39,7 +39,8 @@ class ModelSettings:
         encoder, decoder: folders, hub ids or names of bases; without a decoder the encoder's base is shared.
         max_position_embeddings: positions that both backbones shall address, where that is more than they were
             pretrained with; their own weights must be trained.
-        shapes: for `--dry-run` where a backbone is not at hand: {its name: what its config.json says of its shape}.
+        shapes: for `--dry-run` where a backbone is neither at hand nor in :data:`rcc.shapes.SHAPES`: {its name: what
+            its config.json says of its shape}.
     """
 
     encoder: str = ""

@@ -37,6 +37,7 @@ from ..provenance import commit, libraries
 from . import checkpointing
 from .batches import Batches, Corpora, Kind, Samples
 from .card import card
+from .groups import freeze, group_of, learned
 from .objective import Objective
 from .progress import Log, Progress
 from .recipe import GROUPS, Group, Recipe, Stage
@@ -148,28 +149,9 @@ def attention(recipe: Recipe, device: torch.device) -> str:
     return "eager" if device.type == "cpu" and short else "sdpa"
 
 
-def group_of(name: str) -> str:
-    """The group of a parameter, by its name in the model."""
-    part = name.partition(".")[0]
-    return "encoder" if part == "memory" else part
-
-
-def learned(model: RCCForCausalLM) -> dict[str, nn.Parameter]:
-    """What training changes in any stage: all that is not a frozen base. To be called before a stage freezes parts."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
 def prepare(model: RCCForCausalLM, stage: Stage, recipe: Recipe, device: torch.device) -> None:
-    """Set a model up for a stage: what learns in float32, what does not frozen in the run's precision."""
-    for name, parameter in learned(model).items():
-        if group_of(name) in stage.frozen:
-            parameter.requires_grad_(False)
-            parameter.data = parameter.data.to(getattr(torch, recipe.run.dtype))
-        else:
-            parameter.data = parameter.data.float()
-    for module in model.modules():
-        if hasattr(module, "lora_A"):  # autocast sees to the type, without a detour through float32
-            module.cast_input_dtype_enabled = False  # type: ignore[assignment]
+    """Set a model up for a stage: frozen, checkpointed and compiled as it says."""
+    freeze(model, stage.frozen, getattr(torch, recipe.run.dtype))
     if stage.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     wanted = recipe.run.compile
