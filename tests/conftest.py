@@ -230,6 +230,14 @@ def batch_fixture() -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
 
 
 @pytest.fixture(scope="session")
+def passkey_model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, set[int]]:
+    """The folder of a tiny model trained to find pass keys, and the keys that it was trained on; not to be changed."""
+    from learning import train_passkey
+
+    return train_passkey(tmp_path_factory.mktemp("passkey"))
+
+
+@pytest.fixture(scope="session")
 def default_base() -> Path:
     """The default model's base in the usual home: made there the first time, at once afterwards."""
     return checkpoints.ensure_base("smollm2-135m-instruct")

@@ -10,30 +10,24 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import pre_tokenizers
 from torch import Tensor
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
-from rcc import RCCForCausalLM, prompting
+from learning import LENGTH, PART, SEED, make_base, stage, train
+from rcc import RCCForCausalLM, checkpoints, prompting
 from rcc.context import CompressedContext
 from rcc.evaluation.reconstruction import teacher_forced
 from rcc.training import tasks
-from rcc.training.recipe import Recipe, build
-from rcc.training.trainer import Run
 
-SEED = 0
 SYMBOLS = 96
 SEGMENT, LONG = 24, 48  # tokens of a text in the first stage, of which all is written back, and in the second
 CUE = 2  # tokens of a span that are given
 TEXTS = 40  # measured
-DIGITS = pre_tokenizers.Digits(individual_digits=True)
-SPLIT = pre_tokenizers.Sequence([DIGITS, pre_tokenizers.Whitespace()])  # words, marks, single digits
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -41,47 +35,6 @@ def _home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RCC_HOME", str(tmp_path_factory.mktemp("home")))
         yield
-
-
-def make_base(folder: Path, words: Sequence[str], split: Any) -> str:
-    """A folder with a small untrained language model and a tokenizer of one token a word: word i is token i + 2."""
-    inner = Tokenizer(models.WordLevel({"<unk>": 0, "<eos>": 1} | {w: i + 2 for i, w in enumerate(words)}, "<unk>"))
-    inner.pre_tokenizer = split
-    PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", eos_token="<eos>").save_pretrained(folder)
-    config = GPTNeoXConfig(
-        vocab_size=len(words) + 2,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        rotary_pct=0.25,  # most of a head compares what tokens are, not where: copying is learnt sooner
-        rotary_emb_base=1000,
-        max_position_embeddings=256,
-        initializer_range=0.08,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=1,
-        pad_token_id=0,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SEED)
-        GPTNeoXForCausalLM(config).save_pretrained(folder)
-    return str(folder)
-
-
-def stage(name: str, steps: int, learning_rate: float, warmup: int, **more: Any) -> dict[str, Any]:
-    group = {"learning_rate": learning_rate, "schedule": "linear", "warmup_steps": warmup, "floor": 0.05}
-    return {"name": name, "max_steps": steps, "betas": [0.9, 0.99], "groups": {"all": group}, **more}
-
-
-def train(folder: Path, base: str, segment: int, rate: int, stages: list[dict], **data: Any) -> Path:
-    """Run a recipe that trains all weights of both sides → the run's folder."""
-    own = {"share_base": False, "encoder_lora_rank": 0, "decoder_lora_rank": 0}
-    model = {"encoder": base, "decoder": base, "segment_length": segment, "rates": [rate], **own}
-    run = {"device": "cpu", "dtype": "float32", "threads": 2, "save_minutes": 0, "evaluation_samples": 64}
-    recipe = build(Recipe, {"model": model, "stages": stages, "run": run, "seed": SEED, "data": data}, "")
-    Run(recipe, folder / "run", quiet=True).go()
-    return folder / "run"
 
 
 # ---------------------------------------------------------------- random strings, in two stages
@@ -167,20 +120,9 @@ def test_a_frozen_encoder_stays_while_the_rest_learns(copier: Path) -> None:
 
 
 # ---------------------------------------------------------------- the pass key
-LENGTH, PART = 72, 32  # tokens of a text and of a segment: two and the beginning of a third
-
-
-def test_a_pass_key_is_found_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    every = (tasks.OPENING, *tasks.FILLER, tasks.QUESTION, tasks.passkey_text(1234567890, 0, 0))
-    words = sorted({word for text in every for word, _ in SPLIT.pre_tokenize_str(text)})
-    base = make_base(tmp_path / "base", words, SPLIT)
-    seen, write = set(), tasks._passkey
-    monkeypatch.setattr(tasks, "_passkey", lambda key: seen.add(key) or write(key))
-    sizes = {"lengths": [LENGTH], "batch_tokens": 24 * LENGTH, "target_tokens": 32}
-    one = stage("key", 450, 4e-3, 60, tasks={"passkey": {}}, **sizes)
-    model = RCCForCausalLM.from_pretrained(train(tmp_path, base, PART, 4, [one]))
-    monkeypatch.undo()
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
+def test_a_pass_key_is_found_where_it_is(passkey_model: tuple[Path, set[int]]) -> None:
+    folder, seen = passkey_model
+    model, tokenizer = RCCForCausalLM.from_pretrained(folder), checkpoints.load_tokenizer(folder)
 
     def encode(text: str) -> np.ndarray:
         return prompting.token_ids(tokenizer, text)[0].numpy()

@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ..console import Json, out, print_json
+from ..console import (
+    Device,
+    Dtype,
+    Json,
+    Model,
+    err,
+    load_model,
+    out,
+    parse_choices,
+    parse_count,
+    parse_counts,
+    print_json,
+    progress,
+    read_text,
+    status,
+)
+from ..errors import InputError
+
+EXAMPLE = Path(__file__).resolve().parents[3] / "examples/simple-susan.txt"
+"""Prose that a source checkout has at hand."""
 
 app = typer.Typer(
     help="Measure a model, or compare two measurements.",
@@ -33,3 +53,72 @@ def compare(
     out.print(comparing.table(found, a.name or str(a), b.name or str(b)), markup=False)
     for note in notes:
         out.print(note, markup=False)
+
+
+@app.command()
+def passkey(
+    model: Model = None,
+    lengths: Annotated[str, typer.Option(help="Tokens of a text: 512, 8k (8,192), 1M (1,048,576), …")] = "8k,32k",
+    rates: Annotated[
+        str, typer.Option(help="Rates, or auto: for each length the lowest trained one that fits.")
+    ] = "auto",
+    keys: Annotated[int, typer.Option(min=1, help="Samples of each length and position.")] = 5,
+    controls: Annotated[int, typer.Option(min=0, help="How many of them again, with the key replaced.")] = 1,
+    positions: Annotated[str, typer.Option(help="Where in the text the key stands.")] = "start,middle,end",
+    variants: Annotated[
+        str, typer.Option(help="plain, several, similar, uuid, niah-single, niah-multikey, prose.")
+    ] = "plain",
+    filler_data: Annotated[list[Path] | None, typer.Option(help="A text file for prose. May be repeated.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of keys and places.")] = 0,
+    batch_tokens: Annotated[str | None, typer.Option(help="Tokens read at once (default: by variant).")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Samples of each length and position, at most.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The folder for results; goes on there.")
+    ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """Ask for keys hidden in long texts."""
+    sizes = parse_counts(lengths, "--lengths")
+    divisors = [] if rates == "auto" else parse_counts(rates, "--rates")
+    batch = None if batch_tokens is None else parse_count(batch_tokens, "--batch-tokens")
+    with status("loading torch and transformers"):
+        from . import passkey as task
+    where = parse_choices(positions, "--positions", task.POSITIONS)
+    forms = parse_choices(variants, "--variants", task.VARIANTS)
+    if filler_data and "prose" not in forms:
+        raise InputError("--filler-data is for the variant prose: add it to --variants.")
+    prose = {str(path): read_text(str(path)) for path in filler_data or []}
+    if "prose" in forms and not prose:
+        if not EXAMPLE.exists():
+            raise InputError("the variant prose needs real prose for its filler: name a text file with --filler-data.")
+        prose = {EXAMPLE.name: read_text(str(EXAMPLE))}
+    rcc, tokenizer = load_model(model, device, dtype)
+    with progress("reading", 1) as advance:
+        results = task.passkey(
+            rcc,
+            tokenizer,
+            sizes,
+            rates=divisors,
+            keys=keys,
+            controls=controls,
+            positions=where,
+            variants=forms,
+            prose=prose,
+            seed=seed,
+            batch_tokens=batch,
+            limit=limit,
+            folder=output,
+            progress=advance,
+        )
+    table = task.table(results)
+    results.finish(task.BY, table, task.figures(results))
+    if as_json:
+        cells = json.loads(json.dumps(results.cells(task.BY), default=vars))  # intervals hold numbers by name
+        print_json({"cells": cells, "notes": results.notes})
+    else:
+        for text in (table, *results.notes):
+            out.print(text, markup=False)
+    if output is not None:
+        err.print(f"{output}: results.json, samples.jsonl, table.md, plots", markup=False)

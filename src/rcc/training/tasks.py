@@ -41,6 +41,7 @@ FILLER = (
     " Here we go.",
     " There and back again.",
 )
+HIDDEN = " The pass key is {key}. Remember it. {key} is the pass key."
 QUESTION = "What is the pass key? The pass key is"
 STRETCH = (60, 260)  # tokens of a distracting stretch of prose, about as long as passages are
 ALLOWANCE = 8  # tokens of a room for passage and question that the separator may take
@@ -342,24 +343,50 @@ def passkey_ids(key: int, where: float, length: int, encode: Callable[[str], np.
     Raises:
         InputError: `length` leaves no room for the number and the opening line.
     """
-    opening, hidden = encode(OPENING), encode(_passkey(key))
-    parts = [encode(sentence) for sentence in FILLER]
-    room = length - len(opening) - len(hidden)
+    filler = [encode(sentence) for sentence in FILLER]
+    return hide(encode(OPENING), [(where, encode(_passkey(key)))], filler, length)[0]
+
+
+def hide(
+    opening: np.ndarray, hidden: Sequence[tuple[float, np.ndarray]], filler: Sequence[np.ndarray], length: int
+) -> tuple[np.ndarray, list[int]]:
+    """An opening and as many sentences of filler, again and again, as `length` tokens hold, with others among them.
+
+    Args:
+        opening: [T] token ids.
+        hidden: how much of the filler stands before each sentence that is not filler, 0 to 1, cut at a whole
+            sentence; and its token ids [T].
+        filler: the token ids [T] of each sentence.
+
+    Returns:
+        Token ids [T], less than a sentence of filler fewer than `length`; and the place of each hidden sentence.
+
+    Raises:
+        InputError: `length` leaves no room for the opening and what is to be hidden.
+    """
+    room = length - len(opening) - sum(len(sentence) for _, sentence in hidden)
     if room < 0:
         raise InputError(f"{length} tokens have no room for the passkey's text: give at least {length - room}.")
-    ends = np.cumsum([0, *map(len, parts)])  # where the sentences of one round start, and its size
+    ends = np.cumsum([0, *map(len, filler)])  # where the sentences of one round start, and its size
     rounds, rest = divmod(room, int(ends[-1]))
-    sentences = len(parts) * rounds + int(np.searchsorted(ends, rest, "right")) - 1
-    size, before = (
-        int(n // len(parts) * ends[-1] + ends[n % len(parts)])
-        for n in (sentences, min(int(where * (sentences + 1)), sentences))
-    )
-    filler = np.resize(np.concatenate(parts), size)
-    return np.concatenate([opening, filler[:before], hidden, filler[before:]])
+    sentences = len(filler) * rounds + int(np.searchsorted(ends, rest, "right")) - 1
+
+    def size(sentences: int) -> int:
+        return int(sentences // len(filler) * ends[-1] + ends[sentences % len(filler)])
+
+    tokens = np.resize(np.concatenate(filler), size(sentences))
+    parts, places, done, written = [opening], [0] * len(hidden), 0, len(opening)
+    for i in sorted(range(len(hidden)), key=lambda i: hidden[i][0]):
+        where, sentence = hidden[i]
+        before = size(min(int(where * (sentences + 1)), sentences))
+        parts += [tokens[done:before], sentence]
+        places[i] = written + before - done
+        written, done = places[i] + len(sentence), before
+    return np.concatenate([*parts, tokens[done:]]), places
 
 
 def _passkey(key: int) -> str:
-    return f" The pass key is {key}. Remember it. {key} is the pass key."
+    return HIDDEN.format(key=key)
 
 
 def collate(samples: Sequence[Sample], pad: int, teacher: bool = False) -> dict[str, Tensor]:
