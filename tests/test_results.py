@@ -146,6 +146,14 @@ def test_compare(tmp_path):
     assert "| rate 4 | right | 0.600 | 0.600 | +0.000 [+0.000, +0.000] | 5 |" in text
 
 
+def test_equal_evaluations_do_not_differ(tmp_path):
+    """Differences that happen to be all 0 or all 1 are no shares."""
+    assert vars(results.paired([1.0, 0.0, 3.0], [1.0, 0.0, 3.0])) == {"mean": 0, "low": 0, "high": 0, "n": 3}
+    assert vars(results.paired([1.0, 2.0], [2.0, 3.0])) == {"mean": 1, "low": 1, "high": 1, "n": 2}
+    with pytest.raises(ValueError, match="no pairs"):
+        results.paired([], [])
+
+
 def test_compare_from_the_command_line(tmp_path):
     """`rcc eval compare A B` prints the table and the notes, or JSON; what it refuses is one sentence and code 2."""
     for name, better in (("a", 0.0), ("b", 0.5)):

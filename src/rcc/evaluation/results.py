@@ -68,18 +68,21 @@ def interval(values: Sequence[float], groups: Sequence[Any] | None = None, seed:
     n = len(x)
     if n == 0:
         raise ValueError("there are no values")
-    names, inverse = np.unique(np.asarray([str(g) for g in groups] if groups else range(n)), return_inverse=True)
-    mean = float(x.mean())
-    if len(names) == n and bool(np.isin(x, (0.0, 1.0)).all()):
-        z = 1.959963984540054
+    if bool(np.isin(x, (0.0, 1.0)).all()) and (not groups or len(set(map(str, groups))) == n):
+        mean, z = float(x.mean()), 1.959963984540054
         centre = (mean + z * z / (2 * n)) / (1 + z * z / n)
         half = z * np.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n)) / (1 + z * z / n)
         return Interval(mean, max(0.0, float(centre - half)), min(1.0, float(centre + half)), n)
+    return _bootstrap(x, groups, seed)
+
+
+def _bootstrap(x: np.ndarray, groups: Sequence[Any] | None, seed: int = 0) -> Interval:
+    names, inverse = np.unique(np.asarray([str(g) for g in groups] if groups else range(len(x))), return_inverse=True)
     sums, counts = np.bincount(inverse, x), np.bincount(inverse)
     drawn = np.random.default_rng(seed).integers(len(names), size=(RESAMPLES, len(names)))
     means = sums[drawn].sum(1) / counts[drawn].sum(1)
     low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return Interval(mean, float(low), float(high), n)
+    return Interval(float(x.mean()), float(low), float(high), len(x))
 
 
 @dataclass
@@ -255,7 +258,10 @@ def paired(a: Sequence[float], b: Sequence[float], groups: Sequence[Any] | None 
     Raises:
         ValueError: there are no pairs.
     """
-    return interval([y - x for x, y in zip(a, b, strict=True)], groups)
+    differences = [y - x for x, y in zip(a, b, strict=True)]
+    if not differences:
+        raise ValueError("there are no pairs")
+    return _bootstrap(np.asarray(differences, dtype=np.float64), groups)
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
