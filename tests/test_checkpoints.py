@@ -432,3 +432,27 @@ def test_no_tokenizer(model: Path) -> None:
     with pytest.raises(ModelError, match="cannot be loaded") as caught:
         checkpoints.load_tokenizer(model)
     assert one_sentence(str(caught.value))
+
+
+def test_a_tokenizer_without_weights(made: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder that has no weights gives its tokenizer; of a hub id everything but the weights is fetched for it."""
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    for file in made.folder.iterdir():
+        if file.suffix != ".safetensors":
+            shutil.copy(file, folder)
+    asked = []
+
+    def snapshot(name: str, allow_patterns: list[str]) -> str:
+        asked.append(allow_patterns)
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    words = checkpoints.load_tokenizer(made.folder)("Hello there")["input_ids"]
+    for name in (folder, "some/model"):
+        assert checkpoints.load_tokenizer(name)("Hello there")["input_ids"] == words
+    assert len(asked) == 1
+    assert "*.json" in asked[0]
+    assert "*.safetensors" not in asked[0]
+    with pytest.raises(ModelError, match=r"no \*.safetensors"):
+        checkpoints.resolve_base(folder)

@@ -79,26 +79,31 @@ def shipped_models() -> dict[str, Path]:
     return {p.parent.name: p.parent for p in sorted((Path(__file__).parent / "models").glob("*/config.json"))}
 
 
-def resolve_model(name: str | Path) -> Path:
+def resolve_model(name: str | Path, weights: bool = True) -> Path:
     """The folder of a model: a shipped name, else a local folder, else a hub id, which is fetched.
 
-    A name that looks like a path, and any ``Path``, is never looked up on the hub.
+    A name that looks like a path, and any ``Path``, is never looked up on the hub. Without ``weights`` they need not be
+    there, and are not fetched.
 
     Raises:
         ModelError: there is no such model, or its folder lacks config.json or a \\*.safetensors file.
     """
     shipped = shipped_models()
     if os.fspath(name) in shipped:
-        return _complete(shipped[os.fspath(name)])
-    return _find(name, "a shipped model", shipped)
+        return _complete(shipped[os.fspath(name)], weights)
+    return _find(name, "a shipped model", shipped, None, weights)
 
 
 def resolve_base(
-    ref: str | Path, relative_to: Path | None = None, progress: Callable[[str], None] | None = None
+    ref: str | Path,
+    relative_to: Path | None = None,
+    progress: Callable[[str], None] | None = None,
+    weights: bool = True,
 ) -> Path:
     """The folder of a base: a name in BASES, else a local folder, else a hub id, which is fetched.
 
-    A relative folder is looked up under ``relative_to`` (the model's folder), then in the working folder.
+    A relative folder is looked up under ``relative_to`` (the model's folder), then in the working folder. Without
+    ``weights`` they need not be there, and are not fetched (but for a base in BASES, which comes whole).
 
     Raises:
         ModelError: there is no such base, or its folder lacks config.json or a \\*.safetensors file.
@@ -106,22 +111,23 @@ def resolve_base(
     """
     if os.fspath(ref) in BASES:
         return ensure_base(os.fspath(ref), progress)
-    return _find(ref, "a known base", BASES, relative_to)
+    return _find(ref, "a known base", BASES, relative_to, weights)
 
 
-def _find(ref: str | Path, kind: str, names: Iterable[str], relative_to: Path | None = None) -> Path:
+def _find(ref: str | Path, kind: str, names: Iterable[str], relative_to: Path | None, weights: bool) -> Path:
     text = os.fspath(ref)
     places = [Path(os.path.expanduser(text))]
     if relative_to is not None:
         places.insert(0, Path(relative_to) / text)
     for place in places if text else []:
         if os.path.isdir(place):  # unlike Path.is_dir, never raises: any string may be asked for
-            return _complete(place)
+            return _complete(place, weights)
         if os.path.isfile(place):
             raise ModelError(f"{place} is a file where a model's folder is needed: name the folder it is in.")
     # what a model folder is made of; never pickles or code
-    patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
-    return _complete(fetch(ref, f"{text!r} is neither {kind} ({', '.join(names) or 'there are none'})", patterns))
+    patterns = ["*.json", "*.jinja", "*.txt", "*.model", *(["*.safetensors"] if weights else [])]
+    folder = fetch(ref, f"{text!r} is neither {kind} ({', '.join(names) or 'there are none'})", patterns)
+    return _complete(folder, weights)
 
 
 def fetch(ref: str | Path, neither: str, patterns: list[str]) -> Path:
@@ -160,10 +166,11 @@ def _hub_reason(error: Exception) -> str:
     return _short(error)
 
 
-def _complete(folder: Path) -> Path:
+def _complete(folder: Path, weights: bool) -> Path:
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder} is not a model folder: it has no config.json.")
-    _safetensors(folder)
+    if weights:
+        _safetensors(folder)
     return folder
 
 
@@ -419,7 +426,7 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     Raises:
         ModelError: there is none, or it cannot be loaded.
     """
-    folder = resolve_model(name)
+    folder = resolve_model(name, weights=False)
     # asked first: for a folder without one transformers goes on to the hub, or makes an empty tokenizer
     if not has_tokenizer(folder):
         base = None
@@ -427,7 +434,7 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
             base = RCCConfig.load(folder).base.get("decoder")
         if base is None:
             raise ModelError(f"{folder} has no tokenizer: tokenizer.json is missing.")
-        return load_tokenizer(resolve_base(base.source, relative_to=folder))
+        return load_tokenizer(resolve_base(base.source, relative_to=folder, weights=False))
     from transformers import AutoTokenizer
 
     try:

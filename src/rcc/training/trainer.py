@@ -752,7 +752,9 @@ def load_tokenizer(recipe: Recipe, init: str | None) -> PreTrainedTokenizerBase:
     """The tokenizer that both sides read with."""
     if init is not None:
         return checkpoints.load_tokenizer(init)
-    return checkpoints.load_tokenizer(checkpoints.resolve_base(recipe.model.decoder or recipe.model.encoder))
+    return checkpoints.load_tokenizer(
+        checkpoints.resolve_base(recipe.model.decoder or recipe.model.encoder, weights=False)
+    )
 
 
 def _flat(value: Any, path: str = "") -> dict[str, str]:
