@@ -6,6 +6,7 @@ A folder holds `samples.jsonl` (a line a sample, written as it is made, so that 
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import time
@@ -198,11 +199,12 @@ class Results:
             found.append(cell)
         return found
 
-    def finish(self, by: Sequence[str], table: str, plots: Mapping[str, Callable[[Path], None]] | None = None) -> None:
-        """Write `results.json`, `table.md` and the plots `{file name: draw it there}`."""
-        if self.folder is None:
-            return
-        figures = [{k: vars(v) if isinstance(v, Interval) else v for k, v in cell.items()} for cell in self.cells(by)]
+    def summary(self, by: Sequence[str], more: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """What `results.json` holds: the figures by some of the keys, and what made them.
+
+        Args:
+            more: further figures by name, which may hold intervals.
+        """
         data = {
             "format_version": FORMAT_VERSION,
             "task": self.task,
@@ -213,12 +215,31 @@ class Results:
             "cluster": self.cluster,
             "samples": {"file": "samples.jsonl", "count": len(self.rows)},
             "notes": self.notes,
-            "cells": figures,
+            "cells": self.cells(by),
+            **(more or {}),
         }
+        return json.loads(json.dumps(data, default=vars))
+
+    def finish(
+        self,
+        by: Sequence[str],
+        table: str,
+        plots: Mapping[str, Callable[[Path], None]] | None = None,
+        more: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write `results.json` (see :meth:`summary`), `table.md` and the plots `{file name: draw it there}`."""
+        if self.folder is None:
+            return
         for name, draw in (plots or {}).items():
             draw(self.folder / name)
         self._write("table.md", table + "".join(f"\n{note}\n" for note in self.notes))
-        self._write("results.json", json.dumps(data, indent=2) + "\n")
+        self._write("results.json", json.dumps(self.summary(by, more), indent=2) + "\n")
+
+
+def need(*modules: str) -> None:
+    """Raise InputError unless these modules, which come with the extra `eval`, are installed."""
+    if missing := [name for name in modules if importlib.util.find_spec(name) is None]:
+        raise InputError(f"this evaluation needs {' and '.join(missing)}: pip install 'rcc[eval]'.")
 
 
 def _name(key: Mapping[str, Any]) -> str:
