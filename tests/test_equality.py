@@ -273,6 +273,17 @@ def test_without_context_it_is_the_plain_decoder(tiny, tokens, batch):
 
 
 # ---------------------------------------------------------------- (b) appending
+def test_without_context_no_token_is_padding(tiny, tokens):
+    """Token 0, named as padding, in a prompt without a context is read like any other."""
+    model = tiny("llama")
+    prompt = [0, *tokens(5), 0]
+    out = model.generate(one(prompt), max_new_tokens=4, do_sample=False, pad_token_id=0)
+    want = list(prompt)
+    for _ in range(4):
+        want.append(int(model(one(want)).logits[0, -1].argmax()))
+    assert out[0].tolist() == want
+
+
 @pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_appending(tiny, expected, tokens, family, share):

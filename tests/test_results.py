@@ -47,6 +47,7 @@ def test_a_folder(tmp_path):
     assert data["cells"][0]["accuracy"]["mean"] == pytest.approx(0.255)
     assert data["cells"][1]["right"]["mean"] == pytest.approx(0.5)
     assert data["cells"][0]["accuracy"]["n"] == 6
+    assert data["seconds"] == pytest.approx(sum(row.pop("took")["seconds"] for row in rows), abs=0.1)
     assert rows[0] == {"key": {"rate": 4, "document": 0, "sample": 0}, "accuracy": 0.25, "right": True, "text": "kept"}
     assert data["settings"] == SETTINGS
     assert {"torch", "processor", "commit"} <= set(data["made"])
@@ -121,6 +122,9 @@ def test_intervals():
     values = np.repeat(generator.normal(0, 1, 30), 10).tolist()
     alone, grouped = interval(values), interval(values, [i // 10 for i in range(300)])
     assert grouped.high - grouped.low > 2 * (alone.high - alone.low)
+    for one in (interval([0.3]), interval([0.2, 0.4], [7, 7])):  # nothing is known of other documents
+        assert (one.mean, one.low, one.high) == (pytest.approx(0.3), None, None)
+    assert results.show(one) == "0.300"
     with pytest.raises(ValueError, match="no values"):
         interval([])
 

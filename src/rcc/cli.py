@@ -272,6 +272,8 @@ def reconstruct(
             ids,
             context=value,
             max_new_tokens=tokens,
+            do_sample=False,
+            repetition_penalty=1.0,  # a base's own settings may forbid what a text repeats
             eos_token_id=prompting.NEVER,
             pad_token_id=0,
             streamer=streamer,

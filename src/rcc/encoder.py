@@ -101,6 +101,12 @@ def segments(ids: Tensor, config: RCCConfig) -> tuple[Tensor, ...]:
     return ids.split(size)
 
 
+def lead(tokens: int, config: RCCConfig) -> int:
+    """Tokens of padding before a text: its token i stands at place (lead + i) % segment_length of a segment."""
+    repeats = config.segment_padding == "repeat" and tokens > config.segment_length
+    return -tokens % config.segment_length if repeats else 0
+
+
 def capture_states(body: PreTrainedModel) -> None:
     """Make every block of an encoder's base model hand its input to the pass's :class:`_Capture`, if it has one."""
     for i, block in enumerate(backbones.blocks(body)):

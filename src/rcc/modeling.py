@@ -722,6 +722,8 @@ class RCCForCausalLM(nn.Module):
             context = self._check_context(context, len(prompts))
         self._check_window([0] * len(prompts), [n + answer for n in prompts], context)
         if context is None:
+            if attention_mask is None:  # or transformers takes what looks like padding for padding
+                attention_mask = torch.ones_like(input_ids)
             return self.decoder.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         mask = self._order(len(context), context.mask, length, attention_mask, input_ids)[0]
         if mask is None:

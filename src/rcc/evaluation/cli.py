@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -35,6 +34,78 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
 )
+
+
+Output = Annotated[
+    Path | None, typer.Option("--output", "-o", help="A folder for samples, figures and plots; goes on there.")
+]
+
+
+@app.command()
+def reconstruction(
+    model: Model = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="Texts: a file, folder or glob, as for training; may be repeated (default: the example)."),
+    ] = None,
+    field: Annotated[str, typer.Option(help="The field that holds a text, in JSON lines.")] = "text",
+    rates: Annotated[str | None, typer.Option(help="Such as 4,8,16 (default: those that the model learnt).")] = None,
+    lengths: Annotated[
+        str | None, typer.Option(help="Tokens a document, such as 512,2k (default: 512, at least a segment).")
+    ] = None,
+    prompts: Annotated[int, typer.Option(min=1, help="Places in a document to go on from.")] = 5,
+    target_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens to write behind each (default: 500 of 2,048, in proportion).")
+    ] = None,
+    controls: Annotated[str, typer.Option(help="shuffled,wrong,no-context,plain-text, or all, or none.")] = "all",
+    limit: Annotated[int, typer.Option(min=1, help="Documents of each length.")] = 10,
+    batch: Annotated[int, typer.Option(min=1, help="Prompts at a time.")] = 16,
+    seed: Annotated[int, typer.Option(min=0, help="Of the choice of documents and of the shuffled order.")] = 0,
+    output: Output = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """Measure how much of a text its compressed context gives back, beside controls.
+
+    The paper's protocol is --lengths 2k --limit 100.
+    """
+    from .results import Results, need
+
+    need("sacrebleu", "rouge_score", *([] if output is None else ["matplotlib"]))
+    wanted = {"rates": rates, "lengths": lengths}
+    numbers = {name: None if text is None else parse_counts(text, f"--{name}") for name, text in wanted.items()}
+    with status("loading torch and transformers"):
+        from . import reconstruction as measuring
+        from .reconstruction_report import Report
+    known = list(measuring.CONTROLS)
+    some = {"all": known, "none": []}
+    chosen = some[controls] if controls in some else parse_choices(controls, "--controls", known)
+    rcc, tokenizer = load_model(model, device, dtype)
+    protocol = measuring.Protocol(
+        rates=numbers["rates"] or rcc.config.rates,
+        lengths=numbers["lengths"] or [max(512, rcc.config.segment_length)],
+        prompts=prompts,
+        target_tokens=target_tokens,
+        controls=chosen,
+        documents=limit,
+        batch=batch,
+        seed=seed,
+    )
+    protocol.check(rcc.config)
+    with status("reading the texts"):
+        run = measuring.Reconstruction(rcc, tokenizer, measuring.open_texts(data or [], field, tokenizer), protocol)
+    found = Results("reconstruction", run.settings(), output, cluster="document", notes=run.notes())
+    with progress("reconstructing", len(run), "samples") as advance:
+        found.collect(run.cases(), advance)
+    report = Report(found, rcc.config)
+    report.finish()
+    if as_json:
+        print_json(found.summary(measuring.BY, report.more()))
+        return
+    out.print("\n".join([report.table(), *(f"{note}\n" for note in found.notes)]), end="", markup=False)
+    if output is not None:
+        err.print(f"{output}: results.json, samples.jsonl, table.md and plots", markup=False)
 
 
 @app.command()
@@ -72,14 +143,15 @@ def passkey(
     seed: Annotated[int, typer.Option(min=0, help="Of keys and places.")] = 0,
     batch_tokens: Annotated[str | None, typer.Option(help="Tokens read at once (default: by variant).")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Samples of each length and position, at most.")] = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="The folder for results; goes on there.")
-    ] = None,
+    output: Output = None,
     device: Device = None,
     dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:
     """Ask for keys hidden in long texts."""
+    from .results import need
+
+    need(*([] if output is None else ["matplotlib"]))
     sizes = parse_counts(lengths, "--lengths")
     divisors = [] if rates == "auto" else parse_counts(rates, "--rates")
     batch = None if batch_tokens is None else parse_count(batch_tokens, "--batch-tokens")
@@ -115,10 +187,9 @@ def passkey(
     table = task.table(results)
     results.finish(task.BY, table, task.figures(results))
     if as_json:
-        cells = json.loads(json.dumps(results.cells(task.BY), default=vars))  # intervals hold numbers by name
-        print_json({"cells": cells, "notes": results.notes})
-    else:
-        for text in (table, *results.notes):
-            out.print(text, markup=False)
+        print_json(results.summary(task.BY))
+        return
+    for text in (table, *results.notes):
+        out.print(text, markup=False)
     if output is not None:
-        err.print(f"{output}: results.json, samples.jsonl, table.md, plots", markup=False)
+        err.print(f"{output}: results.json, samples.jsonl, table.md and plots", markup=False)

@@ -68,8 +68,8 @@ def table(differences: list[Difference], a: str, b: str) -> str:
     """The differences as a Markdown table; those whose interval leaves out zero are marked."""
     rows = []
     for d in differences:
-        clear = d.change.low > 0 or d.change.high < 0
-        change = f"{d.change.mean:+.3f} [{d.change.low:+.3f}, {d.change.high:+.3f}]"
+        clear = d.change.low is not None and d.change.high is not None and (d.change.low > 0 or d.change.high < 0)
+        change = results.show(d.change, sign="+")
         where = ", ".join(f"{k} {v}" for k, v in d.key.items())
         cells = [where, d.metric, f"{d.a:.3f}", f"{d.b:.3f}", f"**{change}**" if clear else change, str(d.change.n)]
         rows.append(cells)

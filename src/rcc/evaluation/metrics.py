@@ -1,4 +1,4 @@
-"""How close an answer is to the accepted ones."""
+"""How close an answer is to the accepted ones, and a text written back to the original."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import re
 import string
 from collections import Counter
 from collections.abc import Sequence
+from functools import cache
+from typing import Any
 
 
 def normalise(text: str) -> list[str]:
@@ -24,3 +26,42 @@ def f1(answer: str, accepted: Sequence[str]) -> float:
         if common:
             best = max(best, 2 * common / (words.total() + truth.total()))
     return best
+
+
+@cache
+def _bleu() -> Any:
+    from sacrebleu.metrics import BLEU
+
+    return BLEU(effective_order=True)  # a text of fewer than four words can be right, too
+
+
+def bleu(written: str, truth: str) -> float:
+    """BLEU-4 of one text against the original, by sacrebleu with :func:`bleu_settings`, 0 to 1."""
+    return min(1.0, _bleu().sentence_score(written, [truth]).score / 100)
+
+
+def bleu_settings() -> str:
+    """sacrebleu's own description of how :func:`bleu` counts, its version included."""
+    bleu("", "")  # it is not known before the first score
+    return str(_bleu().get_signature())
+
+
+@cache
+def _rouge() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(["rougeL"], use_stemmer=False)
+
+
+def rouge_l(written: str, truth: str) -> float:
+    """ROUGE-L of one text against the original: F1 of the longest common subsequence of words, 0 to 1.
+
+    rouge-score's words are runs of a–z and 0–9 in lower case: text in other letters counts 0.
+    """
+    return float(_rouge().score(truth, written)["rougeL"].fmeasure)
+
+
+def matching(written: Sequence[int], truth: Sequence[int]) -> tuple[float, int]:
+    """Share of the original's tokens that were written at their place, and how many before the first error."""
+    right = [a == b for a, b in zip(written, truth, strict=False)]
+    return sum(right) / len(truth), [*right, False].index(False)

@@ -32,7 +32,8 @@ def curves(
     for name, points in lines.items():
         places = [place for place, _ in points]
         axes.plot(places, [v.mean for _, v in points], marker="o", markersize=3, label=name)
-        axes.fill_between(places, [v.low for _, v in points], [v.high for _, v in points], alpha=0.15)
+        bounds = [(v.mean if v.low is None else v.low, v.mean if v.high is None else v.high) for _, v in points]
+        axes.fill_between(places, [low for low, _ in bounds], [high for _, high in bounds], alpha=0.15)
     if log:
         axes.set_xscale("log", base=2)
         places = sorted({place for points in lines.values() for place, _ in points})

@@ -6,6 +6,7 @@ A folder holds `samples.jsonl` (a line a sample, written as it is made, so that 
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import time
@@ -46,11 +47,12 @@ class Skipped(Exception):
 
 @dataclass
 class Interval:
-    """A mean of `n` samples and the bounds between which it lies with 95 % confidence."""
+    """A mean of `n` samples and the bounds between which it lies with 95 % confidence; None where the samples are one,
+    or of one document, and say nothing about others."""
 
     mean: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     n: int
 
 
@@ -78,6 +80,8 @@ def interval(values: Sequence[float], groups: Sequence[Any] | None = None, seed:
 
 def _bootstrap(x: np.ndarray, groups: Sequence[Any] | None, seed: int = 0) -> Interval:
     names, inverse = np.unique(np.asarray([str(g) for g in groups] if groups else range(len(x))), return_inverse=True)
+    if len(names) == 1:
+        return Interval(float(x.mean()), None, None, len(x))
     sums, counts = np.bincount(inverse, x), np.bincount(inverse)
     drawn = np.random.default_rng(seed).integers(len(names), size=(RESAMPLES, len(names)))
     means = sums[drawn].sum(1) / counts[drawn].sum(1)
@@ -107,7 +111,6 @@ class Results:
     cluster: str | None = None
     rows: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    seconds: float = 0.0
 
     def __post_init__(self) -> None:
         self.settings = json.loads(json.dumps(self.settings))  # as a file will give it back
@@ -161,7 +164,6 @@ class Results:
             progress: called with the number of cases done so far.
         """
         done = {_name(row["key"]) for row in self.rows}
-        start = time.perf_counter()
         with ExitStack() as stack:
             file = None
             if self.folder is not None:
@@ -171,17 +173,18 @@ class Results:
                     raise FileError(f"{self.folder} cannot be written: {error.strerror or error}.") from error
             for number, case in enumerate(cases, 1):
                 if _name(case.key) not in done:
+                    start = time.perf_counter()
                     try:
                         row = {"key": case.key, **case.measure()}
                     except Skipped as reason:
                         row = {"key": case.key, "skipped": str(reason)}
+                    row["took"] = {"seconds": round(time.perf_counter() - start, 3)}  # no figure of the sample's own
                     self.rows.append(row)
                     if file is not None:
                         file.write(json.dumps(row) + "\n")
                         file.flush()
                 if progress is not None:
                     progress(number)
-        self.seconds += time.perf_counter() - start
 
     def cells(self, by: Sequence[str]) -> list[dict[str, Any]]:
         """Figures by some of the keys, in order of appearance: `{"key": …, metric: Interval …}`, or `"skipped"`."""
@@ -201,27 +204,47 @@ class Results:
             found.append(cell)
         return found
 
-    def finish(self, by: Sequence[str], table: str, plots: Mapping[str, Callable[[Path], None]] | None = None) -> None:
-        """Write `results.json`, `table.md` and the plots `{file name: draw it there}`."""
-        if self.folder is None:
-            return
-        figures = [{k: vars(v) if isinstance(v, Interval) else v for k, v in cell.items()} for cell in self.cells(by)]
+    def summary(self, by: Sequence[str], more: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """What `results.json` holds: the figures by some of the keys, and what made them.
+
+        Args:
+            more: further figures by name, which may hold intervals.
+        """
         data = {
             "format_version": FORMAT_VERSION,
             "task": self.task,
             "settings": self.settings,
             "made": {**libraries(), **commit(), **machine()},
-            "seconds": round(self.seconds, 1),
+            "seconds": round(sum(row["took"]["seconds"] for row in self.rows), 1),
             "by": list(by),
             "cluster": self.cluster,
             "samples": {"file": "samples.jsonl", "count": len(self.rows)},
             "notes": self.notes,
-            "cells": figures,
+            "cells": self.cells(by),
+            **(more or {}),
         }
+        return json.loads(json.dumps(data, default=vars))
+
+    def finish(
+        self,
+        by: Sequence[str],
+        table: str,
+        plots: Mapping[str, Callable[[Path], None]] | None = None,
+        more: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write `results.json` (see :meth:`summary`), `table.md` and the plots `{file name: draw it there}`."""
+        if self.folder is None:
+            return
         for name, draw in (plots or {}).items():
             draw(self.folder / name)
         self._write("table.md", table + "".join(f"\n{note}\n" for note in self.notes))
-        self._write("results.json", json.dumps(data, indent=2) + "\n")
+        self._write("results.json", json.dumps(self.summary(by, more), indent=2) + "\n")
+
+
+def need(*modules: str) -> None:
+    """Raise InputError unless these modules, which come with the extra `eval`, are installed."""
+    if missing := [name for name in modules if importlib.util.find_spec(name) is None]:
+        raise InputError(f"this evaluation needs {' and '.join(missing)}: pip install 'rcc[eval]'.")
 
 
 def _name(key: Mapping[str, Any]) -> str:
@@ -270,8 +293,9 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
 
 
-def show(value: Interval, percent: bool = False, digits: int = 3) -> str:
-    """A figure with its interval as tables show it: `0.812 [0.790, 0.833]`."""
-    if percent:
-        return f"{value.mean:.1%} [{value.low:.1%}, {value.high:.1%}]"
-    return f"{value.mean:.{digits}f} [{value.low:.{digits}f}, {value.high:.{digits}f}]"
+def show(value: Interval, percent: bool = False, digits: int = 3, sign: str = "") -> str:
+    """A figure with its interval as tables show it: `0.812 [0.790, 0.833]`; with `sign="+"`, always with its sign."""
+    style = f"{sign}.1%" if percent else f"{sign}.{digits}f"
+    if value.low is None or value.high is None:
+        return f"{value.mean:{style}}"
+    return f"{value.mean:{style}} [{value.low:{style}}, {value.high:{style}}]"

@@ -1,0 +1,61 @@
+"""A decoder that reads a text as it is: the reference for what compression loses."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from .. import backbones
+from ..context import BlockLayer, CompressedContext, KVBlocks
+from ..encoder import Piece
+from ..modeling import RCCForCausalLM
+from ..provenance import libraries
+
+
+@contextlib.contextmanager
+def base_decoder(model: RCCForCausalLM) -> Iterator[None]:
+    """Within it a model's decoder is its base: without LoRA. One whose own weights were trained stays as it is."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in model.decoder.modules() if isinstance(module, BaseTunerLayer)]
+    learning = {parameter: parameter.requires_grad for parameter in model.decoder.parameters()}
+    try:
+        for layer in layers:
+            layer.enable_adapters(False)
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+        for parameter, before in learning.items():  # which enable_adapters decides anew
+            parameter.requires_grad_(before)
+
+
+@torch.no_grad()
+def read_plain(model: RCCForCausalLM, ids: Tensor) -> CompressedContext:
+    """A context that is not compressed: keys and values of a text's own tokens, one position each.
+
+    Args:
+        ids: [T] token ids, at most the decoder's window.
+    """
+    ids = ids.to(model.device)
+    depth = len(backbones.blocks(model.decoder.base_model))
+    cache = Cache(layers=[BlockLayer(len(ids)) for _ in range(depth)])
+    model.decoder.base_model(
+        input_ids=ids[None],
+        position_ids=torch.arange(len(ids), device=model.device)[None],
+        past_key_values=cache,
+        use_cache=True,
+    )
+    return CompressedContext(
+        KVBlocks([layer.block for layer in cache.layers], len(ids), writable=False),
+        len(ids),
+        ((Piece(len(ids), len(ids), 1, ""),),),
+        model.fingerprint,
+        model.config.name,
+        model.config.segment_length,
+        libraries(),
+    )
