@@ -261,7 +261,7 @@ def test_keys_are_found(passkey_model: tuple[Path, set[int]], tmp_path: Path) ->
         env={**os.environ, "OMP_WAIT_POLICY": "passive"},
     )
     assert done.returncode == 0, done.stderr
-    assert done.stderr == f"{folder}: results.json, samples.jsonl, table.md, plots\n"
+    assert done.stderr == f"{folder}: results.json, samples.jsonl, table.md and plots\n"
     data, rows = results.load(folder)
     assert len(rows) == 3 * (20 + 10)
     found = [row["right"] for row in rows if row["key"]["context"] == "whole"]

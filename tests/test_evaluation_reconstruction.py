@@ -300,7 +300,7 @@ def test_resuming(measuring, fresh, tmp_path, monkeypatch):
     seen, measured[:] = set(measured), []
     monkeypatch.setattr(Reconstruction, "_measure", lambda *args: measured.append(args[2:4]) or original(*args))
     again = collect(measuring(model), tmp_path / "killed")
-    assert again.rows == whole.rows
+    assert [{**row, "took": 0} for row in again.rows] == [{**row, "took": 0} for row in whole.rows]
     assert len(seen) == 4
     order = measuring().documents[LENGTH].order
     assert measured == [(order[1], 4), (order[1], None), (order[1], None), (order[2], 4)] + 2 * [(order[2], None)]
