@@ -175,6 +175,25 @@ def _read(
     return capture.states, capture.valid
 
 
+def _joined(parts: list[tuple[dict[int, Tensor], Tensor | None]]) -> tuple[dict[int, Tensor], Tensor | None]:
+    """What :func:`_read` gave of several batches of segments, as if it were one."""
+    shapes = [next(iter(states.values())).shape for states, _ in parts]
+    m = max(shape[1] for shape in shapes)
+
+    def fill(tensor: Tensor) -> Tensor:
+        return nn.functional.pad(tensor, (0,) * (2 * tensor.ndim - 4) + (0, m - tensor.shape[1]))
+
+    states = {k: torch.cat([fill(part[k]) for part, _ in parts]) for k in parts[0][0]}
+    if all(valid is None for _, valid in parts) and len({shape[1] for shape in shapes}) == 1:
+        return states, None
+    device = next(iter(states.values())).device
+    real = [
+        torch.ones(shape[:2], dtype=torch.bool, device=device) if valid is None else valid
+        for shape, (_, valid) in zip(shapes, parts, strict=True)
+    ]
+    return states, torch.cat([fill(valid) for valid in real])
+
+
 def _distinct(batch: list[Tensor]) -> tuple[list[Tensor], list[int]]:
     """Segments → the different ones among them, and for each segment which of those it is.
 
@@ -195,6 +214,7 @@ def encode(
     wanted: list[int],
     batch_tokens: int | None,
     memory: Tensor | None,
+    pass_tokens: int | None = None,
 ) -> Iterator[tuple[dict[int, Tensor], Tensor | None, int]]:
     """Read rows of texts segment by segment, all rows in step, a bounded number of segments at a time; equal segments
     among those are read once.
@@ -203,8 +223,9 @@ def encode(
         body: the encoder, prepared by :func:`capture_states`.
         rows: B rows of one text or several, each [T] token ids on the encoder's device. A text begins a segment.
         wanted: the encoder states to keep, ascending.
-        batch_tokens: about how many tokens a forward pass takes (at least one segment of every text that has
-            one left); None: all at once.
+        batch_tokens: about how many tokens are read for each set of states that is yielded (at least one segment of
+            every text that has one left); None: all at once.
+        pass_tokens: about how many of those a forward pass takes; None: all.
         memory: [M, H] the memory embeddings of `readout="memory_tokens"`, of which a segment of T tokens is followed
             by the first ceil(T / rate); None: `"strided"`.
 
@@ -221,7 +242,9 @@ def encode(
         parts = [row[start : start + step] for row in split]
         batch = [segment for part in parts for segment in part]
         once, places = _distinct(batch)
-        states, valid = _read(body, once, rate, wanted, memory)
+        size = len(once) if pass_tokens is None else max(1, pass_tokens // config.segment_length)
+        passes = [_read(body, once[i : i + size], rate, wanted, memory) for i in range(0, len(once), size)]
+        states, valid = passes[0] if len(passes) == 1 else _joined(passes)
         if len(once) < len(batch):
             states = {k: h[places] for k, h in states.items()}
             valid = None if valid is None else valid[places]

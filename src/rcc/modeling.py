@@ -662,17 +662,11 @@ class RCCForCausalLM(nn.Module):
         """
         learning = [*self.encoder.parameters(), *([] if self.memory is None else [self.memory])]
         frozen = not any(parameter.requires_grad for parameter in learning)
-        wanted, batch_tokens = self.projections.states, BATCH_TOKENS if frozen else None
+        wanted, pass_tokens = self.projections.states, BATCH_TOKENS if frozen else None
         with torch.no_grad() if frozen else contextlib.nullcontext():
-            read = encoding.encode(self.encoder, texts, rate, self.config, wanted, batch_tokens, self.memory)
-            chunks = [(states, valid) for states, valid, _ in read]
-        if len(chunks) == 1:
-            return chunks[0]
-        states = {k: torch.cat([chunk[k] for chunk, _ in chunks], 1) for k in wanted}
-        if all(valid is None for _, valid in chunks):
-            return states, None
-        everywhere = [torch.ones_like(next(iter(c.values()))[..., 0], dtype=torch.bool) for c, _ in chunks]
-        return states, torch.cat([e if v is None else v for e, (_, v) in zip(everywhere, chunks, strict=True)], 1)
+            read = encoding.encode(self.encoder, texts, rate, self.config, wanted, None, self.memory, pass_tokens)
+            ((states, valid, _),) = read
+        return states, valid
 
     @staticmethod
     def _output(logits: Tensor, labels: Tensor | None, kept: Tensor | None) -> CausalLMOutputWithPast:
