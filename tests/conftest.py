@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +54,22 @@ for decoder in DECODERS:
         SIDES[f"{decoder}-{encoder}"] = {"family": decoder, **other}
 
 
+WORKER = "PYTEST_XDIST_WORKER" in os.environ
+THREADS = 1 if WORKER else 2
+"""Of several test processes each has a core, for itself and for the processes that it starts."""
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    """Whatever a test did with torch's threads does not slow down the next one."""
+    torch.set_num_threads(THREADS)
+    yield
+    torch.set_num_threads(THREADS)
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    torch.set_num_threads(2)
-    if "PYTEST_XDIST_WORKER" in os.environ:  # one of several, a core each: its own threads and its children's
-        torch.set_num_threads(1)
+    torch.set_num_threads(THREADS)
+    if WORKER:
         os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 
 

@@ -57,7 +57,8 @@ def train(folder: Path, base: str, segment: int, rate: int, stages: list[dict], 
     """Run a recipe that trains all weights of both sides → the run's folder."""
     own = {"share_base": False, "encoder_lora_rank": 0, "decoder_lora_rank": 0}
     model = {"encoder": base, "decoder": base, "segment_length": segment, "rates": [rate], **own}
-    run = {"device": "cpu", "dtype": "float32", "threads": 2, "save_minutes": 0, "evaluation_samples": 64}
+    run = {"device": "cpu", "dtype": "float32", "save_minutes": 0, "evaluation_samples": 64}
+    run["threads"] = torch.get_num_threads()
     recipe = build(Recipe, {"model": model, "stages": stages, "run": run, "seed": SEED, "data": data}, "")
     Run(recipe, folder / "run", quiet=True).go()
     return folder / "run"

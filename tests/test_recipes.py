@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -97,7 +98,13 @@ def test_recipe(path: Path, backbone: Any, data: Path, tmp_path: Path) -> None:
             f"stages.{i}.batch_tokens=768",
             f"stages.{i}.rates={[small[rate] for rate in stage.get('rates', rates)]}",
         ]
-    sets += ["run.device=cpu", "run.threads=2", "run.evaluation_samples=1", "run.log_steps=1", "run.compile=false"]
+    sets += [
+        "run.device=cpu",
+        f"run.threads={torch.get_num_threads()}",
+        "run.evaluation_samples=1",
+        "run.log_steps=1",
+        "run.compile=false",
+    ]
     sets.append("run.workers=0")
     arguments = ["train", str(path), "--output", str(tmp_path / "run")]
     done = CliRunner().invoke(app, [*arguments, *(word for value in sets for word in ("--set", value))])
@@ -138,7 +145,7 @@ def test_families_learn(encoder: str, decoder: str, backbone: Any, data: Path, t
                 "groups": {"all": {"learning_rate": 3.0e-3, "schedule": "constant"}},
             }
         ],
-        "run": {"device": "cpu", "threads": 1, "log_steps": 1, "evaluation_samples": 0},
+        "run": {"device": "cpu", "threads": torch.get_num_threads(), "log_steps": 1, "evaluation_samples": 0},
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     arguments = ["train", str(tmp_path / "recipe.yaml"), "--output", str(tmp_path / "run")]
