@@ -253,3 +253,8 @@ def passkey_model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, set[i
 def default_base() -> Path:
     """The default model's base in the usual home: made there the first time, at once afterwards."""
     return checkpoints.ensure_base("smollm2-135m-instruct")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest test first: other processes have the rest of the time for theirs."""
+    items.sort(key=lambda item: item.path.name != "test_readme.py")
