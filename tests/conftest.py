@@ -249,6 +249,23 @@ def passkey_model(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, set[i
     return train_passkey(tmp_path_factory.mktemp("passkey"))
 
 
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    """A folder in which nothing may have appeared at the end of the test."""
+    path = tmp_path / "out"
+    path.mkdir()
+    yield path
+    assert list(path.iterdir()) == []
+
+
+def make_home(folder: Path) -> Path:
+    """A home of rcc's own in a folder: the default base is there already, contexts are not."""
+    base = checkpoints.ensure_base("smollm2-135m-instruct")
+    (folder / "bases").mkdir(parents=True)
+    (folder / "bases" / base.name).symlink_to(base)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def default_base() -> Path:
     """The default model's base in the usual home: made there the first time, at once afterwards."""

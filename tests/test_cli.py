@@ -28,6 +28,7 @@ from typing import Any
 import pytest
 import torch
 
+from conftest import make_home
 from rcc import RCCForCausalLM, allocator, checkpoints, cli, load_tokenizer
 
 BOOK = Path(__file__).resolve().parent.parent / "examples" / "simple-susan.txt"
@@ -146,10 +147,7 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 @pytest.fixture(scope="module", autouse=True)
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A home of its own: the base is there already, contexts are not."""
-    base = checkpoints.ensure_base("smollm2-135m-instruct")
-    folder = tmp_path_factory.mktemp("home")
-    (folder / "bases").mkdir()
-    (folder / "bases" / base.name).symlink_to(base)
+    folder = make_home(tmp_path_factory.mktemp("home"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RCC_HOME", str(folder))
         patch.setenv("HF_HUB_OFFLINE", "1")
@@ -180,15 +178,6 @@ def context(compressed: tuple[Path, Result]) -> Path:
 def length(text: Path) -> int:
     """Tokens of the text."""
     return len(load_tokenizer(MODEL)(text.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"])
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Iterator[Path]:
-    """A folder in which nothing may have appeared at the end of the test."""
-    path = tmp_path / "out"
-    path.mkdir()
-    yield path
-    assert list(path.iterdir()) == []
 
 
 def info(call: Callable[..., Result], path: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,15 +47,6 @@ def tensors() -> dict[str, Tensor]:
 def source(tmp_path: Path, tensors: dict[str, Tensor]) -> Path:
     """A checkpoint in three files, to be damaged."""
     return save(tmp_path / "theirs", CONFIG, tensors, 3)
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Iterator[Path]:
-    """A folder in which nothing may have appeared at the end of the test."""
-    path = tmp_path / "out"
-    path.mkdir()
-    yield path
-    assert list(path.iterdir()) == []
 
 
 # ---------------------------------------------------------------- the same numbers

@@ -23,7 +23,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import reference as ref
-from rcc import InputError, RCCConfig, RCCForCausalLM, allocator, checkpoints, cli
+from conftest import make_home
+from rcc import InputError, RCCConfig, RCCForCausalLM, allocator, cli
 from rcc.evaluation import compare, metrics, results
 from rcc.evaluation.plain import base_decoder, read_plain
 from rcc.evaluation.reconstruction import CONTROLS, Documents, Protocol, Reconstruction, open_texts
@@ -39,10 +40,7 @@ STARTS = [0, 38]  # 64 · 1200 / 2048 is 37.5
 # ---------------------------------------------------------------- what it works on
 @pytest.fixture(scope="module", autouse=True)
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    base = checkpoints.ensure_base("smollm2-135m-instruct")
-    folder = tmp_path_factory.mktemp("home")
-    (folder / "bases").mkdir()
-    (folder / "bases" / base.name).symlink_to(base)
+    folder = make_home(tmp_path_factory.mktemp("home"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RCC_HOME", str(folder))
         yield

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
-import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from ..errors import InputError, WindowError
 from ..modeling import BATCH_TOKENS, Progress, RCCForCausalLM
 from . import memory, plots
 from .haystack import POSITIONS, VARIANTS, Text, is_right, make_text, prose_sentences
-from .results import Case, Key, Results, Skipped, interval, markdown, show
+from .results import Case, Key, Results, Skipped, interval, markdown, no_rate_warnings, show
 
 BY = ("variant", "rate", "length", "position", "context")
 """What tells cells apart. The context is the `whole` text, or one in which the key's own segments are `replaced`."""
@@ -109,7 +108,7 @@ def passkey(
     results = Results("passkey", settings, folder)
     counts = {"whole": min(keys, limit or keys), "replaced": min(controls, limit or controls)}
     cases = run.cases(rates, sorted(lengths), variants, positions, counts)
-    with _quiet():
+    with no_rate_warnings():
         results.collect(cases, run.done)
     results.notes += _notes(results, model)
     return results
@@ -229,18 +228,6 @@ def _prose_ids(tokenizer: PreTrainedTokenizerBase, texts: Mapping[str, str], len
     if not found:
         raise InputError("the variant prose needs prose for its filler: give --filler-data a text file.")
     return found
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the line that every use of an untrained rate logs: the results say it once."""
-    logger = logging.getLogger("rcc.modeling")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
 
 
 @contextlib.contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache, partial
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import encoder as encoding
-from .. import modeling, prompting
+from .. import prompting
 from ..config import RCCConfig
 from ..context import CompressedContext
 from ..encoder import CompressedVectors
@@ -24,7 +23,7 @@ from ..errors import InputError
 from ..modeling import RCCForCausalLM
 from . import metrics
 from .plain import base_decoder, read_plain
-from .results import Case, Skipped
+from .results import Case, Skipped, no_rate_warnings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -324,7 +323,7 @@ class Reconstruction:
         return None
 
     def _compress(self, length: int, number: int, rate: int) -> tuple[CompressedVectors, CompressedContext]:
-        with _without_warnings():  # of an untrained rate: the table says it once
+        with no_rate_warnings():
             vectors = self.model.encode(self.documents[length][number][None], rate=rate)
             return vectors, self.model.prefix(vectors)
 
@@ -443,14 +442,3 @@ def _together(contexts: list[CompressedContext | None]) -> CompressedContext | N
     if all(context is given[0] for context in given):
         return given[0].expand(len(given))
     return CompressedContext.stack(given)
-
-
-@contextlib.contextmanager
-def _without_warnings() -> Iterator[None]:
-    logger = logging.getLogger(modeling.__name__)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
