@@ -35,7 +35,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, float | None]:
     from transformers import AutoModelForCausalLM
 
     from rcc import RCCForCausalLM, checkpoints
-    from rcc.modeling import BATCH_TOKENS
+    from rcc.modeling import batch_tokens_on
 
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
@@ -55,7 +55,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, float | None]:
             return base(ids, use_cache=True, logits_to_keep=1).past_key_values
         if arguments.kind == "compress":
             return model.compress(ids, rate=arguments.rate)
-        for batch in ids.view(-1, segment).split(BATCH_TOKENS // segment):
+        for batch in ids.view(-1, segment).split(max(1, batch_tokens_on(model.device) // segment)):
             model.encoder(input_ids=batch, use_cache=False)
         return None
 

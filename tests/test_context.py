@@ -9,6 +9,7 @@ import random
 import struct
 import threading
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,10 @@ from rcc import (
     FileError,
     InputError,
     RCCError,
+    allocator,
 )
+from rcc.context import KVBlocks
+from rcc.evaluation.memory import peak_mb, reset_peak, resident
 
 
 @pytest.fixture(scope="module")
@@ -218,6 +222,25 @@ def test_full_is_read_and_header_is_mapped(context, file, model, tokens):
         assert cache.layers[0].block[0].data_ptr() != header.layer(0)[0].data_ptr()
     assert mapped(header, file)
     assert file.read_bytes() == before
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
+@pytest.mark.parametrize("verify", ["full", "header"])
+def test_a_file_is_not_in_memory_twice(context, tmp_path, verify):
+    """What was copied out of a mapped file is let go of, layer by layer; the file can be used again afterwards."""
+    layers = [(torch.rand(1, 2, 2**15, 32), torch.rand(1, 2, 2**15, 32)) for _ in range(8)]
+    piece = replace(context.pieces[0][0], positions=2**15)
+    big = replace(context, blocks=KVBlocks(layers, 2**15, True), length=2**15, pieces=((piece,),), mask=None)
+    big.save(tmp_path / "big.rcc")
+    allocator.trim()  # else copies may go where memory is held already
+    reset_peak(torch.device("cpu"))
+    before = resident()
+    loaded = CompressedContext.load(tmp_path / "big.rcc", verify=verify)
+    with loaded.borrow(8) as cache:
+        assert all(torch.equal(cache.layers[i].keys, layers[i][0]) for i in range(8))
+    peak = peak_mb(torch.device("cpu")) * 1e6 - before
+    assert peak < 1.35 * big.nbytes
+    assert all(torch.equal(loaded.layer(i)[1], layers[i][1]) for i in range(8))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import sys
 
@@ -22,3 +23,10 @@ def configure() -> bool:
         return False
     settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 1_000_000_000))
     return all(mallopt(key, value) == 1 for key, value in settings)
+
+
+def trim() -> None:
+    """Give the memory that is free back to the system at once, where :func:`configure` made glibc keep it."""
+    if sys.platform.startswith("linux"):
+        with contextlib.suppress(AttributeError, OSError):  # another C library
+            ctypes.CDLL(None).malloc_trim(0)

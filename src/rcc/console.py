@@ -17,6 +17,7 @@ from rich.console import Console
 from .errors import FileError, InputError, ModelError
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedTokenizerBase
 
     from .modeling import RCCForCausalLM
@@ -112,32 +113,53 @@ def load_model(
         if name not in checkpoints.shipped_models():
             raise ModelError(f"the context was made by {name}: name that model's folder with --model.")
     with status("loading the model") as say:
-        import torch
         from transformers.utils import logging as quiet
 
         from .modeling import RCCForCausalLM
 
         quiet.set_verbosity_error()
         quiet.disable_progress_bar()
-        if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        try:
-            torch.device(device)
-        except RuntimeError:
-            raise InputError(f"--device {device} is unknown: use cpu, cuda or mps.") from None
-        try:
-            torch.zeros(1, device=device).item()
-        except (RuntimeError, AssertionError, ImportError) as error:
-            reason = str(error).strip().splitlines()[0].rstrip(".")
-            raise InputError(f"--device {device} cannot be used here ({reason}): use cpu.") from None
-        kind = None
-        if dtype is not None:
-            kind = getattr(torch, dtype, None)
-            if kind not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
-                raise InputError(f"--dtype {dtype} is unknown: use bfloat16, float16 or float32.")
+        device, kind = check_device(device), check_dtype(dtype)
         name = DEFAULT_MODEL if name is None else name
         rcc = RCCForCausalLM.from_pretrained(name, device=device, dtype=kind, progress=say)
         return rcc, checkpoints.load_tokenizer(name)
+
+
+def check_device(name: str | None) -> str:
+    """The device of that name, or for None a GPU if there is one.
+
+    Raises:
+        InputError: it is unknown, or cannot be used here.
+    """
+    import torch
+
+    device = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.device(device)
+    except RuntimeError:
+        raise InputError(f"--device {device} is unknown: use cpu, cuda or mps.") from None
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise InputError(f"--device {device} cannot be used here ({reason}): use cpu.") from None
+    return device
+
+
+def check_dtype(name: str | None) -> torch.dtype | None:
+    """The precision of that name; None for None.
+
+    Raises:
+        InputError: it is none for weights.
+    """
+    if name is None:
+        return None
+    import torch
+
+    dtype = getattr(torch, name, None)
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        raise InputError(f"--dtype {name} is unknown: use bfloat16, float16 or float32.")
+    return dtype
 
 
 def print_json(value: Any) -> None:

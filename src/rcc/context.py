@@ -96,10 +96,17 @@ class BlockLayer(DynamicLayer):
 
 class KVBlocks:
     """Keys and values of every layer, [B, KV heads, capacity, head dim], shared by the contexts that grew from
-    one another. `used` counts the positions that some context calls its own; what lies behind is free."""
+    one another. `used` counts the positions that some context calls its own; what lies behind is free. `release`
+    lets go of the memory of what is mapped from a file, until it is used again."""
 
-    def __init__(self, layers: Sequence[tuple[Tensor, Tensor]], used: int, writable: bool):
-        self.layers, self.used, self.writable = layers, used, writable
+    def __init__(
+        self,
+        layers: Sequence[tuple[Tensor, Tensor]],
+        used: int,
+        writable: bool,
+        release: Callable[[], None] = lambda: None,
+    ):
+        self.layers, self.used, self.writable, self.release = layers, used, writable, release
         self.lock = threading.Lock()
 
     @property
@@ -234,7 +241,16 @@ class CompressedContext:
         return Cache(layers=[BlockLayer(0, keys, values, self.length) for keys, values in layers])
 
     def _copy(self, extra: int) -> Cache:
-        return self._cache([_room(*self.layer(i), extra) for i in range(len(self.blocks.layers))])
+        return self._cache(self._rooms(extra))
+
+    def _rooms(self, extra: int, device: Any = None, dtype: torch.dtype | None = None) -> list[tuple[Tensor, Tensor]]:
+        """Copies of all keys and values with capacity for `extra` more positions, one layer after the other: of what
+        is mapped from a file, no more than one layer is in memory beside its copy."""
+        layers = []
+        for i in range(len(self.blocks.layers)):
+            layers.append(_room(*self.layer(i), extra, device, dtype))
+            self.blocks.release()
+        return layers
 
     def grown(self, cache: Cache, pieces: tuple[tuple[Piece, ...], ...], mask: Tensor | None) -> CompressedContext:
         """The longer context that `cache` has become since :meth:`borrow`: shares memory with this one where it can."""
@@ -260,7 +276,7 @@ class CompressedContext:
             raise InputError(f"n must be at least 1, not {n!r}.")
         layers = [(k.expand(n, -1, -1, -1), v.expand(n, -1, -1, -1)) for k, v in self.blocks.layers]
         mask = None if self.mask is None else self.mask.expand(n, -1)
-        blocks = KVBlocks(layers, self.length, writable=False)
+        blocks = KVBlocks(layers, self.length, False, self.blocks.release)
         return replace(self, blocks=blocks, pieces=self.pieces * n, mask=mask)
 
     def __getitem__(self, i: int) -> CompressedContext:
@@ -274,7 +290,7 @@ class CompressedContext:
             keep = self.mask[i].nonzero()[:, 0]
             layers = [(k[:, :, keep], v[:, :, keep]) for k, v in layers]
             length = len(keep)
-        blocks = KVBlocks(layers, length, writable=False)
+        blocks = KVBlocks(layers, length, False, self.blocks.release)
         return replace(self, blocks=blocks, length=length, pieces=(self.pieces[i],), mask=None)
 
     @classmethod
@@ -318,7 +334,7 @@ class CompressedContext:
         dtype = dtype or self.dtype
         if (device, dtype) == (self.device, self.dtype):
             return self
-        layers = [_room(*self.layer(i), SPARE, device, dtype) for i in range(len(self.blocks.layers))]
+        layers = self._rooms(SPARE, device, dtype)
         mask = None if self.mask is None else self.mask.to(device)
         return replace(self, blocks=KVBlocks(layers, self.length, writable=True), mask=mask)
 
@@ -363,7 +379,7 @@ class CompressedContext:
             FileError: the file cannot be read.
             ContextError: it is damaged, truncated, of a newer format, not a context, or made by another model.
         """
-        manifest, tensors = fileformat.read(Path(path), "context", verify)
+        manifest, tensors, release = fileformat.read(Path(path), "context", verify)
         try:
             pieces = tuple(pieces_from(manifest["pieces"]))
             fingerprint, name = manifest["fingerprint"], manifest["model"]
@@ -381,13 +397,12 @@ class CompressedContext:
             raise ContextError(f"{path} is damaged: its tensors are not the keys and values of {length} positions.")
         if model is not None:
             model.check_fingerprint(fingerprint, name, str(path))
-        blocks = KVBlocks(layers, length, writable=False)
+        blocks = KVBlocks(layers, length, False, release)
         context = cls(blocks, length, (pieces,), fingerprint, name, segment_length, versions)
         target = device if device is not None or model is None else model.device
         moved = context.to(target, None if model is None else model.dtype)
         if moved is context and verify == "full":
-            layers = [_room(*layer, SPARE) for layer in layers]
-            moved = replace(context, blocks=KVBlocks(layers, length, writable=True))
+            moved = replace(context, blocks=KVBlocks(context._rooms(SPARE), length, writable=True))
         return moved
 
 

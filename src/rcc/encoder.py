@@ -252,14 +252,16 @@ def encode(
         counts = [sum(-(-len(segment) // rate) for segment in part) for part in parts]
         m = max(counts)
         if valid is None and min(counts) == m:
-            yield {k: h.reshape(len(rows), m, h.shape[-1]) for k, h in states.items()}, None, done
-            continue
-        # rows of different lengths: lay the real vectors of each behind one another, gaps at the end
-        real = torch.ones(next(iter(states.values())).shape[:2], dtype=torch.bool) if valid is None else valid.cpu()
-        flat = real.flatten().nonzero()[:, 0].split(counts)
-        index = pad_sequence(list(flat), batch_first=True).to(rows[0][0].device)
-        mask = torch.arange(m)[None] < torch.tensor(counts)[:, None]
-        yield {k: h.flatten(0, 1)[index] for k, h in states.items()}, mask.to(rows[0][0].device), done
+            states = {k: h.reshape(len(rows), m, h.shape[-1]) for k, h in states.items()}
+        else:
+            # rows of different lengths: lay the real vectors of each behind one another, gaps at the end
+            real = torch.ones(next(iter(states.values())).shape[:2], dtype=torch.bool) if valid is None else valid.cpu()
+            flat = real.flatten().nonzero()[:, 0].split(counts)
+            index = pad_sequence(list(flat), batch_first=True).to(rows[0][0].device)
+            states = {k: h.flatten(0, 1)[index] for k, h in states.items()}
+            valid = (torch.arange(m)[None] < torch.tensor(counts)[:, None]).to(rows[0][0].device)
+        yield states, valid, done
+        del states, valid  # before the next batch is read
 
 
 @dataclass(frozen=True)
@@ -321,7 +323,7 @@ class CompressedVectors:
         Raises:
             FileError: it cannot be read. ContextError: it is damaged, of a newer format or something else.
         """
-        manifest, tensors = fileformat.read(Path(path), "vectors", verify="full")
+        manifest, tensors, _ = fileformat.read(Path(path), "vectors", verify="full")
         try:
             return cls(
                 tensors["states"].clone().to(device),

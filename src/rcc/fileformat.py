@@ -18,6 +18,7 @@ import re
 import secrets
 import struct
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -128,8 +129,9 @@ def is_ours(path: Path, kind: str) -> bool:
         return False
 
 
-def read(path: Path, kind: str, verify: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Open a file that :func:`write` wrote → its manifest, and its tensors by name, mapped: read when they are used.
+def read(path: Path, kind: str, verify: str) -> tuple[dict[str, Any], dict[str, Tensor], Callable[[], None]]:
+    """Open a file that :func:`write` wrote → its manifest; its tensors by name, mapped: read when they are used; and
+    what to call when they have been copied, so that they no longer take memory until they are used again.
 
     Args:
         verify: `"full"` checks the digest over every byte first; `"header"` only the header and the sizes.
@@ -157,8 +159,11 @@ def read(path: Path, kind: str, verify: str) -> tuple[dict[str, Any], dict[str, 
     match = _DIGEST.search(text)
     if match is None:
         raise ContextError(f"{damaged} (it has no digest).")
-    if verify == "full" and _digest(data, 8 + match.start(1)) != match[1]:
-        raise ContextError(f"{damaged} (its content does not match its digest).")
+    release = partial(_release, data)
+    if verify == "full":
+        if _digest(data, 8 + match.start(1)) != match[1]:
+            raise ContextError(f"{damaged} (its content does not match its digest).")
+        release()
     try:
         header = json.loads(text)
         metadata = header.pop("__metadata__")
@@ -175,9 +180,14 @@ def read(path: Path, kind: str, verify: str) -> tuple[dict[str, Any], dict[str, 
     if len(data) != total:
         raise ContextError(f"{damaged} (it has {len(data)} bytes instead of {total}).")
     try:
-        return manifest, {name: _tensor(data, 8 + size, entry) for name, entry in header.items()}
+        return manifest, {name: _tensor(data, 8 + size, entry) for name, entry in header.items()}, release
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ContextError(f"{damaged} (a tensor cannot be read: {error}).") from None
+
+
+def _release(data: mmap.mmap) -> None:
+    if hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
+        data.madvise(mmap.MADV_DONTNEED)
 
 
 def _tensor(data: mmap.mmap, start: int, entry: dict[str, Any]) -> Tensor:

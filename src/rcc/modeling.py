@@ -36,9 +36,16 @@ logger = logging.getLogger(__name__)
 WEIGHTS = "model.safetensors"
 BATCH_TOKENS = 4096
 """Tokens that the encoder reads in one forward pass, unless told otherwise."""
+CPU_BATCH_TOKENS = 512
+"""The same where `compress` runs on a CPU, which larger batches make hardly faster, and there is less memory."""
 
 Progress = Callable[[int, int], None]
 """Called with tokens read so far and tokens in all."""
+
+
+def batch_tokens_on(device: torch.device) -> int:
+    """Tokens that `compress` reads at once on a device, unless told otherwise."""
+    return CPU_BATCH_TOKENS if device.type == "cpu" else BATCH_TOKENS
 
 
 class RCCForCausalLM(nn.Module):
@@ -364,7 +371,7 @@ class RCCForCausalLM(nn.Module):
         rate: int | None = None,
         context: CompressedContext | None = None,
         *,
-        batch_tokens: int = BATCH_TOKENS,
+        batch_tokens: int | None = None,
         progress: Progress | None = None,
     ) -> CompressedContext:
         """Compress texts (section 3 of the paper), holding one batch of segments and the KV prefix in memory.
@@ -374,7 +381,7 @@ class RCCForCausalLM(nn.Module):
             attention_mask: [B, T], 0 at padding, on either side; texts may differ in length.
             rate: tokens a position; the model's default for None.
             context: append to this one: a new segment starts, nothing before it is computed again.
-            batch_tokens: about how many tokens the encoder reads at once.
+            batch_tokens: about how many tokens the encoder reads at once; None: :func:`batch_tokens_on` the device.
 
         Returns:
             A context of B texts with ceil(T / rate) positions each, after those of `context`.
@@ -387,14 +394,16 @@ class RCCForCausalLM(nn.Module):
         rows = encoding.rows_of(_to(input_ids, self.device), _to(attention_mask, self.device), self._vocabulary)
         pieces = [piece_of(row, rate, self.config) for row in rows]
         total = sum(piece.tokens for piece in pieces)
+        step = batch_tokens_on(self.device) if batch_tokens is None else batch_tokens
 
         def chunks() -> Any:
             wanted = self.projections.states
             texts = encoding.texts_of(rows, None)
             for states, valid, done in encoding.encode(
-                self.encoder, texts, rate, self.config, wanted, batch_tokens, self.memory
+                self.encoder, texts, rate, self.config, wanted, step, self.memory
             ):
                 yield states, valid
+                del states, valid  # before the next batch is read
                 if progress is not None:
                     progress(min(done, total), total)
 
@@ -495,6 +504,7 @@ class RCCForCausalLM(nn.Module):
                 **residual_arguments(residuals),
             )
             seen = None if mask is None else mask.bool()
+            del states, valid, residuals, inputs  # before the next batch is read
         return seen
 
     @staticmethod

@@ -9,10 +9,13 @@ from typing import Annotated
 import typer
 
 from ..console import (
+    DEFAULT_MODEL,
     Device,
     Dtype,
     Json,
     Model,
+    check_device,
+    check_dtype,
     err,
     load_model,
     out,
@@ -191,5 +194,100 @@ def passkey(
         return
     for text in (table, *results.notes):
         out.print(text, markup=False)
+    if output is not None:
+        err.print(f"{output}: results.json, samples.jsonl, table.md and plots", markup=False)
+
+
+@app.command()
+def resources(
+    model: Model = None,
+    shape: Annotated[
+        str | None, typer.Option(help="Without weights: pythia-1.4b, llama-3-8b, … or a config.json, or its folder.")
+    ] = None,
+    encoder: Annotated[
+        str | None, typer.Option(metavar="SHAPE", help="With --shape: the encoder's (default: the same).")
+    ] = None,
+    share_base: Annotated[bool, typer.Option("--share-base", help="With --shape: one base, under LoRA.")] = False,
+    random: Annotated[bool, typer.Option("--random", help="With --shape: measure it, with random weights.")] = False,
+    lengths: Annotated[str, typer.Option(help="Tokens of a text: 512, 8k (8,192), 1M (1,048,576), …")] = "2k,8k,32k",
+    rates: Annotated[
+        str | None, typer.Option(help="Rates (default: for each length the lowest trained one; of a shape 8,32).")
+    ] = None,
+    segment_length: Annotated[
+        int | None, typer.Option(min=1, help="With --shape: tokens of a segment (default: 2048).")
+    ] = None,
+    question_tokens: Annotated[int, typer.Option(min=1, help="Behind which the first token is written.")] = 32,
+    plain: Annotated[bool, typer.Option(help="Also the base that reads the text as it is.")] = True,
+    data: Annotated[Path | None, typer.Option(help="A text to read, repeated (default: random tokens).")] = None,
+    batch_tokens: Annotated[str | None, typer.Option(help="Tokens read at once (default: as compress does).")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Lengths at most, the shortest ones.")] = None,
+    output: Output = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """Measure, or compute without weights, the memory and time that texts take."""
+    from .results import need
+
+    need(*([] if output is None else ["matplotlib"]))
+    if shape is not None and model is not None:
+        raise InputError("--model measures a model and --shape computes one: give one of them.")
+    alone = {"encoder": encoder, "share-base": share_base, "random": random, "segment-length": segment_length}
+    for name, value in alone.items():
+        if value and shape is None:
+            raise InputError(f"--{name} is for a shape: name one with --shape.")
+    if share_base and encoder is not None:
+        raise InputError("--share-base has one base for both sides: leave out --encoder.")
+    if shape is not None and not random and device is not None:
+        raise InputError("--device is for what is measured: add --random, or leave it out.")
+    if data is not None and shape is not None:
+        raise InputError("--data needs a model's tokenizer: leave it out with --shape.")
+    sizes = parse_counts(lengths, "--lengths")
+    divisors = [] if rates is None else parse_counts(rates, "--rates")
+    batch = None if batch_tokens is None else parse_count(batch_tokens, "--batch-tokens")
+    text = None if data is None else read_text(str(data))
+    with status("loading torch and transformers"):
+        from .. import checkpoints, prompting
+        from . import resources as task
+    kind = check_dtype(dtype)
+    if shape is not None:
+        subject = task.shaped(
+            shape,
+            encoder,
+            share_base=share_base,
+            rates=divisors or task.RATES,
+            segment_length=segment_length or 2048,
+            **({} if kind is None else {"dtype": kind}),
+        )
+    else:
+        subject = task.trained(model or DEFAULT_MODEL, kind)
+    place = check_device(device) if shape is None or random else "cpu"
+    ids = None
+    if text is not None:
+        tokenizer = checkpoints.load_tokenizer(model or DEFAULT_MODEL)
+        ids = prompting.token_ids(tokenizer, text)[0].numpy()
+    with progress("cells", 1, "cells") as advance:
+        results = task.resources(
+            subject,
+            sizes,
+            rates=divisors,
+            measured=shape is None or random,
+            question_tokens=question_tokens,
+            plain=plain,
+            device=place,
+            dtype=kind,
+            batch_tokens=batch,
+            text=ids,
+            limit=limit,
+            folder=output,
+            progress=advance,
+        )
+    table = task.table(results)
+    results.finish(task.BY, table, task.figures(results))
+    if as_json:
+        print_json(results.summary(task.BY))
+        return
+    for line in (table, *results.notes):
+        out.print(line, markup=False)
     if output is not None:
         err.print(f"{output}: results.json, samples.jsonl, table.md and plots", markup=False)

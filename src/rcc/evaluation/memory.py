@@ -1,8 +1,9 @@
-"""How much memory this process has held at most, where the system says so."""
+"""How much memory this process holds, and has held at most, where the system says so."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from pathlib import Path
 
@@ -15,6 +16,23 @@ def reset_peak(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
+
+
+def resident() -> int:
+    """Bytes of memory that this process holds now; 0 where the system does not say (all but Linux)."""
+    with contextlib.suppress(OSError):
+        return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return 0
+
+
+def available(device: torch.device) -> int | None:
+    """Bytes that can still be had, of a GPU's memory or of the machine's; None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/meminfo").read_text(encoding="ascii", errors="replace").splitlines()
+        return int(next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))) * 1024
+    return None
 
 
 def peak_mb(device: torch.device) -> float | None:

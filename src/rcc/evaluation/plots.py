@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..console import show_count
 from ..errors import InputError
 from .results import Interval
 
@@ -26,8 +27,9 @@ def curves(
     y: str,
     title: str,
     log: bool = False,
+    log_y: bool = False,
 ) -> None:
-    """Curves with their intervals as bands: {name: [(x, figure), …]}."""
+    """Curves with their intervals as bands: {name: [(x, figure), …]}; `log` is of whole numbers."""
     figure, axes = _figure(6.4, 4.0)
     for name, points in lines.items():
         places = [place for place, _ in points]
@@ -37,8 +39,10 @@ def curves(
     if log:
         axes.set_xscale("log", base=2)
         places = sorted({place for points in lines.values() for place, _ in points})
-        axes.set_xticks(places, [f"{place:g}" for place in places])
+        axes.set_xticks(places, [show_count(int(place)) for place in places])
         axes.minorticks_off()
+    if log_y:
+        axes.set_yscale("log")
     axes.set(xlabel=x, ylabel=y, title=title)
     axes.grid(alpha=0.3)
     if len(lines) > 1:
