@@ -1,0 +1,66 @@
+"""Cut a model's LoRA to smaller ranks (one shared base): of each pair of matrices the largest singular values are kept.
+
+    python scripts/shrink_lora.py MODEL OUT --encoder 4 --decoder 2 [--segment 512] [--rates 512,128]
+
+Prints how much of the products' energy (sum of squared singular values) is lost. `--segment` and `--rates` are written
+into the configuration where a run goes on with others.
+"""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from rcc import RCCForCausalLM
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--encoder", type=int, required=True, help="rank of the encoder's LoRA")
+    parser.add_argument("--decoder", type=int, required=True, help="rank of the decoder's LoRA")
+    parser.add_argument("--segment", type=int, help="tokens of a segment (default: the model's)")
+    parser.add_argument("--rates", help="such as 512,128 (default: the model's)")
+    arguments = parser.parse_args()
+    model = RCCForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
+    old = model.config
+    if not old.share_base:
+        parser.error(f"{arguments.model} has a base for each side: only models with one base are cut")
+    config = replace(
+        old,
+        encoder_lora_rank=arguments.encoder,
+        decoder_lora_rank=arguments.decoder,
+        segment_length=arguments.segment or old.segment_length,
+        rates=[int(rate) for rate in arguments.rates.split(",")] if arguments.rates else old.rates,
+    )
+    state, small = model.own_state_dict(), {}
+    kept = whole = 0.0
+    for name, a in state.items():
+        if ".lora_B." in name:
+            continue  # with its lora_A
+        if ".lora_A." not in name:
+            small[name] = a
+            continue
+        side, other = name.split(".")[0], name.replace(".lora_A.", ".lora_B.")
+        rank = getattr(config, f"{side}_lora_rank")
+        # LoRA adds alpha / rank · B A, of which the factor may change with the rank
+        u, s, v = torch.linalg.svd((_factor(old, side) / _factor(config, side)) * state[other] @ a, full_matrices=False)
+        root = s[:rank].sqrt()
+        small[name], small[other] = root[:, None] * v[:rank], u[:, :rank] * root
+        kept, whole = kept + float(s[:rank].square().sum()), whole + float(s.square().sum())
+    base = config.base["decoder"].source
+    target = RCCForCausalLM.from_base(base, config=replace(config, base={}), dtype=torch.float32)
+    target.load_own_state_dict(small)
+    target.save_pretrained(arguments.out, dtype=torch.bfloat16)
+    print(f"{arguments.out}: {1 - kept / whole:.1%} of the energy of LoRA lost")
+
+
+def _factor(config, side: str) -> float:
+    rank = getattr(config, f"{side}_lora_rank")
+    return (config.lora_alpha or rank) / rank
+
+
+if __name__ == "__main__":
+    main()
