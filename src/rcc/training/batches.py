@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from ..errors import InputError
 from .data import Corpus, Interleave, QuestionStream, Row, TextStream, open_questions, open_text, split
 from .recipe import Recipe, Stage
-from .tasks import Marks, Sample, collate
+from .tasks import Marks, Sample, collate, collate_plain
 
 
 @dataclass(frozen=True)
@@ -196,6 +196,8 @@ class Samples:
 
     def collate(self, samples: list[Sample], kind: Kind) -> dict[str, Any]:
         """Samples of one kind → a batch."""
+        if self.stage.plain:
+            return {**collate_plain(samples, self.marks.eos), "kind": str(kind)}
         distillation = self.stage.distillation
         teacher = distillation is not None and kind.task in distillation.tasks
         return {**collate(samples, self.marks.eos, teacher), "rate": kind.rate, "kind": str(kind)}

@@ -223,6 +223,26 @@ def _texts(row: dict[str, Any], source: Source, kind: str) -> list[str] | str:
     return texts
 
 
+def read_rows(source: Source) -> Iterator[tuple[str, dict[str, Any] | str]]:
+    """Rows of a source of questions as they are: where each stands (`file:line`), and its object or why there is none.
+
+    Raises:
+        FileError: a file is missing or damaged. InputError: a file is not of JSON lines, or `datasets` is needed.
+    """
+    files = _files(source, "questions")
+    if files is None:
+        yield from ((f"{source.path}:{number}", row) for number, row in enumerate(_dataset(source), 1))
+        return
+    for file in files:
+        _check_lines(file)
+        yield from ((f"{file}:{number}", row) for number, row in _read(file, source))
+
+
+def _check_lines(file: Path) -> None:
+    if _kind_of(file) not in JSON_LINES:
+        raise InputError(f"{file} is not a JSON-lines file: questions need rows with fields.")
+
+
 # ---------------------------------------------------------------- the cache
 def open_text(
     source: Source, tokenizer: PreTrainedTokenizerBase, *, progress: Callable[[str], None] | None = None
@@ -324,8 +344,8 @@ def _make(
                 writer.add(source.path, enumerate(dataset, 1))
             else:
                 for file in files:
-                    if kind == "questions" and _kind_of(file) not in JSON_LINES:
-                        raise InputError(f"{file} is not a JSON-lines file: questions need rows with fields.")
+                    if kind == "questions":
+                        _check_lines(file)
                     writer.add(str(file), _read(file, source), must_have_objects=_kind_of(file) in JSON_LINES)
             writer.finish([source.path] if files is None else [str(file) for file in files])
         os.rename(work, folder)

@@ -33,17 +33,19 @@ class Objective(nn.Module):
         input_ids: Tensor,
         labels: Tensor,
         logits_to_keep: Tensor,
-        context_ids: Tensor,
-        rate: int,
+        context_ids: Tensor | None = None,
+        rate: int | None = None,
         kind: str = "",
+        attention_mask: Tensor | None = None,
         context_mask: Tensor | None = None,
         teacher_ids: Tensor | None = None,
         teacher_mask: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """A batch as :func:`rcc.training.tasks.collate` makes it → loss, and the logits [B, U, V] it came from."""
+        """A batch as :mod:`rcc.training.tasks` collates it → loss, and the logits [B, U, V] it came from."""
         with torch.autocast(input_ids.device.type, self.dtype, enabled=self.dtype != torch.float32):
             out = self.model(
                 input_ids=input_ids,
+                attention_mask=attention_mask,
                 labels=labels,
                 logits_to_keep=logits_to_keep,
                 context_ids=context_ids,

@@ -99,7 +99,7 @@ def flops(model: RCCForCausalLM, stage: Stage) -> float:
     rows = sum(max(1, stage.batch_tokens // n) for n in lengths) / len(lengths)
     read = sum(max(1, stage.batch_tokens // n) * n for n in lengths) / len(lengths)
     prefix = read * sum(1 / r for r in rates) / len(rates)
-    tokens = {"encoder": read, "decoder": prefix + rows * stage.target_tokens}
+    tokens = {"encoder": 0.0 if stage.plain else read, "decoder": prefix + rows * stage.target_tokens}
     total = 0.0
     for side, body in (("encoder", model.encoder), ("decoder", model.decoder.base_model)):
         weights = learning = 0
@@ -112,7 +112,7 @@ def flops(model: RCCForCausalLM, stage: Stage) -> float:
         total += tokens[side] * passes
     head = model.decoder.config.vocab_size * model.decoder.config.hidden_size
     projections = sum(p.numel() for p in model.projections.parameters())
-    return total + rows * stage.target_tokens * 4 * head + prefix * 4 * projections
+    return total + rows * stage.target_tokens * 4 * head + (0 if stage.plain else prefix * 4 * projections)
 
 
 def stage_activations(model: Blueprint, stage: Stage) -> int:
@@ -139,8 +139,8 @@ def _stage(console: Console, recipe: Recipe, number: int, whole: Blueprint, mode
             if group_of(name) == group and id(p) not in base:
                 learns, frozen = (learns + p.numel(), frozen) if p.requires_grad else (learns, frozen + p.numel())
         how = stage.group(group)
-        rates = f"{how.learning_rate:g} {how.schedule}" if learns else "–"
-        _say(console, f"  {group:13}{learns:<16,}{frozen:<16,}{rates}")
+        rate_of = f"{how.learning_rate:g} {how.schedule}" if learns else "–"
+        _say(console, f"  {group:13}{learns:<16,}{frozen:<16,}{rate_of}")
     if base:
         shared = sum(p.numel() for p in model.parameters() if id(p) in base)
         _say(console, f"  shared base  {0:<16}{shared:<16,}–")
@@ -148,7 +148,8 @@ def _stage(console: Console, recipe: Recipe, number: int, whole: Blueprint, mode
     shares = sum(task.share for task in stage.tasks.values())
     _say(console, "  tasks        " + ", ".join(f"{n} {t.share / shares:.0%}" for n, t in stage.tasks.items()))
     _say(console, f"  contexts     {', '.join(f'{n:,} tokens ({s} a batch)' for n, s in samples.items())}")
-    _say(console, f"  rates        {', '.join(f'{r}×' for r in stage.rates)}")
+    rates = "none: the decoder reads the text as it is" if stage.plain else ", ".join(f"{r}×" for r in stage.rates)
+    _say(console, f"  rates        {rates}")
     one = flops(model, stage)
     read = sum(s * n for n, s in samples.items()) / len(samples) * stage.accumulation
     if stage.max_minutes is not None:

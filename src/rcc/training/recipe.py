@@ -170,6 +170,8 @@ class Stage:
         betas, max_grad_norm: AdamW's, and where gradients are clipped.
         gradient_checkpointing: recompute activations in the backward pass: less memory, a third more time.
         distillation: see :class:`Distillation`.
+        plain: the decoder alone learns, and reads the context as it is: the model that compressed contexts are compared
+            with (`rcc eval qa --tuned`). Encoder and projections are frozen.
     """
 
     name: str = "train"
@@ -188,6 +190,7 @@ class Stage:
     max_grad_norm: float = 1.0
     gradient_checkpointing: bool = False
     distillation: Distillation | None = None
+    plain: bool = False
 
     def __post_init__(self) -> None:
         _check(bool(self.name) and not set(self.name) & set("/\\"), "name", self.name, "a name for a folder")
@@ -215,6 +218,9 @@ class Stage:
             for name in getattr(self, key):
                 if name not in known:
                     raise InputError(_unknown(f"{key}.{name}", name, known))
+        if self.plain:
+            _check(self.distillation is None, "distillation", "given", "left out where plain is true")
+            self.frozen = sorted({*self.frozen, "encoder", "projections"})
         _check(set(self.frozen) < set(GROUPS), "frozen", self.frozen, "less than all groups")
         good = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
         _check(good, "betas", self.betas, "two numbers from 0 to below 1")
@@ -309,8 +315,8 @@ class Recipe:
         names = [stage.name for stage in self.stages]
         _check(len(set(names)) == len(names), "stages", names, "stages of different names")
         for i, stage in enumerate(self.stages):
-            stage.rates = stage.rates or list(self.model.rates)
-            for rate in stage.rates:
+            stage.rates = [1] if stage.plain else stage.rates or list(self.model.rates)
+            for rate in [] if stage.plain else stage.rates:
                 _check(rate in self.model.rates, f"stages.{i}.rates", rate, f"some of model.rates ({self.model.rates})")
             for name, task in stage.tasks.items():
                 if task.reads and not getattr(self.data, task.reads):

@@ -56,8 +56,8 @@ class Sample:
         prompt: what the decoder is given, at least one token.
         target: what it learns to write behind it, at least one token.
         task: the task's name, for the log.
-        plain: for distillation, what a teacher without compression reads in place of context and prompt. None: the
-            context's tokens, then the prompt.
+        plain: what a decoder without compression (a teacher, or the one of a stage that is `plain`) reads in place of
+            context and prompt. None: the context's tokens, then the prompt.
     """
 
     pieces: tuple[np.ndarray, ...]
@@ -65,6 +65,10 @@ class Sample:
     target: np.ndarray
     task: str
     plain: np.ndarray | None = None
+
+    def uncompressed(self) -> np.ndarray:
+        """Token ids [T] in front of the target, for a decoder that reads the context as it is."""
+        return np.concatenate([*self.pieces, self.prompt]) if self.plain is None else self.plain
 
 
 @dataclass(frozen=True, eq=False)
@@ -415,7 +419,7 @@ def collate(samples: Sequence[Sample], pad: int, teacher: bool = False) -> dict[
         numbers = [np.repeat(np.arange(1, len(s.pieces) + 1), [len(p) for p in s.pieces]) for s in samples]
         batch["context_mask"] = _padded(numbers, 0)
     if teacher:
-        plain = [np.concatenate([*s.pieces, s.prompt]) if s.plain is None else s.plain for s in samples]
+        plain = [s.uncompressed() for s in samples]
         extra = [len(p) - len(s.prompt) for p, s in zip(plain, samples, strict=True)]
         shift = max(0, *extra)
         ids = torch.full((len(samples), shift + labels.shape[1]), pad)
@@ -426,6 +430,24 @@ def collate(samples: Sequence[Sample], pad: int, teacher: bool = False) -> dict[
             ids[b, start : start + len(read)], mask[b, start : start + len(read)] = read, 1
         batch |= {"teacher_ids": ids, "teacher_mask": mask}
     return batch
+
+
+def collate_plain(samples: Sequence[Sample], pad: int) -> dict[str, Tensor]:
+    """B samples → the arguments of a training pass of the decoder alone, [B, Q] each, padded on the right.
+
+    Returns:
+        input_ids: what stands in front of the target, and the target.
+        attention_mask: 0 at padding.
+        labels, logits_to_keep: as of :func:`collate`.
+    """
+    rows = [(s.uncompressed(), s.target) for s in samples]
+    labels = _padded([np.concatenate([np.full(len(read), -100), target]) for read, target in rows], -100)
+    return {
+        "input_ids": _padded([np.concatenate(row) for row in rows], pad),
+        "attention_mask": _padded([np.ones(len(read) + len(target), dtype=np.int64) for read, target in rows], 0),
+        "labels": labels,
+        "logits_to_keep": (labels[:, 1:] != -100).any(0).nonzero()[:, 0],
+    }
 
 
 def describe(sample: Sample, tokenizer: PreTrainedTokenizerBase, most: int = 160) -> str:

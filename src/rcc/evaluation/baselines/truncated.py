@@ -1,0 +1,17 @@
+"""The beginning and the end of the text, as many tokens as a compressed context has positions."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..questions import Question
+from . import Held
+from .plain import Plain, ends
+
+
+class Truncated(Plain):
+    compresses = True
+
+    def hold(self, text: Tensor, rate: int, question: Question) -> Held:
+        kept = ends(text, -(-len(text) // rate))
+        return super().hold(kept, 1, question)
