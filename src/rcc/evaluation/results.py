@@ -254,10 +254,10 @@ def no_rate_warnings() -> Iterator[None]:
         logger.setLevel(before)
 
 
-def need(*modules: str) -> None:
-    """Raise InputError unless these modules, which come with the extra `eval`, are installed."""
+def need(*modules: str, extra: str = "eval") -> None:
+    """Raise InputError unless these modules, which come with that extra, are installed."""
     if missing := [name for name in modules if importlib.util.find_spec(name) is None]:
-        raise InputError(f"this evaluation needs {' and '.join(missing)}: pip install 'rcc[eval]'.")
+        raise InputError(f"this evaluation needs {' and '.join(missing)}: pip install 'rcc[{extra}]'.")
 
 
 def _name(key: Mapping[str, Any]) -> str:
