@@ -7,7 +7,8 @@ first time (minutes, 1.4 GB with torch for a CPU), and is spoken to in JSON line
 
     {"id": …, "context": [token ids to compress], "question": [token ids of the rest of the prompt], "keep": 128}
 
-`keep` is how many positions each layer keeps of the context. Each answer is one line, written as soon as it is there:
+`press` and `max_new_tokens` may stand there too. `keep` is how many positions each layer keeps of the context. Each
+answer is one line, written as soon as it is there:
 
     {"id", "press", "tokens", "positions", "bytes", "compress_seconds", "first_token_seconds", "total_seconds"}
 
@@ -271,7 +272,7 @@ def worker() -> None:
         row: dict[str, Any] = {"id": request["id"], "press": request["press"]}
         try:
             with torch.no_grad():
-                row |= answer(model, request, arguments.max_new_tokens, stop)
+                row |= answer(model, request, request.get("max_new_tokens", arguments.max_new_tokens), stop)
         except (AssertionError, ValueError) as error:  # how presses refuse a context
             row["error"] = str(error) or type(error).__name__
         out.write(json.dumps(row) + "\n")

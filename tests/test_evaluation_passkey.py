@@ -423,7 +423,7 @@ def test_more_refusals(
     code, out, err = call("--model", passkey_model[0], "--lengths", "72", "--output", tmp_path)
     assert (code, out) == (2, "")
     assert "is not empty and holds no evaluation" in err
-    monkeypatch.setattr("rcc.evaluation.cli.EXAMPLE", tmp_path / "none.txt")
+    monkeypatch.setattr("rcc.evaluation.example.EXAMPLE", Path("examples/none.txt"))
     code, out, err = call("--model", passkey_model[0], "--variants", "prose")
     assert (code, out) == (2, "")
     assert "--filler-data" in err

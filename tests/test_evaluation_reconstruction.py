@@ -269,7 +269,7 @@ def test_the_example_is_the_default(tokenizer, tmp_path, monkeypatch):
     (tmp_path / "examples").mkdir()
     (tmp_path / "examples/simple-susan.txt").write_text("w1 w2", encoding="utf-8")
     assert open_texts([], "text", tokenizer)[0].tokens_total == 2
-    monkeypatch.setattr("rcc.evaluation.reconstruction.EXAMPLE", Path("examples/none.txt"))
+    monkeypatch.setattr("rcc.evaluation.example.EXAMPLE", Path("examples/none.txt"))
     with pytest.raises(InputError, match="--data is missing"):
         open_texts([], "text", tokenizer)
 

@@ -273,3 +273,46 @@ def test_what_a_press_refuses_is_a_row_that_says_so(environment: Path, base: Pat
     assert "n_sink=4" in rows[0]["error"]
     assert f"more than the base's {window} positions" in rows[1]["error"]
     assert rows[2]["positions"] == 2
+
+
+# ---------------------------------------------------------------- rows of an evaluation
+ROWS = SCRIPT.parent / "kvpress_rows.py"
+
+
+def rows(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, str(ROWS), *arguments], capture_output=True, text=True, check=False)
+
+
+def test_rows_beside_an_evaluation(environment: Path, tmp_path: Path) -> None:
+    """The questions that a folder was asked, answered by its base, in its table; again, nothing is asked twice."""
+    data, folder = tmp_path / "facts.jsonl", tmp_path / "qa"
+    text = "The old lion of the zoo is called Brutus. He sleeps all day long. " * 4
+    asked = {"id": "zoo/1", "context": text, "question": "What is the lion called?", "answers": ["Brutus"]}
+    data.write_text(json.dumps(asked) + "\n")
+    command = ["eval", "qa", "--data", str(data), "--modes", "human", "--rates", "4", "--baselines", "plain"]
+    done = subprocess.run(
+        [sys.executable, "-m", "rcc", *command, "--max-new-tokens", "8", "--output", str(folder)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    options = [str(folder), "--press", "snapkv", "--press", "none", "--rates", "4", "--env", str(environment)]
+    for _ in range(2):
+        done = rows(*options)
+        assert done.returncode == 0, done.stderr
+        assert "| kvpress snapkv | 4× | 1 |" in done.stdout
+    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    found = {row["key"]["method"]: row for row in samples}
+    assert len(samples) == len(found) == 4
+    # what is pruned by nothing says what the base says
+    assert found["kvpress none"]["written"] == found["plain"]["written"]
+    assert found["kvpress snapkv"]["positions"] == found["rcc"]["positions"]
+    assert found["kvpress snapkv"]["bytes"] == found["rcc"]["bytes"]
+    assert "kvpress snapkv" in (folder / "table.md").read_text()
+
+
+def test_rows_without_an_evaluation(tmp_path: Path) -> None:
+    done = rows(str(tmp_path))
+    assert done.returncode == 2
+    assert "holds no finished evaluation" in done.stderr

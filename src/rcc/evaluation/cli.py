@@ -7,7 +7,7 @@ import sys
 import traceback
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -31,9 +31,7 @@ from ..console import (
     status,
 )
 from ..errors import InputError
-
-EXAMPLE = Path(__file__).resolve().parents[3] / "examples/simple-susan.txt"
-"""Prose that a source checkout has at hand."""
+from .example import example_text
 
 app = typer.Typer(
     help="Measure a model, or compare two measurements.",
@@ -169,9 +167,10 @@ def passkey(
         raise InputError("--filler-data is for the variant prose: add it to --variants.")
     prose = {str(path): read_text(str(path)) for path in filler_data or []}
     if "prose" in forms and not prose:
-        if not EXAMPLE.exists():
+        example = example_text()
+        if example is None:
             raise InputError("the variant prose needs real prose for its filler: name a text file with --filler-data.")
-        prose = {EXAMPLE.name: read_text(str(EXAMPLE))}
+        prose = {example.name: read_text(str(example))}
     rcc, tokenizer = load_model(model, device, dtype)
     with progress("reading", 1) as advance:
         results = task.passkey(
@@ -253,7 +252,8 @@ def qa(
     if taken := sorted({"rcc", task.TUNED, *known} & set(others)):
         raise InputError(f"--beside {taken[0]}=… is the name of another row: use another name.")
     with status("reading the questions"):
-        asked, notes = _questions(questions, data, suite, include)
+        some_ids = include.split(",") if include else []
+        asked, notes = questions.open_questions(data, suite, some_ids)
     rcc, tokenizer = load_model(model, device, dtype)
     for rate in divisors or []:
         rcc.config.check_rate(rate)
@@ -275,8 +275,7 @@ def qa(
         hint=protocol.hint,
     )
     run = task.QA(tokenizer, asked, methods, protocol)
-    source = {"paths": data, "suite": suite, "include": include}
-    found = Results("qa", run.settings(source), output, cluster="text")
+    found = Results("qa", run.settings({"paths": data, "suite": suite, "include": some_ids}), output, cluster="text")
     with progress("asking", len(run), "answers") as advance:
         found.collect(run.cases(), advance)
     report = qa_report.Report(found)
@@ -295,25 +294,6 @@ def _name_and_model(text: str) -> tuple[str, str]:
     if not (name and found and model):
         raise InputError(f"--beside {text} is not NAME=MODEL: name the row, then the model's folder.")
     return name, model
-
-
-def _questions(reading: Any, data: list[str] | None, suite: str | None, include: str | None) -> tuple[Any, list[str]]:
-    """The questions that the options name, and notes on them."""
-    some = include.split(",") if include else []
-    if suite is not None:
-        if len(data or []) > 1:
-            raise InputError(f"--suite {suite} has one folder: give --data once.")
-        asked = reading.read_suite(suite, data[0] if data else None)
-    elif data:
-        return reading.read(data, include=some)
-    else:
-        if not EXAMPLE.exists():
-            raise InputError("--data is missing, and rcc's repository with its example is not here: name a file.")
-        asked = reading.read_example(EXAMPLE)
-    asked = [question for question in asked if not some or question.id.startswith(tuple(some))]
-    if not asked:
-        raise InputError(f"--include {include} leaves no question: use the beginning of an id, such as a set's name.")
-    return asked, []
 
 
 @app.command()

@@ -161,19 +161,13 @@ class QA:
     def _rates(self, method: Method) -> Sequence[int]:
         return self.protocol.rates if method.compresses else [0]
 
-    def key(self, question: Question, method: str, mode: str, rate: int, tokens: int) -> dict[str, Any]:
-        """What tells a sample from others; rate 0: nothing is compressed."""
-        key = {"method": method, "mode": mode, "rate": rate, "set": question.set, "bucket": bucket(tokens)}
-        text = hashlib.sha256(question.context.encode()).hexdigest()[:12]
-        return {**key, "text": text, "question": question.id}
-
     def cases(self) -> Iterator[Case]:
         """A case for each question, method and rate; those about one text one after the other."""
         for question in self.questions:
             text = self.text(question)
             for method in self.methods:
                 for rate in self._rates(method):
-                    key = self.key(question, method.name, method.mode, rate, len(text))
+                    key = key_of(question, method.name, method.mode, rate, len(text))
                     yield Case(key, partial(self._measure, question, text, method, rate))
 
     def _measure(self, question: Question, text: Tensor, method: Method, rate: int) -> dict[str, Any]:
@@ -227,6 +221,17 @@ class QA:
             with torch.no_grad():
                 self._position_bytes[id(model)] = planning.position_bytes(model)
         return self._position_bytes[id(model)]
+
+
+def key_of(question: Question, method: str, mode: str, rate: int, tokens: int) -> dict[str, Any]:
+    """What tells a sample from others; rate 0: nothing is compressed.
+
+    Args:
+        tokens: of the text.
+    """
+    key = {"method": method, "mode": mode, "rate": rate, "set": question.set, "bucket": bucket(tokens)}
+    text = hashlib.sha256(question.context.encode()).hexdigest()[:12]
+    return {**key, "text": text, "question": question.id}
 
 
 def score(question: Question, written: str) -> dict[str, Any]:

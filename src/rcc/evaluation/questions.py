@@ -18,6 +18,7 @@ from torch import Tensor
 from .. import prompting
 from ..errors import InputError
 from . import longbench
+from .example import EXAMPLE, example_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,6 +60,48 @@ def bucket(tokens: int) -> str:
 
 
 # ---------------------------------------------------------------- reading
+def open_questions(
+    paths: Sequence[str] | None, suite: str | None, include: Sequence[str]
+) -> tuple[list[Question], list[str]]:
+    """Questions of files, of a suite or, of neither, about the example text; and notes on rows that cannot be used.
+
+    Args:
+        paths: see :func:`read`; of a suite, at most one folder.
+        suite: one of :data:`SUITES`.
+        include: only questions whose id begins with one of these.
+
+    Raises:
+        FileError: a file is missing or damaged. InputError: there is no question; it says why.
+    """
+    if suite is not None:
+        if paths is not None and len(paths) > 1:
+            raise InputError(f"--suite {suite} has one folder: give --data once.")
+        found = read_suite(suite, paths[0] if paths else None)
+    elif paths:
+        return read(paths, include=include)
+    else:
+        example = example_text()
+        if example is None:
+            raise InputError(f"--data is missing, and {EXAMPLE} of rcc's repository is not here: name a file.")
+        found = read_example(example)
+    found = [question for question in found if not include or question.id.startswith(tuple(include))]
+    if not found:
+        raise InputError(f"--include {','.join(include)} leaves no question: use the beginning of an id.")
+    return found, []
+
+
+def reopen(settings: Mapping[str, Any]) -> tuple[list[Question], list[str]]:
+    """The questions of an evaluation's settings, and notes on them.
+
+    Raises:
+        FileError, InputError: as :func:`open_questions`, or they are not the same any more.
+    """
+    found, notes = open_questions(**settings["data"])
+    if digest(found) != settings["data_sha256"]:
+        raise InputError("the questions are not those that were asked then: their files have changed.")
+    return found, notes
+
+
 def read(
     paths: Sequence[str],
     *,

@@ -22,6 +22,7 @@ from ..encoder import CompressedVectors
 from ..errors import InputError
 from ..modeling import RCCForCausalLM
 from . import metrics
+from .example import EXAMPLE, example_text
 from .plain import base_decoder, read_plain
 from .results import Case, Skipped, no_rate_warnings
 
@@ -47,7 +48,6 @@ CONTROLS = {
 """What the decoder is given in place of a text's own context, and what that is."""
 
 BY = ("length", "rate", "context")
-EXAMPLE = Path("examples/simple-susan.txt")
 
 
 # ---------------------------------------------------------------- teacher forcing
@@ -191,11 +191,10 @@ def open_texts(paths: Sequence[str], field: str, tokenizer: PreTrainedTokenizerB
     from ..training.data import Source, open_text
 
     if not paths:
-        # the working folder or, of an editable installation, the source
-        places = [EXAMPLE, Path(__file__).resolve().parents[3] / EXAMPLE]
-        paths = [str(place) for place in places if place.is_file()][:1]
-        if not paths:
+        example = example_text()
+        if example is None:
             raise InputError(f"--data is missing, and {EXAMPLE} of rcc's repository is not here: name a file of text.")
+        paths = [str(example)]
     return [open_text(Source(path, text=field), tokenizer) for path in paths]
 
 

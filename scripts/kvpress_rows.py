@@ -1,0 +1,104 @@
+"""Add rows to the folder of an `rcc eval qa`: the same questions, answered by the same base behind kvpress's presses.
+
+    python scripts/kvpress_rows.py DIR [--press snapkv --press knorm …] [--rates 4,8] [--limit N] [--env ENV]
+
+kvpress needs an older transformers than rcc: its environment is made at first use (1.4 GB, some minutes). A press keeps
+as many positions as a context compressed at that rate has; the chat's header is kept beside them. DIR says which
+questions were asked; `--limit` is as there. Interrupted, the same command goes on.
+"""
+
+import argparse
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from kvpress_answers import PRESSES, answers
+
+from rcc import RCCConfig, RCCError, checkpoints, load_tokenizer, prompting
+from rcc.console import parse_counts, progress
+from rcc.evaluation import qa, questions
+from rcc.evaluation.qa_report import Report
+from rcc.evaluation.questions import Question
+from rcc.evaluation.results import Case, Results, Skipped
+from rcc.evaluation.results import load as load_results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, metavar="DIR")
+    parser.add_argument("--press", action="append", help=f"{', '.join(PRESSES)}; may be repeated (default: snapkv)")
+    parser.add_argument("--model", default="rcc-smollm2-135m", help="the model of the evaluation, for its base")
+    parser.add_argument("--rates", help="such as 4,8 (default: those that the model learnt)")
+    parser.add_argument("--limit", type=int, default=100, help="questions of each set")
+    parser.add_argument("--env", type=Path, help="kvpress's environment (default: in rcc's home)")
+    arguments = parser.parse_args()
+    try:
+        add(arguments)
+    except RCCError as error:
+        print(f"kvpress_rows: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def add(arguments: argparse.Namespace) -> None:
+    """Ask what is missing, and write the folder's table anew."""
+    data, _ = load_results(arguments.folder)
+    settings = data["settings"]
+    found = Results("qa", settings, arguments.folder, cluster="text")
+    asked, notes = questions.reopen(settings)
+    folder = checkpoints.resolve_model(arguments.model)
+    tokenizer = load_tokenizer(arguments.model)
+    base = checkpoints.resolve_base(RCCConfig.load(folder).base["decoder"].source, relative_to=folder)
+    rates = parse_counts(arguments.rates, "--rates") if arguments.rates else settings["trained_rates"]
+    text = questions.Texts(asked, tokenizer, settings["pad_to"], settings["seed"])
+    header = prompting.token_ids(tokenizer, prompting.HEADER)[0]
+    end = prompting.token_ids(tokenizer, prompting.END)[0].tolist()
+
+    def request(question: Question, press: str, rate: int) -> dict[str, Any]:
+        ids = text(question)
+        tail = f"{prompting.SEPARATOR}{question.question.strip()} {settings['hint']}".rstrip() + prompting.TURN
+        return {
+            "id": f"{question.id} at {rate}",
+            "press": press,
+            "context": torch.cat([header, ids]).tolist(),
+            "question": prompting.token_ids(tokenizer, tail)[0].tolist(),
+            "keep": -(-len(ids) // rate) + len(header),
+            "max_new_tokens": question.tokens or settings["max_new_tokens"],
+        }
+
+    def measure(question: Question) -> dict[str, Any]:
+        answer = next(answered)
+        if "error" in answer:
+            raise Skipped(answer["error"])
+        positions = answer["positions"] - len(header)
+        return {
+            **qa.score(question, tokenizer.decode(answer["tokens"]).strip()),
+            "context_tokens": len(text(question)),
+            "positions": positions,
+            "bytes": answer["bytes"] // answer["positions"] * positions,
+            "cut": 0.0,
+            "compress_seconds": answer["compress_seconds"],
+            "first_token_seconds": answer["first_token_seconds"],
+        }
+
+    done = [row["key"] for row in found.rows]
+    cases, requests = [], []
+    for question in questions.choose(asked, arguments.limit, settings["seed"]):
+        for press in arguments.press or ["snapkv"]:
+            for rate in rates:
+                key = qa.key_of(question, f"kvpress {press}", "", rate, len(text(question)))
+                if key not in done:
+                    requests.append(request(question, press, rate))
+                    cases.append(Case(key, partial(measure, question)))
+    answered = answers(requests, base, arguments.env, stop=end)
+    with progress("asking", len(cases), "answers") as advance:
+        found.collect(cases, advance)
+    report = Report(found)
+    found.notes = [*report.notes(), *notes]
+    report.finish()
+    print(report.table())
+
+
+if __name__ == "__main__":
+    main()
