@@ -444,6 +444,22 @@ def _plan(
 
 
 @app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Folders that `rcc eval` wrote.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The page to write.")],
+    samples: Annotated[int, typer.Option(min=0, help="Samples behind each figure, at most; 0: none.")] = 50,
+    force: Annotated[bool, typer.Option("--force", help="Replace the page if it exists.")] = False,
+) -> None:
+    """Make one HTML page of evaluations: charts, tables, and the samples behind every figure."""
+    from .evaluation import report as reporting
+
+    target = _check_output(output, force)
+    reporting.write(target, reporting.page(folders, samples))
+    some = f"{len(folders)} evaluation{'s' * (len(folders) > 1)}"
+    err.print(f"{output}: {some}, {target.stat().st_size / 1e6:.1f} MB", markup=False)
+
+
+@app.command()
 def convert_checkpoint(
     source: Annotated[Path, typer.Argument(metavar="SOURCE", help="The folder with the authors' files.")],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="The model folder to make.")],

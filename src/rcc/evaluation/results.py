@@ -215,7 +215,7 @@ class Results:
             "format_version": FORMAT_VERSION,
             "task": self.task,
             "settings": self.settings,
-            "made": {**libraries(), **commit(), **machine()},
+            "made": {"date": time.strftime("%Y-%m-%d", time.gmtime()), **libraries(), **commit(), **machine()},
             "seconds": round(sum(row["took"]["seconds"] for row in self.rows), 1),
             "by": list(by),
             "cluster": self.cluster,
