@@ -21,6 +21,7 @@ from rcc.training.tasks import (
     QUESTION,
     TASKS,
     UNANSWERABLE,
+    Cloze,
     Continuation,
     Instruction,
     Marks,
@@ -28,6 +29,7 @@ from rcc.training.tasks import (
     Reconstruction,
     Sample,
     Task,
+    cloze,
     collate,
     describe,
     passkey_ids,
@@ -214,6 +216,44 @@ def test_a_passage_is_joined_with_its_question_where_a_segment_for_it_would_cut_
 
 
 # ---------------------------------------------------------------- text
+def test_cloze_asks_for_what_stands_in_the_text() -> None:
+    """Names within sentences and numbers; with the gap filled, the question is a part of the text."""
+    plain = " ".join(TEXT.split())
+    answers = []
+    for seed in range(60):
+        start = 3000 * (seed % 20)
+        question, answer = cloze(TEXT[start : start + 2500], np.random.default_rng(seed))
+        asked = question.removeprefix("What is missing here? ")
+        assert asked.count("____") == 1
+        assert " ".join(asked.replace("____", answer).split()) in plain
+        answers.append(answer)
+    assert sum(answer[0].isupper() or answer[0].isdigit() for answer in answers) == len(answers)
+    assert len(set(answers)) > 10
+    # what has neither: a word; and what has not even sentences
+    assert cloze("the old cat sat on the wooden bench in the garden.", np.random.default_rng(0))[1] in {
+        "wooden",
+        "bench",
+        "garden",
+    }
+    assert cloze("?!", np.random.default_rng(0)) == ("What is missing here? ____", "!")
+
+
+@pytest.mark.parametrize("mode", prompting.MODES)
+def test_cloze_samples(mode: str) -> None:
+    """Asked as any other question, of the text alone, which is whole."""
+    task = Cloze(modes={mode: 1.0}, own_segment=0.0, before=0.0)
+    given = PROSE[: task.window(512, 256)]
+    sample = task.sample(Draw(given), np.random.default_rng(3), 512, 256, MARKS)
+    context = sample.pieces[0]
+    assert np.array_equal(context[: len(given)], given)
+    assert len(context) <= 512
+    question, answer = cloze(MARKS.decode(given), np.random.default_rng(3))
+    asked = prompting.build(question, mode)
+    assert MARKS.decode(sample.prompt) == asked.decoder_text
+    assert MARKS.decode(context[len(given) :]) == asked.encoder_text
+    assert MARKS.decode(sample.target).removeprefix(question + prompting.TURN) == answer + prompting.END
+
+
 def test_reconstruction_starts_anywhere() -> None:
     starts = Counter()
     for seed in range(400):
@@ -389,6 +429,7 @@ def test_unknown_options_are_refused() -> None:
         "reconstruction": ("reconstruction", "text"),
         "continuation": ("continuation", "text"),
         "instruction": ("instruction", "questions"),
+        "cloze": ("cloze", "text"),
         "passkey": ("passkey", None),
     }
 

@@ -6,6 +6,8 @@
 | `continuation`   | a text                       | the token that follows   | what follows that              |
 | `instruction`    | passages and, but in `human` | as `rcc ask` prompts     | the answer, in `reconstruct`   |
 |                  | mode, the question           |                          | behind the question            |
+| `cloze`          | a text and, but in `human`   | as `rcc ask` prompts     | the name or number that is     |
+|                  | mode, the question           |                          | missing in a sentence of it    |
 | `passkey`        | filler around a number       | the question for it      | the number                     |
 
 Samples have exactly the form in which :mod:`rcc.prompting` asks. All chance comes from the generator that a task is
@@ -14,9 +16,10 @@ given, so a sample is a pure function of it and of what was drawn. A new task is
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -25,9 +28,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .. import prompting
 from ..errors import InputError
-
-if TYPE_CHECKING:
-    from .data import Row
+from .data import Row
 
 UNANSWERABLE = "The text does not say."
 """The answer to a question whose passage was left out."""
@@ -44,6 +45,7 @@ FILLER = (
 HIDDEN = " The pass key is {key}. Remember it. {key} is the pass key."
 QUESTION = "What is the pass key? The pass key is"
 STRETCH = (60, 260)  # tokens of a distracting stretch of prose, about as long as passages are
+GAP = 96  # tokens of a context that the question of `cloze` may take
 ALLOWANCE = 8  # tokens of a room for passage and question that the separator may take
 
 
@@ -255,7 +257,7 @@ class Instruction(Task):
         return max(1, length - ALLOWANCE)
 
     def sample(self, draw: Draw, rng: np.random.Generator, length: int, targets: int, marks: Marks) -> Sample:
-        row = draw.row()
+        row = self._row(draw, rng, length, marks)
         text = marks.decode(row.question)
         weights = np.array(list(self.modes.values()), dtype=float)
         mode = list(self.modes)[rng.choice(len(weights), p=weights / weights.sum())]
@@ -288,6 +290,10 @@ class Instruction(Task):
         plain = None if mode == "reconstruct" else np.concatenate(chat)
         return Sample(tuple(pieces), prompt, target, self.name, plain)
 
+    def _row(self, draw: Draw, rng: np.random.Generator, length: int, marks: Marks) -> Row:
+        """What is asked, and of which passage."""
+        return draw.row()
+
     def _context(
         self, draw: Draw, rng: np.random.Generator, row: Row, room: int, omit: bool, marks: Marks
     ) -> np.ndarray:
@@ -310,6 +316,64 @@ class Instruction(Task):
 
 
 @dataclass
+class Cloze(Instruction):
+    """Find what is missing in a sentence of the text, a name or a number: by rule, so that any text gives questions
+    whose answer stands in it.
+
+    The options are those of `instruction`; the whole context is one passage, and nothing is left out of it.
+    """
+
+    distractors: float = 0.0
+    name: ClassVar[str] = "cloze"
+    reads: ClassVar[str | None] = "text"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key in ("distractors", "unanswerable"):
+            self._check(getattr(self, key) == 0, key, "left out: there are no other passages")
+
+    def window(self, length: int, targets: int) -> int:
+        return max(32, length - GAP)
+
+    def _row(self, draw: Draw, rng: np.random.Generator, length: int, marks: Marks) -> Row:
+        text = _at_least(2, draw.text(), marks)
+        question, answer = cloze(marks.decode(text), rng)
+        return Row(text, marks.encode(question), marks.encode(answer), "", 0)
+
+
+_SENTENCE = re.compile(r"[^.!?\n]*[.!?\n]")
+_NAME = re.compile(r"(?<=[a-z,;] )(?:[A-Z][a-z]+\.? )*[A-Z][a-z]{2,}")
+_NUMBER = re.compile(r"\b\d+(?:[.,]\d+)*\b")
+_WORD = re.compile(r"\b[a-z]{4,}\b")
+_GAP = "____"
+
+
+def cloze(text: str, rng: np.random.Generator) -> tuple[str, str]:
+    """A sentence of a text with a gap, as a question, and what stands in the gap: a name within a sentence or a number
+    where there is one, else a word.
+
+    Args:
+        text: any; its first and last sentences, which may be cut, and those of fewer than six words are taken only
+            where there are no others.
+    """
+    sentences = [match.span() for match in _SENTENCE.finditer(text)]
+    inner = [(a, b) for a, b in sentences[1:-1] if len(text[a:b].split()) >= 6] or sentences or [(0, len(text))]
+    for pattern in (re.compile(f"{_NAME.pattern}|{_NUMBER.pattern}"), _WORD, re.compile(r"\S+")):
+        found = [match.span() for low, high in inner for match in pattern.finditer(text, low, high)]
+        if found:
+            break
+    else:
+        found = [(0, len(text))]
+    start, end = found[int(rng.integers(len(found)))]
+    low = next((a for a, b in inner if a <= start < b), 0)
+    high = next((b for a, b in inner if a <= start < b), len(text))
+    before = " ".join(text[low:start].split()[-12:])  # long sentences in part: a question stays short
+    after = " ".join(text[end:high].split()[:12])
+    gap = f"{before} {_GAP}" + ("" if after[:1] in ",.;:!?)'’" else " ") + after
+    return f"What is missing here? {gap.strip()}", text[start:end]
+
+
+@dataclass
 class Passkey(Task):
     """Find a number of five digits in a text that says nothing else (the paper's passkey retrieval)."""
 
@@ -327,7 +391,7 @@ class Passkey(Task):
         return Sample((context,), prompt, target, self.name)
 
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (Reconstruction, Continuation, Instruction, Passkey)}
+TASKS: dict[str, type[Task]] = {task.name: task for task in (Reconstruction, Continuation, Instruction, Cloze, Passkey)}
 """The tasks by the names that recipes give them."""
 
 
