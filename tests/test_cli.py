@@ -126,10 +126,9 @@ class Terminal:
 
 
 @pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Result]]:
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
     """`rcc …` inside this process."""
     monkeypatch.setattr(allocator, "configure", lambda: True)  # it would change this process's memory for good
-    before = signal.getsignal(signal.SIGTERM)
 
     def run(*args: Any, stdin: bytes = b"") -> Result:
         monkeypatch.setattr(sys, "argv", ["rcc", *map(os.fspath, args)])
@@ -139,8 +138,7 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
             cli.main()
         return Result(int(stop.value.code or 0), *capsys.readouterr())
 
-    yield run
-    signal.signal(signal.SIGTERM, before)
+    return run
 
 
 # ---------------------------------------------------------------- what it works on

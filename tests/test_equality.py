@@ -163,6 +163,26 @@ def test_equal_segments_are_read_once(tiny, expected, tokens, batch):
         torch.testing.assert_close(trained[b], want, **CLOSE)
 
 
+def test_segments_that_repeat_are_kept_for_the_next_batch(tiny, expected, tokens):
+    """Filler is read once in a whole text, whatever the batch; where nothing repeats, nothing is kept."""
+    model = tiny("llama")
+    filler, key, prompt = tokens(16), tokens(21, 1), tokens(5, 2)
+    row = filler * 9 + key + filler * 6 + filler[:3]
+    read = []
+    handle = model.encoder.register_forward_pre_hook(
+        lambda _, args, kwargs: read.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    try:
+        context = model.compress(one(row), batch_tokens=64)
+        model.compress(one(tokens(16 * 9, 3)), batch_tokens=64)
+    finally:
+        handle.remove()
+    # the filler; nothing new; the key, its end, and shifted filler; that again, as it had stood there once; the end
+    assert read == [1, 3, 1, 1, 4, 4, 1]
+    got = model(input_ids=one(prompt), context=context).logits[0]
+    torch.testing.assert_close(got, expected(model).logits([row], prompt), **CLOSE)
+
+
 @pytest.mark.parametrize(("states", "attn"), [("all", "sdpa"), ("all", "eager"), ("last", "sdpa")])
 @sides
 def test_bfloat16(tiny, expected, tokens, sides, states, attn):

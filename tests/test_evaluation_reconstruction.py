@@ -8,7 +8,6 @@ import logging
 import math
 import os
 import re
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -97,10 +96,9 @@ def collect(run: Reconstruction, folder: Path | None = None) -> Results:
 
 
 @pytest.fixture
-def call(monkeypatch, capsys) -> Iterator[Callable[..., tuple[int, str, str]]]:
+def call(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
     """`rcc …` inside this process → code, standard output, standard error."""
     monkeypatch.setattr(allocator, "configure", lambda: True)  # it would change this process's memory for good
-    before = signal.getsignal(signal.SIGTERM)
 
     def run(*args: Any) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["rcc", *map(os.fspath, args)])
@@ -110,8 +108,7 @@ def call(monkeypatch, capsys) -> Iterator[Callable[..., tuple[int, str, str]]]:
             cli.main()
         return int(stop.value.code or 0), *capsys.readouterr()
 
-    yield run
-    signal.signal(signal.SIGTERM, before)
+    return run
 
 
 # ---------------------------------------------------------------- by hand

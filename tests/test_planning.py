@@ -6,10 +6,9 @@ import io
 import json
 import re
 import shlex
-import signal
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +49,9 @@ def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., str]]:
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """`rcc …` inside this process → what it printed; `refused` is the one sentence of an exit with code 2."""
     monkeypatch.setattr(allocator, "configure", lambda: True)  # it would change this process's memory for good
-    before = signal.getsignal(signal.SIGTERM)
 
     def run(*arguments: Any, refused: bool = False) -> str:
         monkeypatch.setattr(sys, "argv", ["rcc", *map(str, arguments)])
@@ -69,8 +67,7 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
         assert re.fullmatch(r"rcc: [^\n]+\.\n", err)
         return err
 
-    yield run
-    signal.signal(signal.SIGTERM, before)
+    return run
 
 
 @pytest.fixture

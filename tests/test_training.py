@@ -246,10 +246,9 @@ def go_on(recipe: Settings, output: Path, faults: Sequence[Fault] = ()) -> Proce
 @pytest.fixture
 def refusal(
     tmp_path: Path, world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Iterator[Callable[..., str]]:
+) -> Callable[..., str]:
     """`rcc train` inside this process → the one sentence with which it refuses."""
     monkeypatch.setattr(allocator, "configure", lambda: True)  # it would change this process's memory for good
-    before = signal.getsignal(signal.SIGTERM)
 
     def run(recipe: Settings | str, *options: Any, words: Sequence[str] = (), output: Path | None = None) -> str:
         """Without `output` nothing may have been made."""
@@ -265,8 +264,7 @@ def refusal(
         assert not target.exists() or output is not None
         return Result(int(stop.value.code or 0), capsys.readouterr().err).refused(*words)
 
-    yield run
-    signal.signal(signal.SIGTERM, before)
+    return run
 
 
 # -------- what goes wrong in a run: each is called in its process before it begins

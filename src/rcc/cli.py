@@ -57,11 +57,11 @@ def main() -> None:
         code = app(standalone_mode=False)
         sys.stdout.flush()  # what cannot be written shows here, not when Python ends
         if code == 130:  # typer's answer to Ctrl-C
-            err.print("rcc: interrupted.")
+            _say_interrupted()
     except RCCError as error:
         code = _refuse(str(error))
     except (KeyboardInterrupt, typer.Abort):
-        err.print("rcc: interrupted.")
+        _say_interrupted()
         code = 130
     except SystemExit as stop:  # 1 is typer's and rich's for a reader that went away: `rcc … | head`
         code = 141 if stop.code == 1 else stop.code
@@ -83,6 +83,11 @@ def main() -> None:
     if code not in (0, None):
         _drop_output()
     sys.exit(code or 0)
+
+
+def _say_interrupted() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # pressed again while Python ends, it would be another exit status
+    err.print("rcc: interrupted.")
 
 
 def _refuse(message: str) -> int:

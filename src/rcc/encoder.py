@@ -7,7 +7,8 @@ padded on the right, without a mask, and what stands behind a segment's end cann
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -194,16 +195,43 @@ def _joined(parts: list[tuple[dict[int, Tensor], Tensor | None]]) -> tuple[dict[
     return states, torch.cat([fill(valid) for valid in real])
 
 
-def _distinct(batch: list[Tensor]) -> tuple[list[Tensor], list[int]]:
-    """Segments → the different ones among them, and for each segment which of those it is.
+class _Reader:
+    """Reads batches of segments; what repeats (filler, boilerplate) is read once.
 
-    A segment's states depend on nothing but itself, so what repeats (filler, boilerplate) is read once.
+    A segment's states depend on nothing but itself. Those of a segment that occurs twice in a batch are kept for the
+    next one: at most a batch's worth, and nothing of a text that does not repeat itself.
+
+    Args:
+        read: :func:`_read` of a batch, in passes of `size` segments.
+        full: tokens of a whole segment; shorter ones are not kept.
     """
-    ids = torch.cat(batch).cpu().split([len(segment) for segment in batch])  # one copy from a GPU, not one each
-    seen: dict[bytes, int] = {}
-    places = [seen.setdefault(segment.numpy().tobytes(), len(seen)) for segment in ids]
-    first = {place: i for i, place in reversed(list(enumerate(places)))}
-    return [batch[first[place]] for place in range(len(seen))], places
+
+    def __init__(self, read: Callable[[list[Tensor]], tuple[dict[int, Tensor], Tensor | None]], size: int, full: int):
+        self.read, self.size, self.full = read, size, full
+        self.known: dict[bytes, dict[int, Tensor]] = {}  # whole segment → {state: [m, H]}
+
+    def __call__(self, batch: list[Tensor], last: bool) -> tuple[dict[int, Tensor], Tensor | None]:
+        """As :func:`_read`, for every segment of a batch, equal ones too; nothing is kept of the last one."""
+        ids = torch.cat(batch).cpu().split([len(segment) for segment in batch])  # one copy from a GPU, not one each
+        keys = [segment.numpy().tobytes() for segment in ids]
+        counts = Counter(keys)
+        first = {key: i for i, key in reversed(list(enumerate(keys)))}
+        order = sorted(counts, key=lambda key: (key in self.known, first[key]))  # those that are known come last
+        new = [batch[first[key]] for key in order if key not in self.known]
+        parts = [self.read(new[i : i + self.size]) for i in range(0, len(new), self.size)]
+        if again := [self.known[key] for key in order if key in self.known]:
+            parts.append(({k: torch.stack([states[k] for states in again]) for k in again[0]}, None))
+        states, valid = parts[0] if len(parts) == 1 else _joined(parts)
+        known = {key: self.known[key] for key in order if key in self.known}
+        for i, key in enumerate(order[: len(new)]):
+            if not last and counts[key] > 1 and len(new[i]) == self.full:
+                known[key] = {k: h[i].clone() for k, h in states.items()}  # a view would keep all of them
+        self.known = known
+        if len(order) < len(batch) or again:
+            places = [order.index(key) for key in keys]
+            states = {k: h[places] for k, h in states.items()}
+            valid = None if valid is None else valid[places]
+        return states, valid
 
 
 def encode(
@@ -216,8 +244,8 @@ def encode(
     memory: Tensor | None,
     pass_tokens: int | None = None,
 ) -> Iterator[tuple[dict[int, Tensor], Tensor | None, int]]:
-    """Read rows of texts segment by segment, all rows in step, a bounded number of segments at a time; equal segments
-    among those are read once.
+    """Read rows of texts segment by segment, all rows in step, a bounded number of segments at a time; what repeats is
+    read once (:class:`_Reader`).
 
     Args:
         body: the encoder, prepared by :func:`capture_states`.
@@ -238,16 +266,12 @@ def encode(
     longest = max(map(len, split))
     step = longest if batch_tokens is None else max(1, batch_tokens // (config.segment_length * len(rows)))
     done = 0
+    size = step * len(rows) if pass_tokens is None else max(1, pass_tokens // config.segment_length)
+    read = _Reader(lambda some: _read(body, some, rate, wanted, memory), size, config.segment_length)
     for start in range(0, longest, step):
         parts = [row[start : start + step] for row in split]
         batch = [segment for part in parts for segment in part]
-        once, places = _distinct(batch)
-        size = len(once) if pass_tokens is None else max(1, pass_tokens // config.segment_length)
-        passes = [_read(body, once[i : i + size], rate, wanted, memory) for i in range(0, len(once), size)]
-        states, valid = passes[0] if len(passes) == 1 else _joined(passes)
-        if len(once) < len(batch):
-            states = {k: h[places] for k, h in states.items()}
-            valid = None if valid is None else valid[places]
+        states, valid = read(batch, last=start + step >= longest)
         done += sum(map(len, batch))
         counts = [sum(-(-len(segment) // rate) for segment in part) for part in parts]
         m = max(counts)

@@ -320,11 +320,10 @@ def _notes(results: Results, model: RCCForCausalLM) -> list[str]:
         " expect little there."
         for rate in sorted({rate for _, rate in seen} - set(model.config.rates))
     ]
-    batches = sorted({settings["batch_tokens"] or batch_of(v, r) for v, r in seen if not VARIANTS[v].prose})
-    if batches:
+    if any(not VARIANTS[variant].prose for variant, _ in seen):
         notes.append(
-            "Segments read: a segment's vectors depend on nothing but its tokens, so equal ones (filler) were read once"
-            f" in every {' or '.join(map(show_count, batches))} tokens; the context is the same up to rounding."
+            "Segments read: a segment's vectors depend on nothing but its tokens, so those that repeat (filler) were"
+            " read once; the context is the same up to rounding."
         )
     if settings["prose"]:
         notes.append(f"Prose: {', '.join(settings['prose'])}, begun at any sentence, and again from its beginning.")
