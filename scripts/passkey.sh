@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains the passkey model from the default one, about four hours on two cores: rates from low to high, then longer
+# Trains the passkey model from the default one, about five hours on two cores: rates from low to high, then longer
 # segments, then LoRA cut to small ranks. A step that is finished is not repeated, one that was interrupted goes on.
 # usage: scripts/passkey.sh OUT
 set -euo pipefail
@@ -12,10 +12,12 @@ step() { # NAME INIT [OVERRIDE …]
   local resume=(); [ -e "$out/$1/recipe.yaml" ] && resume=(--resume)
   .venv/bin/rcc train recipes/smollm2-135m-passkey.yaml --output "$out/$1" --init "$2" "${resume[@]}" "${sets[@]}"
 }
-rank16=(model.encoder_lora_rank=16 model.decoder_lora_rank=16 stages.0.groups.all.learning_rate=3e-4 stages.0.groups.all.schedule=constant)
-short=(model.segment_length=128 "stages.0.lengths=[192]" stages.0.batch_tokens=3072)
-step low rcc-smollm2-135m "${rank16[@]}" "${short[@]}" "model.rates=[4,8,16,32]" stages.0.max_minutes=20
-step mid "$out/low" "${rank16[@]}" "${short[@]}" "model.rates=[16,32,64,128]" stages.0.max_minutes=25
-step long "$out/mid" "${rank16[@]}" "model.rates=[64,128,256,512]" "stages.0.lengths=[1024]" stages.0.batch_tokens=8192 stages.0.max_minutes=30
+rank16=(model.encoder_lora_rank=16 model.decoder_lora_rank=16)
+stage() { # LENGTH BATCH_TOKENS MINUTES
+  echo "stages=[{name: keys, tasks: {passkey: 1}, lengths: [$1], target_tokens: 64, batch_tokens: $2, max_minutes: $3, groups: {all: {learning_rate: 3.0e-4, warmup_steps: 10, schedule: constant}}}]"
+}
+step low rcc-smollm2-135m "${rank16[@]}" model.segment_length=128 "model.rates=[4,8,16,32]" "$(stage 192 3072 20)"
+step mid "$out/low" "${rank16[@]}" model.segment_length=128 "model.rates=[16,32,64,128]" "$(stage 192 3072 25)"
+step long "$out/mid" "${rank16[@]}" "model.rates=[64,128,256,512]" "$(stage 1024 8192 30)"
 [ -e "$out/small" ] || .venv/bin/python scripts/shrink_lora.py "$out/long" "$out/small" --encoder 4 --decoder 2 --rates 512,128
 step final "$out/small"
