@@ -24,6 +24,7 @@ from pathlib import Path
 
 from rcc import load_tokenizer
 from rcc.console import parse_counts, show_count
+from rcc.evaluation.memory import resident
 from rcc.training.data import Source, open_text
 
 LOAD = """
@@ -41,14 +42,6 @@ loaded = time.perf_counter()
 model.generate(question, context=context, max_new_tokens=1, do_sample=False, pad_token_id=0)
 print(len(context), context.nbytes, loaded - start, time.perf_counter() - start)
 """
-
-
-def resident(pid: int) -> int:
-    """Bytes of memory that a process holds; 0 once it is gone."""
-    try:
-        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, IndexError):
-        return 0
 
 
 def compress(command: list[str], environment: dict[str, str]) -> list[tuple[float, int, bool]]:

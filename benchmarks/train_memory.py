@@ -12,7 +12,6 @@ every `rate` tokens.
 
 import argparse
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -28,9 +27,9 @@ def measure(arguments: argparse.Namespace) -> None:
 
     allocator.configure()
     import torch
-    from torch.profiler import ProfilerActivity, profile
 
     from rcc import planning
+    from rcc.evaluation import memory
     from rcc.training.batches import Kind
     from rcc.training.objective import Objective
     from rcc.training.plan import blueprint
@@ -61,7 +60,7 @@ def measure(arguments: argparse.Namespace) -> None:
     batch = collate([sample], 0)
     for weight in model.parameters():
         weight.sum()  # weights are mapped files: read them in, so that they count as held before
-    before = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    before = memory.resident()
     kind = str(Kind("reconstruction", arguments.length, arguments.rate))
 
     def step() -> None:
@@ -71,13 +70,7 @@ def measure(arguments: argparse.Namespace) -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     gradients = {name: p.grad.nbytes for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step()
-    held = allocated = 0
-    for event in sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            allocated = max(allocated, held)
+    allocated = memory.allocated(step)
     shape = planning.Batch(1, arguments.length, arguments.rate, 256)
     found = planning.activations(blueprint(recipe, MODEL), shape, recipe.stages[0].frozen)
     estimate = (found.checkpointed if arguments.checkpointing else found.kept) + sum(gradients.values())

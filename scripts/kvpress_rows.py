@@ -19,6 +19,7 @@ from kvpress_answers import PRESSES, answers
 from rcc import RCCConfig, RCCError, checkpoints, load_tokenizer, prompting
 from rcc.console import parse_counts, progress
 from rcc.evaluation import qa, questions
+from rcc.evaluation.baselines.plain import behind
 from rcc.evaluation.qa_report import Report
 from rcc.evaluation.questions import Question
 from rcc.evaluation.results import Case, Results, Skipped
@@ -55,26 +56,24 @@ def add(arguments: argparse.Namespace) -> None:
     header = prompting.token_ids(tokenizer, prompting.HEADER)[0]
     end = prompting.token_ids(tokenizer, prompting.END)[0].tolist()
 
-    def request(question: Question, press: str, rate: int) -> dict[str, Any]:
-        ids = text(question)
-        tail = f"{prompting.SEPARATOR}{question.question.strip()} {settings['hint']}".rstrip() + prompting.TURN
+    def request(question: Question, ids: torch.Tensor, press: str, rate: int) -> dict[str, Any]:
         return {
             "id": f"{question.id} at {rate}",
             "press": press,
             "context": torch.cat([header, ids]).tolist(),
-            "question": prompting.token_ids(tokenizer, tail)[0].tolist(),
+            "question": prompting.token_ids(tokenizer, behind(question, settings["hint"]))[0].tolist(),
             "keep": -(-len(ids) // rate) + len(header),
             "max_new_tokens": question.tokens or settings["max_new_tokens"],
         }
 
-    def measure(question: Question) -> dict[str, Any]:
+    def measure(question: Question, tokens: int) -> dict[str, Any]:
         answer = next(answered)
         if "error" in answer:
             raise Skipped(answer["error"])
         positions = answer["positions"] - len(header)
         return {
             **qa.score(question, tokenizer.decode(answer["tokens"]).strip()),
-            "context_tokens": len(text(question)),
+            "context_tokens": tokens,
             "positions": positions,
             "bytes": answer["bytes"] // answer["positions"] * positions,
             "cut": 0.0,
@@ -85,18 +84,18 @@ def add(arguments: argparse.Namespace) -> None:
     done = [row["key"] for row in found.rows]
     cases, requests = [], []
     for question in questions.choose(asked, arguments.limit, settings["seed"]):
+        ids = text(question)
         for press in arguments.press or ["snapkv"]:
             for rate in rates:
-                key = qa.key_of(question, f"kvpress {press}", "", rate, len(text(question)))
+                key = qa.key_of(question, f"kvpress {press}", "", rate, len(ids))
                 if key not in done:
-                    requests.append(request(question, press, rate))
-                    cases.append(Case(key, partial(measure, question)))
+                    requests.append(request(question, ids, press, rate))
+                    cases.append(Case(key, partial(measure, question, len(ids))))
     answered = answers(requests, base, arguments.env, stop=end)
     with progress("asking", len(cases), "answers") as advance:
         found.collect(cases, advance)
     report = Report(found)
-    found.notes = [*report.notes(), *notes]
-    report.finish()
+    report.finish(notes)
     print(report.table())
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from rcc import RCCForCausalLM
+from rcc.console import parse_counts
 
 
 def main() -> None:
@@ -33,7 +34,7 @@ def main() -> None:
         encoder_lora_rank=arguments.encoder,
         decoder_lora_rank=arguments.decoder,
         segment_length=arguments.segment or old.segment_length,
-        rates=[int(rate) for rate in arguments.rates.split(",")] if arguments.rates else old.rates,
+        rates=parse_counts(arguments.rates, "--rates") if arguments.rates else old.rates,
     )
     state, small = model.own_state_dict(), {}
     kept = whole = 0.0

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import io
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import reference as ref
-from rcc import RCCConfig, RCCForCausalLM, checkpoints
+from rcc import RCCConfig, RCCForCausalLM, allocator, checkpoints, cli
 
 VOCABULARY = 97
 FAMILIES = ["llama", "gpt_neox"]
@@ -75,6 +77,22 @@ def signals() -> Iterator[None]:
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """`rcc …` inside this process → exit code, standard output, standard error."""
+    monkeypatch.setattr(allocator, "configure", lambda: True)  # it would change this process's memory for good
+
+    def run(*args: Any, stdin: bytes = b"") -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["rcc", *map(str, args)])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), "utf-8"))
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        return int(stop.value.code or 0), *capsys.readouterr()
+
+    return run
 
 
 def pytest_configure(config: pytest.Config) -> None:

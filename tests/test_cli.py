@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import json
 import os
 import pty
@@ -29,7 +28,7 @@ import pytest
 import torch
 
 from conftest import make_home
-from rcc import RCCForCausalLM, allocator, checkpoints, cli, load_tokenizer
+from rcc import RCCForCausalLM, checkpoints, cli, load_tokenizer
 
 BOOK = Path(__file__).resolve().parent.parent / "examples" / "simple-susan.txt"
 MODEL = "rcc-smollm2-135m"
@@ -126,19 +125,9 @@ class Terminal:
 
 
 @pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
+def call(command: Callable[..., tuple[int, str, str]]) -> Callable[..., Result]:
     """`rcc …` inside this process."""
-    monkeypatch.setattr(allocator, "configure", lambda: True)  # it would change this process's memory for good
-
-    def run(*args: Any, stdin: bytes = b"") -> Result:
-        monkeypatch.setattr(sys, "argv", ["rcc", *map(os.fspath, args)])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), "utf-8"))
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        return Result(int(stop.value.code or 0), *capsys.readouterr())
-
-    return run
+    return lambda *args, stdin=b"": Result(*command(*args, stdin=stdin))
 
 
 # ---------------------------------------------------------------- what it works on

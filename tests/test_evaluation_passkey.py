@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
 import logging
@@ -11,6 +10,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch
 
 import rcc
 from learning import LENGTH, PART, SPLIT, make_base, passkey_words
-from rcc import InputError, RCCConfig, RCCForCausalLM, allocator, checkpoints, cli, encoder, prompting
+from rcc import InputError, RCCConfig, RCCForCausalLM, checkpoints, encoder, prompting
 from rcc.console import parse_count, parse_counts, show_count
 from rcc.evaluation import passkey as task
 from rcc.evaluation import results
@@ -234,19 +234,9 @@ def able(passkey_model: tuple[Path, set[int]]) -> tuple[RCCForCausalLM, Any]:
 
 
 @pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
+def call(command: Callable[..., Any]) -> Callable[..., Any]:
     """`rcc eval passkey …` inside this process → exit code, output and errors."""
-    monkeypatch.setattr(allocator, "configure", lambda: True)  # it would change this process's memory for good
-
-    def run(*args: Any) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["rcc", "eval", "passkey", *map(os.fspath, args)])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b""), "utf-8"))
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        return int(stop.value.code or 0), *capsys.readouterr()
-
-    return run
+    return partial(command, "eval", "passkey")
 
 
 def test_keys_are_found(passkey_model: tuple[Path, set[int]], tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 import rcc
 from rcc import InputError, RCCForCausalLM, checkpoints, prompting
 from rcc.cli import app
-from rcc.evaluation import longbench, qa, questions
+from rcc.evaluation import metrics, qa, questions
 from rcc.evaluation.baselines.plain import ends
 from rcc.evaluation.baselines.retrieved import ranked
 from rcc.evaluation.longbench import METRICS, TASKS
@@ -80,8 +80,8 @@ def test_metrics(metric: str, written: str, answers: list[str], classes: list[st
 
 
 def test_exact_match() -> None:
-    assert longbench.exact_match("The Eels.", ["electric eels", "eels"]) == 1
-    assert longbench.exact_match("the eels swim", ["eels"]) == 0
+    assert metrics.exact_match("The Eels.", ["electric eels", "eels"]) == 1
+    assert metrics.exact_match("the eels swim", ["eels"]) == 0
 
 
 # ---------------------------------------------------------------- questions

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import math
@@ -23,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 
 import reference as ref
 from conftest import make_home
-from rcc import InputError, RCCConfig, RCCForCausalLM, allocator, cli
+from rcc import InputError, RCCConfig, RCCForCausalLM
 from rcc.evaluation import compare, metrics, results
 from rcc.evaluation.plain import base_decoder, read_plain
 from rcc.evaluation.reconstruction import CONTROLS, Documents, Protocol, Reconstruction, open_texts
@@ -93,22 +92,6 @@ def collect(run: Reconstruction, folder: Path | None = None) -> Results:
     found = Results("reconstruction", run.settings(), folder, cluster="document", notes=run.notes())
     found.collect(run.cases())
     return found
-
-
-@pytest.fixture
-def call(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
-    """`rcc …` inside this process → code, standard output, standard error."""
-    monkeypatch.setattr(allocator, "configure", lambda: True)  # it would change this process's memory for good
-
-    def run(*args: Any) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["rcc", *map(os.fspath, args)])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        return int(stop.value.code or 0), *capsys.readouterr()
-
-    return run
 
 
 # ---------------------------------------------------------------- by hand
@@ -387,7 +370,7 @@ def test_an_untrained_rate_is_said_once(fresh, measuring, caplog):
 
 
 # ---------------------------------------------------------------- the command
-def test_refusals(call, folder, data, tmp_path, monkeypatch):
+def test_refusals(command, folder, data, tmp_path, monkeypatch):
     """Bad input is one sentence that names it, and exit code 2, before any folder is made."""
     for name, text in {"empty.txt": "", "empty.jsonl": "", "short.txt": "w1 w2", "cut.jsonl": "{"}.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
@@ -415,7 +398,7 @@ def test_refusals(call, folder, data, tmp_path, monkeypatch):
         ([*good, "--output", tmp_path / "full"], "is not empty and holds no evaluation"),
         ([*good, "--output", tmp_path / "short.txt" / "x"], "cannot be written"),
     ):
-        code, out, err = call("eval", "reconstruction", "--model", folder, *args)
+        code, out, err = command("eval", "reconstruction", "--model", folder, *args)
         assert (code, out) == (2, ""), (args, err)
         assert re.fullmatch(r"rcc: [^\n]+\.\n", err), err
         assert all(words in err for words in said), err
@@ -423,20 +406,20 @@ def test_refusals(call, folder, data, tmp_path, monkeypatch):
     for module in ("sacrebleu", "rouge_score", "matplotlib"):
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, module, None)
-            code, out, err = call("eval", "reconstruction", "--model", folder, *good, "-o", tmp_path / "out")
+            code, out, err = command("eval", "reconstruction", "--model", folder, *good, "-o", tmp_path / "out")
             assert (code, out) == (2, "")
             assert err == f"rcc: this evaluation needs {module}: pip install 'rcc[eval]'.\n"
     assert not (tmp_path / "out").exists()
 
 
-def test_the_command_on_a_tiny_model(call, folder, data, tmp_path):
+def test_the_command_on_a_tiny_model(command, folder, data, tmp_path):
     """Without a folder the table is all there is; with --json the same figures; without controls the text alone."""
     args = ["--model", folder, "--data", data, "--lengths", "64", "--target-tokens", "4", "--limit", "2"]
-    code, out, err = call("eval", "reconstruction", *args, "--rates", "4,8")
+    code, out, err = command("eval", "reconstruction", *args, "--rates", "4,8")
     assert (code, err) == (0, "")
     assert out.startswith("| context | tokens | rate | samples | BLEU-4 | ROUGE-L |")
     assert "| wrong | 64 | 8× | 10 |" in out
-    code, out, err = call("eval", "reconstruction", *args, "--controls", "none", "--json", "-o", tmp_path / "out")
+    code, out, err = command("eval", "reconstruction", *args, "--controls", "none", "--json", "-o", tmp_path / "out")
     assert code == 0
     printed = json.loads(out)
     assert printed == results.load(tmp_path / "out")[0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
@@ -10,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,12 +17,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig
 
 from conftest import make_model, tokens
-from rcc import InputError, ModelError, RCCConfig, RCCForCausalLM, allocator, cli, planning
-from rcc.evaluation import resources, resources_process, results
+from rcc import InputError, ModelError, RCCConfig, RCCForCausalLM, allocator, planning
+from rcc.evaluation import memory, resources, resources_process, results
 from rcc.evaluation.resources_process import Job
 from rcc.evaluation.results import Skipped
 
@@ -41,20 +40,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+def call(command: Callable[..., Any]) -> Callable[..., Any]:
     """`rcc eval resources …` inside this process → exit code, output and errors."""
-    monkeypatch.setattr(allocator, "configure", lambda: True)  # it would change this process's memory for good
-    monkeypatch.setattr("signal.signal", lambda *_: None)
-
-    def run(*args: Any) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["rcc", "eval", "resources", *map(os.fspath, args)])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b""), "utf-8"))
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        return int(stop.value.code or 0), *capsys.readouterr()
-
-    return run
+    return partial(command, "eval", "resources")
 
 
 @pytest.fixture
@@ -134,16 +122,9 @@ def small(window: int = 4096, **more: Any) -> planning.Blueprint:
 
 
 def allocated(run: Callable[[], Any]) -> int:
-    """Bytes that torch allocates at most, by its own profiler."""
+    """Bytes that torch allocates at most, the second time."""
     run()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    now = most = 0
-    for event in sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            most = max(most, now)
-    return most
+    return memory.allocated(run)
 
 
 @pytest.mark.parametrize("length", [64, 1000, 4096])

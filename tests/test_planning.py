@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
 import shlex
-import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import conftest
@@ -25,13 +22,12 @@ from rcc import (
     RCCConfig,
     RCCForCausalLM,
     WindowError,
-    allocator,
     backbones,
     checkpoints,
-    cli,
     planning,
     shapes,
 )
+from rcc.evaluation import memory
 from rcc.planning import Batch, Blueprint
 from rcc.training.groups import freeze
 from rcc.training.objective import Objective
@@ -49,21 +45,15 @@ def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+def call(command: Callable[..., tuple[int, str, str]]) -> Callable[..., str]:
     """`rcc …` inside this process → what it printed; `refused` is the one sentence of an exit with code 2."""
-    monkeypatch.setattr(allocator, "configure", lambda: True)  # it would change this process's memory for good
 
     def run(*arguments: Any, refused: bool = False) -> str:
-        monkeypatch.setattr(sys, "argv", ["rcc", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        out, err = capsys.readouterr()
+        code, out, err = command(*arguments)
         if not refused:
-            assert (stop.value.code, err) == (0, "")
+            assert (code, err) == (0, "")
             return out
-        assert (stop.value.code, out) == (2, "")
+        assert (code, out) == (2, "")
         assert re.fullmatch(r"rcc: [^\n]+\.\n", err)
         return err
 
@@ -236,14 +226,7 @@ def allocated(model: RCCForCausalLM, batch: Batch, dtype: torch.dtype) -> int:
     step()
     for p in model.parameters():  # they are there: what is added to them is not kept
         p.grad = None if p.grad is None else torch.zeros_like(p.grad)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step()
-    now = most = 0
-    for event in sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            most = max(most, now)
-    return most
+    return memory.allocated(step)
 
 
 WAYS: dict[str, tuple[int, list[str], bool, torch.dtype, str]] = {
@@ -410,14 +393,14 @@ def test_refused(arguments: str, words: str, call: Callable[..., str], monkeypat
 
 
 # ---------------------------------------------------------------- docs/backbones.md
-@pytest.mark.parametrize(("command", "shown"), PLANS, ids=[command.split()[-1] for command, _ in PLANS])
-def test_plans_of_the_docs(command: str, shown: str, call: Callable[..., str], request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize(("line", "shown"), PLANS, ids=[command.split()[-1] for command, _ in PLANS])
+def test_plans_of_the_docs(line: str, shown: str, call: Callable[..., str], request: pytest.FixtureRequest) -> None:
     """What the page shows is what is printed. Of one model also the estimates, to a tenth: torch's versions differ."""
-    whole = "pythia" in command
+    whole = "pythia" in line
     if not whole:
         request.getfixturevalue("quick")
     about = re.compile(r" *about ([0-9.]+) GB")
-    told = call(*shlex.split(command))
+    told = call(*shlex.split(line))
     assert about.sub(" about", told).split() == about.sub(" about", shown).split()
     for found, said in zip(about.findall(told), about.findall(shown), strict=True):
         assert not whole or float(found) == pytest.approx(float(said), rel=0.1, abs=0.1)

@@ -214,21 +214,21 @@ class _Reader:
         """As :func:`_read`, for every segment of a batch, equal ones too; nothing is kept of the last one."""
         ids = torch.cat(batch).cpu().split([len(segment) for segment in batch])  # one copy from a GPU, not one each
         keys = [segment.numpy().tobytes() for segment in ids]
-        counts = Counter(keys)
-        first = {key: i for i, key in reversed(list(enumerate(keys)))}
-        order = sorted(counts, key=lambda key: (key in self.known, first[key]))  # those that are known come last
-        new = [batch[first[key]] for key in order if key not in self.known]
-        parts = [self.read(new[i : i + self.size]) for i in range(0, len(new), self.size)]
-        if again := [self.known[key] for key in order if key in self.known]:
-            parts.append(({k: torch.stack([states[k] for states in again]) for k in again[0]}, None))
+        counts, segment = Counter(keys), dict(zip(keys, batch, strict=True))
+        new = [key for key in counts if key not in self.known]
+        again = [key for key in counts if key in self.known]
+        parts = [self.read([segment[key] for key in new[i : i + self.size]]) for i in range(0, len(new), self.size)]
+        if again:
+            kept = [self.known[key] for key in again]
+            parts.append(({k: torch.stack([states[k] for states in kept]) for k in kept[0]}, None))
         states, valid = parts[0] if len(parts) == 1 else _joined(parts)
-        known = {key: self.known[key] for key in order if key in self.known}
-        for i, key in enumerate(order[: len(new)]):
-            if not last and counts[key] > 1 and len(new[i]) == self.full:
-                known[key] = {k: h[i].clone() for k, h in states.items()}  # a view would keep all of them
-        self.known = known
-        if len(order) < len(batch) or again:
-            places = [order.index(key) for key in keys]
+        self.known = {key: self.known[key] for key in again}
+        for i, key in enumerate(new):
+            if not last and counts[key] > 1 and len(segment[key]) == self.full:
+                self.known[key] = {k: h[i].clone() for k, h in states.items()}  # a view would keep all of them
+        if len(counts) < len(batch) or again:
+            place = {key: i for i, key in enumerate([*new, *again])}
+            places = [place[key] for key in keys]
             states = {k: h[places] for k, h in states.items()}
             valid = None if valid is None else valid[places]
         return states, valid

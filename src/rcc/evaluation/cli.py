@@ -7,7 +7,7 @@ import sys
 import traceback
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -43,6 +43,23 @@ app = typer.Typer(
 Output = Annotated[
     Path | None, typer.Option("--output", "-o", help="A folder for samples, figures and plots; goes on there.")
 ]
+
+
+def _some_of(known: list[str], text: str, option: str) -> list[str]:
+    """The choices of an option that also takes all and none."""
+    some = {"all": known, "none": []}
+    return some[text] if text in some else parse_choices(text, option, known)
+
+
+def _show(text: str, data: dict[str, Any] | None, output: Path | None) -> None:
+    """Print an evaluation's table and notes and say what the folder holds; or only its figures, where they are wanted
+    as JSON."""
+    if data is not None:
+        print_json(data)
+        return
+    out.print(text, end="", markup=False)
+    if output is not None:
+        err.print(f"{output}: results.json, samples.jsonl, table.md and plots", markup=False)
 
 
 @app.command()
@@ -83,8 +100,7 @@ def reconstruction(
         from . import reconstruction as measuring
         from .reconstruction_report import Report
     known = list(measuring.CONTROLS)
-    some = {"all": known, "none": []}
-    chosen = some[controls] if controls in some else parse_choices(controls, "--controls", known)
+    chosen = _some_of(known, controls, "--controls")
     rcc, tokenizer = load_model(model, device, dtype)
     protocol = measuring.Protocol(
         rates=numbers["rates"] or rcc.config.rates,
@@ -104,12 +120,8 @@ def reconstruction(
         found.collect(run.cases(), advance)
     report = Report(found, rcc.config)
     report.finish()
-    if as_json:
-        print_json(found.summary(measuring.BY, report.more()))
-        return
-    out.print("\n".join([report.table(), *(f"{note}\n" for note in found.notes)]), end="", markup=False)
-    if output is not None:
-        err.print(f"{output}: results.json, samples.jsonl, table.md and plots", markup=False)
+    text = "\n".join([report.table(), *(f"{note}\n" for note in found.notes)])
+    _show(text, found.summary(measuring.BY, report.more()) if as_json else None, output)
 
 
 @app.command()
@@ -191,13 +203,7 @@ def passkey(
         )
     table = task.table(results)
     results.finish(task.BY, table, task.figures(results))
-    if as_json:
-        print_json(results.summary(task.BY))
-        return
-    for text in (table, *results.notes):
-        out.print(text, markup=False)
-    if output is not None:
-        err.print(f"{output}: results.json, samples.jsonl, table.md and plots", markup=False)
+    _show("\n".join([table, *results.notes]) + "\n", results.summary(task.BY) if as_json else None, output)
 
 
 @app.command()
@@ -247,8 +253,7 @@ def qa(
         from . import qa_report, questions
     forms = parse_choices(modes, "--modes", prompting.MODES)
     known = list(task.BASELINES)
-    some = {"all": known, "none": []}
-    chosen = some[baselines] if baselines in some else parse_choices(baselines, "--baselines", known)
+    chosen = _some_of(known, baselines, "--baselines")
     if taken := sorted({"rcc", task.TUNED, *known} & set(others)):
         raise InputError(f"--beside {taken[0]}=… is the name of another row: use another name.")
     with status("reading the questions"):
@@ -279,14 +284,9 @@ def qa(
     with progress("asking", len(run), "answers") as advance:
         found.collect(run.cases(), advance)
     report = qa_report.Report(found)
-    found.notes = [*report.notes(), *notes]
-    report.finish()
-    if as_json:
-        print_json(found.summary(task.BY, report.more()))
-        return
-    out.print("\n".join([report.table(), *(f"{note}\n" for note in found.notes)]), end="", markup=False)
-    if output is not None:
-        err.print(f"{output}: results.json, samples.jsonl, table.md and plots", markup=False)
+    report.finish(notes)
+    text = "\n".join([report.table(), *(f"{note}\n" for note in found.notes)])
+    _show(text, found.summary(task.BY, report.more()) if as_json else None, output)
 
 
 def _name_and_model(text: str) -> tuple[str, str]:
@@ -382,13 +382,7 @@ def resources(
         )
     table = task.table(results)
     results.finish(task.BY, table, task.figures(results))
-    if as_json:
-        print_json(results.summary(task.BY))
-        return
-    for line in (table, *results.notes):
-        out.print(line, markup=False)
-    if output is not None:
-        err.print(f"{output}: results.json, samples.jsonl, table.md and plots", markup=False)
+    _show("\n".join([table, *results.notes]) + "\n", results.summary(task.BY) if as_json else None, output)
 
 
 @app.command(

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from .metrics import f1, normalise, rouge_l
+from .metrics import f1, rouge_l
 
 
 @dataclass(frozen=True)
@@ -97,11 +97,6 @@ def retrieval(written: str, answers: Sequence[str], classes: Sequence[str] = ())
     """The same of the number in "Paragraph 7"."""
     found = [match[1] for truth in answers if (match := re.search(r"Paragraph (\d+)", truth))]
     return count(written, found) if found else 0.0
-
-
-def exact_match(written: str, answers: Sequence[str]) -> float:
-    """1 if the words of an accepted answer were written and no others (SQuAD's), else 0."""
-    return float(any(normalise(written) == normalise(truth) for truth in answers))
 
 
 def best_rouge(written: str, answers: Sequence[str]) -> float:

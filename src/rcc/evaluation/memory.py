@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 
 def reset_peak(device: torch.device) -> None:
@@ -18,11 +21,23 @@ def reset_peak(device: torch.device) -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def resident() -> int:
-    """Bytes of memory that this process holds now; 0 where the system does not say (all but Linux)."""
+def resident(process: int | str = "self") -> int:
+    """Bytes of memory that a process holds now; 0 where it is gone or the system does not say (all but Linux)."""
     with contextlib.suppress(OSError):
-        return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        return int(Path(f"/proc/{process}/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
     return 0
+
+
+def allocated(run: Callable[[], Any]) -> int:
+    """Bytes that torch allocates on the CPU at most while something runs, by its own profiler."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    now = most = 0
+    for event in sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now)
+    return most
 
 
 def available(device: torch.device) -> int | None:

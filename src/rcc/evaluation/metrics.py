@@ -28,6 +28,11 @@ def f1(answer: str, accepted: Sequence[str]) -> float:
     return best
 
 
+def exact_match(answer: str, accepted: Sequence[str]) -> float:
+    """1 if the words of an accepted answer were written and no others (SQuAD's), else 0."""
+    return float(any(normalise(answer) == normalise(reference) for reference in accepted))
+
+
 @cache
 def _bleu() -> Any:
     from sacrebleu.metrics import BLEU

@@ -131,7 +131,7 @@ class QA:
         self.questions = choose(questions, protocol.limit, protocol.seed)
         self.text = Texts(questions, tokenizer, protocol.pad_to, protocol.seed)
         self.data_sha256 = digest(questions)
-        self._held: dict[tuple[str, str, int], tuple[str, Held, float]] = {}
+        self._held: dict[tuple[str, int], tuple[str, Held, float]] = {}
         self._position_bytes: dict[int, int] = {}
 
     def settings(self, data: dict[str, Any]) -> dict[str, Any]:
@@ -191,7 +191,7 @@ class QA:
             raise Skipped(str(error)) from None
         figures = score(question, written)
         if instruction is not None:
-            figures["instruction_accuracy"] = longbench.exact_match(instruction, [question.question])
+            figures["instruction_accuracy"] = metrics.exact_match(instruction, [question.question])
             figures["instruction"] = instruction
         return {
             **figures,
@@ -205,15 +205,16 @@ class QA:
 
     def _hold(self, question: Question, text: Tensor, method: Method, rate: int) -> tuple[Held, float]:
         """What a method holds of a text, and the seconds that it took; kept for the next question about it."""
-        name = (method.name, "" if not method.by_question else method.mode, rate)
+        name = (method.name, rate)
         found = self._held.get(name)
-        if found is not None and found[0] == question.context and not method.by_question:
+        if found is not None and found[0] == question.context:
             return found[1:]
         self._held.pop(name, None)  # before the next one is made
         start = time.perf_counter()
         held = method.hold(text, rate, question)
         seconds = time.perf_counter() - start
-        self._held[name] = (question.context, held, seconds)
+        if not method.by_question:
+            self._held[name] = (question.context, held, seconds)
         return held, seconds
 
     def _bytes(self, model: RCCForCausalLM) -> int:
@@ -239,7 +240,7 @@ def score(question: Question, written: str) -> dict[str, Any]:
     return {
         "score": longbench.METRICS[question.metric](written, question.answers, question.classes),
         "f1": metrics.f1(written, question.answers),
-        "exact_match": longbench.exact_match(written, question.answers),
+        "exact_match": metrics.exact_match(written, question.answers),
         "rouge_l": longbench.best_rouge(written, question.answers),
         "asked": question.question,
         "answers": list(question.answers),

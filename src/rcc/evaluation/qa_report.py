@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,9 @@ class Report:
         self.ceiling = next((name for name in (TUNED, "plain") if name in plain), None)
         self._best = plain[self.ceiling]["score"].mean if self.ceiling else 0.0
 
-    def finish(self) -> None:
-        """Write the evaluation's folder, if it has one."""
+    def finish(self, notes: Sequence[str] = ()) -> None:
+        """Note what to know about the figures, `notes` behind it, and write the evaluation's folder, if it has one."""
+        self.found.notes = [*self.notes(), *notes]
         self.found.finish(BY, self.table(), self.plots(), self.more())
 
     def more(self) -> dict[str, Any]:

@@ -471,14 +471,7 @@ def collate(samples: Sequence[Sample], pad: int, teacher: bool = False) -> dict[
             columns behind its place in `input_ids`; padded on both sides.
     """
     contexts = [np.concatenate(s.pieces) for s in samples]
-    inputs = [np.concatenate([s.prompt, s.target]) for s in samples]
-    labels = _padded([np.concatenate([np.full(len(s.prompt), -100), s.target]) for s in samples], -100)
-    batch = {
-        "context_ids": _padded(contexts, pad),
-        "input_ids": _padded(inputs, pad),
-        "labels": labels,
-        "logits_to_keep": (labels[:, 1:] != -100).any(0).nonzero()[:, 0],
-    }
+    batch = {"context_ids": _padded(contexts, pad), **_written([(s.prompt, s.target) for s in samples], pad)}
     if len({len(c) for c in contexts}) > 1 or any(len(s.pieces) > 1 for s in samples):
         numbers = [np.repeat(np.arange(1, len(s.pieces) + 1), [len(p) for p in s.pieces]) for s in samples]
         batch["context_mask"] = _padded(numbers, 0)
@@ -486,7 +479,7 @@ def collate(samples: Sequence[Sample], pad: int, teacher: bool = False) -> dict[
         plain = [s.uncompressed() for s in samples]
         extra = [len(p) - len(s.prompt) for p, s in zip(plain, samples, strict=True)]
         shift = max(0, *extra)
-        ids = torch.full((len(samples), shift + labels.shape[1]), pad)
+        ids = torch.full((len(samples), shift + batch["labels"].shape[1]), pad)
         mask = torch.zeros_like(ids)
         for b, sample in enumerate(samples):
             read = torch.from_numpy(np.concatenate([plain[b], sample.target]))
@@ -505,10 +498,15 @@ def collate_plain(samples: Sequence[Sample], pad: int) -> dict[str, Tensor]:
         labels, logits_to_keep: as of :func:`collate`.
     """
     rows = [(s.uncompressed(), s.target) for s in samples]
+    mask = [np.ones(len(read) + len(target), dtype=np.int64) for read, target in rows]
+    return {**_written(rows, pad), "attention_mask": _padded(mask, 0)}
+
+
+def _written(rows: Sequence[tuple[np.ndarray, np.ndarray]], pad: int) -> dict[str, Tensor]:
+    """B pairs of what the decoder reads and the target → `input_ids`, `labels` and `logits_to_keep` of a batch."""
     labels = _padded([np.concatenate([np.full(len(read), -100), target]) for read, target in rows], -100)
     return {
         "input_ids": _padded([np.concatenate(row) for row in rows], pad),
-        "attention_mask": _padded([np.ones(len(read) + len(target), dtype=np.int64) for read, target in rows], 0),
         "labels": labels,
         "logits_to_keep": (labels[:, 1:] != -100).any(0).nonzero()[:, 0],
     }

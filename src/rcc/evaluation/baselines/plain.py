@@ -52,11 +52,16 @@ class Plain:
         return Held(read_plain(self.model, torch.cat([self.header, kept])), len(kept), len(kept) < len(text))
 
     def prompt(self, question: Question) -> Prompt:
-        asked = " ".join(part for part in (question.question.strip(), self.hint) if part)
-        return Prompt("human", "", f"{prompting.SEPARATOR}{asked}{prompting.TURN}")
+        return Prompt("human", "", behind(question, self.hint))
 
     def decoder(self) -> AbstractContextManager[None]:
         return contextlib.nullcontext() if self.tuned else base_decoder(self.model)
+
+
+def behind(question: Question, hint: str) -> str:
+    """What stands behind a text that began with the chat's header: the question, the hint, the answer's beginning."""
+    asked = " ".join(part for part in (question.question.strip(), hint) if part)
+    return f"{prompting.SEPARATOR}{asked}{prompting.TURN}"
 
 
 def ends(text: Tensor, most: int) -> Tensor:
