@@ -447,7 +447,7 @@ class RCCForCausalLM(nn.Module):
             ContextError: another model made the vectors. WindowError: more positions than the decoder has.
         """
         self.check_fingerprint(vectors.fingerprint, "unknown", "the vectors")
-        step = max(1, BATCH_TOKENS // vectors.rate)
+        step = batch_tokens_on(self.device)  # a position costs the decoder what a token costs the encoder
         wanted = self.projections.states
 
         def chunks() -> Any:
