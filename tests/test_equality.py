@@ -1166,14 +1166,15 @@ def test_window_counts_each_text_by_itself(tiny, tokens, batch):
 
 
 def test_untrained_rate_warns(tiny, tokens, caplog):
-    """A rate that divides the segment but was not trained works and says so; a trained one is silent."""
+    """A rate that divides the segment but was not trained works and says so, once; a trained one is silent."""
     model = tiny("llama", rates=(4, 8))
     with caplog.at_level(logging.WARNING, "rcc"):
         model.compress(one(tokens(20)))
         model.compress(one(tokens(20)), rate=8)
         assert not caplog.records
         model.compress(one(tokens(20)), rate=2)
-    assert "not trained at rate 2" in caplog.text
+        model.compress(one(tokens(20)), rate=2)
+    assert caplog.text.count("not trained at rate 2") == 1
     assert "4, 8" in caplog.text
 
 

@@ -93,6 +93,7 @@ class RCCForCausalLM(nn.Module):
         self._add_lora()
         self._freeze()
         self._recorded: tuple[str, tuple[int, ...]] | None = None
+        self._warned: set[int] = set()  # of which untrained rates
         self.eval()
 
     # ---------------------------------------------------------------- making one
@@ -749,7 +750,8 @@ class RCCForCausalLM(nn.Module):
 
     def _check_rate(self, rate: int | None) -> int:
         rate = self.config.check_rate(rate)
-        if rate not in self.config.rates:
+        if rate not in {*self.config.rates, *self._warned}:
+            self._warned.add(rate)
             logger.warning(
                 "%s was not trained at rate %d, only at %s: expect little of it.",
                 self.config.name,

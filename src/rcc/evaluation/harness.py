@@ -29,7 +29,6 @@ from .. import encoder, prompting
 from ..console import DEFAULT_MODEL, load_model
 from ..context import CompressedContext
 from ..errors import InputError, WindowError
-from .results import no_rate_warnings
 
 logger = logging.getLogger(__name__)
 
@@ -114,14 +113,6 @@ class RCCLM(TemplateLM):
         if not self.tokenizer.is_fast:
             raise InputError(f"the tokenizer of {model} cannot say where its tokens stand in a text: use a fast one.")
         self.rate = None if rate == "auto" else self.model.config.check_rate(rate)  # type: ignore[arg-type]
-        if self.rate not in (None, *self.model.config.rates):
-            trained = ", ".join(map(str, self.model.config.rates))
-            logger.warning(
-                "%s was not trained at rate %s, only at %s: expect little of it.",
-                self.model.config.name,
-                self.rate,
-                trained,
-            )
         self._compressed = lru_cache(self.batch_size)(self._compress)
         self._parts = lru_cache(256)(self._cut)  # the answers of a question come one after another
         self._counts = Counter(prompts=0, compressed=0, compressed_tokens=0, positions=0)
@@ -242,8 +233,7 @@ class RCCLM(TemplateLM):
         return Request(number, parts, rate, ids, answer, settings)
 
     def _compress(self, head: str, rate: int) -> CompressedContext:
-        with no_rate_warnings():
-            return self.model.compress(prompting.token_ids(self.tokenizer, head), rate=rate)
+        return self.model.compress(prompting.token_ids(self.tokenizer, head), rate=rate)
 
     def _batches(
         self, requests: Sequence[Request], title: str, quiet: bool
@@ -338,13 +328,12 @@ class RCCLM(TemplateLM):
             if held + size > model.window:
                 origin = done = full = start
                 whole = None
-            with no_rate_warnings():
-                if done < full:
-                    whole = model.compress(torch.tensor([ids[done:full]]), rate=rate, context=whole)
-                    done = full
-                context = whole
-                if full < start:  # a segment that is not full yet: read for this block only
-                    context = model.compress(torch.tensor([ids[full:start]]), rate=rate, context=whole)
+            if done < full:
+                whole = model.compress(torch.tensor([ids[done:full]]), rate=rate, context=whole)
+                done = full
+            context = whole
+            if full < start:  # a segment that is not full yet: read for this block only
+                context = model.compress(torch.tensor([ids[full:start]]), rate=rate, context=whole)
             before = ids[start - 1] if start else self.prefix_token_id
             block = Request(0, Parts("", 0, ""), rate, [before], ids[start : start + size])
             total += sum(score for score, _ in self._score([block], context))

@@ -26,7 +26,7 @@ from ..errors import InputError, WindowError
 from ..modeling import BATCH_TOKENS, Progress, RCCForCausalLM
 from . import memory, plots
 from .haystack import POSITIONS, VARIANTS, Text, is_right, make_text, prose_sentences
-from .results import Case, Key, Results, Skipped, interval, markdown, no_rate_warnings, show
+from .results import Case, Key, Results, Skipped, interval, markdown, show
 
 BY = ("variant", "rate", "length", "position", "context")
 """What tells cells apart. The context is the `whole` text, or one in which the key's own segments are `replaced`."""
@@ -108,8 +108,7 @@ def passkey(
     results = Results("passkey", settings, folder)
     counts = {"whole": min(keys, limit or keys), "replaced": min(controls, limit or controls)}
     cases = run.cases(rates, sorted(lengths), variants, positions, counts)
-    with no_rate_warnings():
-        results.collect(cases, run.done)
+    results.collect(cases, run.done)
     results.notes += _notes(results, model)
     return results
 

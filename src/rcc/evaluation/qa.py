@@ -25,7 +25,7 @@ from .baselines.plain import Plain
 from .baselines.retrieved import Retrieved
 from .baselines.truncated import Truncated
 from .questions import Question, Texts, bucket, choose, digest
-from .results import Case, Skipped, no_rate_warnings
+from .results import Case, Skipped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -172,7 +172,7 @@ class QA:
 
     def _measure(self, question: Question, text: Tensor, method: Method, rate: int) -> dict[str, Any]:
         try:
-            with no_rate_warnings(), method.decoder():
+            with method.decoder():
                 held, seconds = self._hold(question, text, method, rate)
                 asked = method.prompt(question)
                 clock = _Clock()

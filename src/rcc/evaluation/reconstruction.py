@@ -24,7 +24,7 @@ from ..modeling import RCCForCausalLM
 from . import metrics
 from .example import EXAMPLE, example_text
 from .plain import base_decoder, read_plain
-from .results import Case, Skipped, no_rate_warnings
+from .results import Case, Skipped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -322,9 +322,8 @@ class Reconstruction:
         return None
 
     def _compress(self, length: int, number: int, rate: int) -> tuple[CompressedVectors, CompressedContext]:
-        with no_rate_warnings():
-            vectors = self.model.encode(self.documents[length][number][None], rate=rate)
-            return vectors, self.model.prefix(vectors)
+        vectors = self.model.encode(self.documents[length][number][None], rate=rate)
+        return vectors, self.model.prefix(vectors)
 
     def _context(self, kind: str, length: int, number: int, rate: int | None) -> CompressedContext | None:
         """What the decoder is given in place of a document."""

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -240,18 +239,6 @@ class Results:
             draw(self.folder / name)
         self._write("table.md", table + "".join(f"\n{note}\n" for note in self.notes))
         self._write("results.json", json.dumps(self.summary(by, more), indent=2) + "\n")
-
-
-@contextmanager
-def no_rate_warnings() -> Iterator[None]:
-    """Without the line that every use of an untrained rate logs: the results say it once."""
-    logger = logging.getLogger("rcc.modeling")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
 
 
 def need(*modules: str, extra: str = "eval") -> None:
