@@ -183,6 +183,29 @@ def test_segments_that_repeat_are_kept_for_the_next_batch(tiny, expected, tokens
     torch.testing.assert_close(got, expected(model).logits([row], prompt), **CLOSE)
 
 
+def test_filler_is_remembered_from_text_to_text(tiny, expected, tokens):
+    """While remembering, what repeats in a text is not read again in the next, at each rate; afterwards it is."""
+    model = tiny("llama")
+    filler, prompt = tokens(16), tokens(5, 2)
+    texts = [filler * 3 + tokens(16, 1), tokens(16, 3) + filler + tokens(16, 4), filler * 3 + tokens(7, 5)]
+    read = []
+    handle = model.encoder.register_forward_pre_hook(
+        lambda _, args, kwargs: read.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    try:
+        with rcc.encoder.remembering():
+            contexts = [model.compress(one(text)) for text in texts]
+            model.compress(one(texts[0]), rate=8)
+            model.compress(one(texts[0]))
+        model.compress(one(texts[1]))
+    finally:
+        handle.remove()
+    assert read == [2, 2, 1, 2, 1, 3]  # what stands once in its text is read each time
+    for text, context in zip(texts, contexts, strict=True):
+        got = model(input_ids=one(prompt), context=context).logits[0]
+        torch.testing.assert_close(got, expected(model).logits([text], prompt), **CLOSE)
+
+
 @pytest.mark.parametrize(("states", "attn"), [("all", "sdpa"), ("all", "eager"), ("last", "sdpa")])
 @sides
 def test_bfloat16(tiny, expected, tokens, sides, states, attn):

@@ -6,6 +6,7 @@ padded on the right, without a mask, and what stands behind a segment's end cann
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -26,6 +27,9 @@ from .errors import ContextError, InputError
 
 _capture: ContextVar[_Capture | None] = ContextVar("rcc_capture", default=None)
 """Set around an encoder's forward pass, each thread's own: not every family hands keyword arguments to its blocks."""
+
+_remembered: ContextVar[dict[tuple[int, ...], _Known] | None] = ContextVar("rcc_remembered", default=None)
+"""What :func:`remembering` keeps, for each encoder, rate and choice of states."""
 
 
 @dataclass(frozen=True)
@@ -195,6 +199,23 @@ def _joined(parts: list[tuple[dict[int, Tensor], Tensor | None]]) -> tuple[dict[
     return states, torch.cat([fill(valid) for valid in real])
 
 
+_Known = dict[bytes, dict[int, Tensor]]
+"""Whole segments (their token ids) that are not read again, and their states {number: [m, H]}."""
+
+
+@contextlib.contextmanager
+def remembering() -> Iterator[None]:
+    """Within it, what repeats in a text is kept for the texts after it too, which then read it no more.
+
+    For many texts with the same filler, and an encoder that does not change meanwhile.
+    """
+    token = _remembered.set({})
+    try:
+        yield
+    finally:
+        _remembered.reset(token)
+
+
 class _Reader:
     """Reads batches of segments; what repeats (filler, boilerplate) is read once.
 
@@ -204,11 +225,19 @@ class _Reader:
     Args:
         read: :func:`_read` of a batch, in passes of `size` segments.
         full: tokens of a whole segment; shorter ones are not kept.
+        remembered: what earlier texts have left, to be added to (:func:`remembering`).
     """
 
-    def __init__(self, read: Callable[[list[Tensor]], tuple[dict[int, Tensor], Tensor | None]], size: int, full: int):
+    def __init__(
+        self,
+        read: Callable[[list[Tensor]], tuple[dict[int, Tensor], Tensor | None]],
+        size: int,
+        full: int,
+        remembered: _Known | None,
+    ):
         self.read, self.size, self.full = read, size, full
-        self.known: dict[bytes, dict[int, Tensor]] = {}  # whole segment → {state: [m, H]}
+        self.forgets = remembered is None
+        self.known: _Known = {} if remembered is None else remembered
 
     def __call__(self, batch: list[Tensor], last: bool) -> tuple[dict[int, Tensor], Tensor | None]:
         """As :func:`_read`, for every segment of a batch, equal ones too; nothing is kept of the last one."""
@@ -222,9 +251,10 @@ class _Reader:
             kept = [self.known[key] for key in again]
             parts.append(({k: torch.stack([states[k] for states in kept]) for k in kept[0]}, None))
         states, valid = parts[0] if len(parts) == 1 else _joined(parts)
-        self.known = {key: self.known[key] for key in again}
+        if self.forgets:
+            self.known = {key: self.known[key] for key in again}
         for i, key in enumerate(new):
-            if not last and counts[key] > 1 and len(segment[key]) == self.full:
+            if not (last and self.forgets) and counts[key] > 1 and len(segment[key]) == self.full:
                 self.known[key] = {k: h[i].clone() for k, h in states.items()}  # a view would keep all of them
         if len(counts) < len(batch) or again:
             place = {key: i for i, key in enumerate([*new, *again])}
@@ -267,7 +297,9 @@ def encode(
     step = longest if batch_tokens is None else max(1, batch_tokens // (config.segment_length * len(rows)))
     done = 0
     size = step * len(rows) if pass_tokens is None else max(1, pass_tokens // config.segment_length)
-    read = _Reader(lambda some: _read(body, some, rate, wanted, memory), size, config.segment_length)
+    kept = _remembered.get()
+    remembered = None if kept is None else kept.setdefault((id(body), rate, *wanted), {})
+    read = _Reader(lambda some: _read(body, some, rate, wanted, memory), size, config.segment_length, remembered)
     for start in range(0, longest, step):
         parts = [row[start : start + step] for row in split]
         batch = [segment for part in parts for segment in part]

@@ -108,7 +108,8 @@ def passkey(
     results = Results("passkey", settings, folder)
     counts = {"whole": min(keys, limit or keys), "replaced": min(controls, limit or controls)}
     cases = run.cases(rates, sorted(lengths), variants, positions, counts)
-    results.collect(cases, run.done)
+    with encoder.remembering():
+        results.collect(cases, run.done)
     results.notes += _notes(results, model)
     return results
 
