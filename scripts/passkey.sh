@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Trains the passkey model from the default one, about five hours on two cores: rates from low to high, then longer
-# segments, then LoRA cut to small ranks. A step that is finished is not repeated, one that was interrupted goes on.
+# Trains the passkey model from the default one, about seven hours on two cores: rates from low to high, then longer
+# segments, then LoRA cut to small ranks, then keys in ever longer texts. A step that is finished is not repeated, one
+# that was interrupted goes on (the last one begins again).
 # usage: scripts/passkey.sh OUT
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -21,3 +22,4 @@ step mid "$out/low" "${rank16[@]}" model.segment_length=128 "model.rates=[16,32,
 step long "$out/mid" "${rank16[@]}" "model.rates=[64,128,256,512]" "$(stage 1024 8192 30)"
 [ -e "$out/small" ] || .venv/bin/python scripts/shrink_lora.py "$out/long" "$out/small" --encoder 4 --decoder 2 --rates 512,128
 step final "$out/small"
+[ -e "$out/model" ] || .venv/bin/python scripts/passkey_decoder.py "$out/final" "$out/model"
