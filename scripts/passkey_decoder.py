@@ -21,13 +21,8 @@ from rcc import allocator
 class Vectors:
     """The vectors of segments with keys, and of the filler around them."""
 
-    def __init__(self, model, tokenizer, keys, rng):
-        import numpy as np
-
+    def __init__(self, model, encode, keys, rng):
         from rcc.training import tasks
-
-        def encode(text):
-            return np.array(tokenizer(text, add_special_tokens=False)["input_ids"])
 
         self.model, self.rng, self.size = model, rng, model.config.segment_length
         opening, filler = encode(tasks.OPENING), [encode(sentence) for sentence in tasks.FILLER]
@@ -43,7 +38,6 @@ class Vectors:
         shifted = tasks.hide(opening, [(0.0, hidden[0])], filler, length)[0]
         self.after = self.read([shifted[i : i + self.size] for i in range(0, length - self.size, self.size)])
         self.first, segments = [], []
-        self.answers = [encode(f" {key}.") for key in keys]
         for sentence in hidden:
             high = length
             while (high + 1) * self.size > length - around:  # the text's short end is never the key's
@@ -117,36 +111,35 @@ def main() -> None:
     torch.manual_seed(arguments.seed)
     rng = np.random.default_rng(arguments.seed)
     model = RCCForCausalLM.from_pretrained(arguments.model, dtype=torch.bfloat16)
-    tokenizer = load_tokenizer(arguments.model)
-    vectors = Vectors(model, tokenizer, draw_keys(arguments.keys, rng), rng)
-    question = np.array(tokenizer(tasks.QUESTION, add_special_tokens=False)["input_ids"])
+    marks = tasks.Marks.of(load_tokenizer(arguments.model))
+    keys = draw_keys(arguments.keys, rng)
+    vectors = Vectors(model, marks.encode, keys, rng)
+    question, answers = marks.encode(tasks.QUESTION), [np.append(marks.encode(f" {key}."), marks.eos) for key in keys]
     freeze(model, ["encoder"], torch.bfloat16)
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learning, lr=arguments.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
-    wanted, eos = model.projections.states, tokenizer.eos_token_id
     most = model.window - 64
 
     def batch():
         """Texts of one length, as many as fit → the training pass's mean loss and how many they are."""
         n = int(2 ** rng.uniform(1, math.log2(min(2048, most))))
-        rows, ids = [], []
+        rows, written = [], []
         for _ in range(max(1, arguments.positions // (n + 32))):
-            number = int(rng.integers(len(vectors.answers)))
+            number = int(rng.integers(len(keys)))
             if (found := vectors.text(number, n)) is not None:
                 rows.append(found)
-                ids.append(np.concatenate([question, vectors.answers[number], [eos]]))
+                written.append((question, answers[number]))
         if not rows:
             return batch()
         states = torch.stack(rows)
-        input_ids = torch.from_numpy(np.stack(ids))
-        labels = input_ids.clone()
-        labels[:, : len(question)] = -100
-        keep = torch.arange(len(question) - 1, input_ids.shape[1] - 1)
         with torch.autocast("cpu", torch.bfloat16):
-            loss = model._decode_to_train(
-                {k: states[:, :, k] for k in wanted}, None, input_ids, None, labels, keep
-            ).loss
-        return loss, len(rows), n
+            out = model._decode_to_train(
+                {k: states[:, :, k] for k in model.projections.states},
+                None,
+                attention_mask=None,
+                **tasks._written(written, marks.eos),
+            )
+        return out.loss, len(rows), n
 
     start, step, seen, log = time.time(), 0, 0, []
     while (done := (time.time() - start) / 60 / arguments.minutes) < 1:

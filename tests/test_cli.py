@@ -520,15 +520,16 @@ finally:
 
 
 def test_models(call: Callable[..., Result], home: Path) -> None:
-    (row,) = json.loads(call("models", "--json").ok().out)
-    assert row["name"] == MODEL
-    assert row["rates"] == [4, 8]
-    assert row["base_ready"] is True
-    assert Path(row["folder"]).is_dir()
-    assert row["base_folder"].startswith(str(home))
+    rows = {row["name"]: row for row in json.loads(call("models", "--json").ok().out)}
+    assert {name: max(row["rates"]) for name, row in rows.items()} == {MODEL: 8, f"{MODEL}-passkey": 512}
+    assert rows[MODEL]["rates"] == [4, 8]
     told = call("models").ok().out
-    assert MODEL in told
-    assert row["folder"] in told
+    for name, row in rows.items():
+        assert row["base_ready"] is True
+        assert Path(row["folder"]).is_dir()
+        assert row["base_folder"].startswith(str(home))
+        assert name in told
+        assert row["folder"] in told
 
 
 # ---------------------------------------------------------------- bad input

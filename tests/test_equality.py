@@ -3,6 +3,7 @@ one by one, by hand or in float64. Each test says what it proves."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import logging
@@ -139,6 +140,19 @@ def test_chunking_does_not_change_the_result(tiny, expected, tokens, batch, batc
         torch.testing.assert_close(got[b], expected(model).logits([row], prompt), **CLOSE)
 
 
+@contextlib.contextmanager
+def segments_read(model):
+    """How many segments each pass of the encoder takes."""
+    read = []
+    handle = model.encoder.register_forward_pre_hook(
+        lambda _, args, kwargs: read.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    try:
+        yield read
+    finally:
+        handle.remove()
+
+
 def test_equal_segments_are_read_once(tiny, expected, tokens, batch):
     """What repeats within a batch is read once, and the result is the reference's of reading it each time; also for
     equal segments of different rows and for an equal, shorter end, cached and with gradients."""
@@ -146,15 +160,9 @@ def test_equal_segments_are_read_once(tiny, expected, tokens, batch):
     filler, key, prompt = tokens(16), tokens(21, 1), tokens(5, 2)
     rows = [filler * 3 + key + filler * 2, filler * 2 + filler[:5], filler * 3 + filler[:5]]
     ids, mask = batch(rows)
-    read = []
-    handle = model.encoder.register_forward_pre_hook(
-        lambda _, args, kwargs: read.append(len(kwargs["input_ids"])), with_kwargs=True
-    )
-    try:
+    with segments_read(model) as read:
         context = model.compress(ids, mask)
         trained = model(one(prompt).expand(3, -1), context_ids=ids, context_mask=mask).logits
-    finally:
-        handle.remove()
     assert read == [6, 6]  # the filler, its short end, and behind the key every segment is shifted
     cached = model(one(prompt).expand(3, -1), context=context).logits
     for b, row in enumerate(rows):
@@ -168,15 +176,9 @@ def test_segments_that_repeat_are_kept_for_the_next_batch(tiny, expected, tokens
     model = tiny("llama")
     filler, key, prompt = tokens(16), tokens(21, 1), tokens(5, 2)
     row = filler * 9 + key + filler * 6 + filler[:3]
-    read = []
-    handle = model.encoder.register_forward_pre_hook(
-        lambda _, args, kwargs: read.append(len(kwargs["input_ids"])), with_kwargs=True
-    )
-    try:
+    with segments_read(model) as read:
         context = model.compress(one(row), batch_tokens=64)
         model.compress(one(tokens(16 * 9, 3)), batch_tokens=64)
-    finally:
-        handle.remove()
     # the filler; nothing new; the key, its end, and shifted filler; that again, as it had stood there once; the end
     assert read == [1, 3, 1, 1, 4, 4, 1]
     got = model(input_ids=one(prompt), context=context).logits[0]
@@ -188,18 +190,12 @@ def test_filler_is_remembered_from_text_to_text(tiny, expected, tokens):
     model = tiny("llama")
     filler, prompt = tokens(16), tokens(5, 2)
     texts = [filler * 3 + tokens(16, 1), tokens(16, 3) + filler + tokens(16, 4), filler * 3 + tokens(7, 5)]
-    read = []
-    handle = model.encoder.register_forward_pre_hook(
-        lambda _, args, kwargs: read.append(len(kwargs["input_ids"])), with_kwargs=True
-    )
-    try:
+    with segments_read(model) as read:
         with rcc.encoder.remembering():
             contexts = [model.compress(one(text)) for text in texts]
             model.compress(one(texts[0]), rate=8)
             model.compress(one(texts[0]))
         model.compress(one(texts[1]))
-    finally:
-        handle.remove()
     assert read == [2, 2, 1, 2, 1, 3]  # what stands once in its text is read each time
     for text, context in zip(texts, contexts, strict=True):
         got = model(input_ids=one(prompt), context=context).logits[0]

@@ -1,4 +1,4 @@
-"""The shipped passkey model does what its card says, on few samples (docs/results.md has many)."""
+"""The shipped passkey model does what its card says, on few samples (the card has more)."""
 
 from __future__ import annotations
 

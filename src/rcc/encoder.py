@@ -28,7 +28,10 @@ from .errors import ContextError, InputError
 _capture: ContextVar[_Capture | None] = ContextVar("rcc_capture", default=None)
 """Set around an encoder's forward pass, each thread's own: not every family hands keyword arguments to its blocks."""
 
-_remembered: ContextVar[dict[tuple[int, ...], _Known] | None] = ContextVar("rcc_remembered", default=None)
+_Known = dict[bytes, dict[int, Tensor]]
+"""Whole segments (their token ids) that are not read again, and their states {number: [m, H]}."""
+
+_remembered: ContextVar[dict[tuple[Any, ...], _Known] | None] = ContextVar("rcc_remembered", default=None)
 """What :func:`remembering` keeps, for each encoder, rate and choice of states."""
 
 
@@ -199,10 +202,6 @@ def _joined(parts: list[tuple[dict[int, Tensor], Tensor | None]]) -> tuple[dict[
     return states, torch.cat([fill(valid) for valid in real])
 
 
-_Known = dict[bytes, dict[int, Tensor]]
-"""Whole segments (their token ids) that are not read again, and their states {number: [m, H]}."""
-
-
 @contextlib.contextmanager
 def remembering() -> Iterator[None]:
     """Within it, what repeats in a text is kept for the texts after it too, which then read it no more.
@@ -298,7 +297,7 @@ def encode(
     done = 0
     size = step * len(rows) if pass_tokens is None else max(1, pass_tokens // config.segment_length)
     kept = _remembered.get()
-    remembered = None if kept is None else kept.setdefault((id(body), rate, *wanted), {})
+    remembered = None if kept is None else kept.setdefault((body, rate, *wanted), {})
     read = _Reader(lambda some: _read(body, some, rate, wanted, memory), size, config.segment_length, remembered)
     for start in range(0, longest, step):
         parts = [row[start : start + step] for row in split]

@@ -23,7 +23,7 @@ def reset_peak(device: torch.device) -> None:
 
 def resident(process: int | str = "self") -> int:
     """Bytes of memory that a process holds now; 0 where it is gone or the system does not say (all but Linux)."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, IndexError):
         return int(Path(f"/proc/{process}/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
     return 0
 
