@@ -32,6 +32,8 @@ class Vectors:
         hidden = [encode(tasks.HIDDEN.format(key=key)) for key in keys]
         if len(set(map(len, hidden))) > 1:
             raise SystemExit("keys of as many tokens each are needed: use a tokenizer that splits digits one by one")
+        if (least := len(opening) + len(hidden[0])) > self.size:
+            raise SystemExit(f"segments of at least {least} tokens are needed: the model's hold {self.size}")
         plain = tasks.hide(opening, [], filler, length)[0]
         self.before = self.read([plain[i : i + self.size] for i in range(0, length - self.size, self.size)])
         # the key as the very first sentence: behind it all filler is shifted

@@ -1,0 +1,78 @@
+"""`scripts/passkey_decoder.py`: what it puts together from stored vectors is what the encoder reads, and it trains."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from learning import SPLIT, make_base, passkey_words
+from rcc import RCCConfig, RCCForCausalLM, load_tokenizer
+from rcc.training import tasks
+
+SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "passkey_decoder.py"
+PART = 64
+KEYS = [12345, 90909]
+
+
+@pytest.fixture(scope="module")
+def script() -> Any:
+    spec = importlib.util.spec_from_file_location("passkey_decoder", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained model of segments of 64 tokens, one vector each."""
+    root = tmp_path_factory.mktemp("decoder")
+    base = make_base(root / "base", passkey_words(), SPLIT, window=1024)
+    config = RCCConfig(segment_length=PART, rates=[PART], encoder_lora_rank=0, decoder_lora_rank=4, share_base=False)
+    torch.manual_seed(0)
+    RCCForCausalLM.from_base(base, base, config).save_pretrained(root / "model")
+    return root / "model"
+
+
+def test_texts_from_stored_vectors_are_real_texts(script: Any, folder: Path) -> None:
+    """Each is, vector by vector, what the encoder makes of a passkey text with that key at some sentence."""
+    model, marks = RCCForCausalLM.from_pretrained(folder), tasks.Marks.of(load_tokenizer(folder))
+    vectors = script.Vectors(model, marks.encode, KEYS, np.random.default_rng(0))
+    opening, filler = marks.encode(tasks.OPENING), [marks.encode(sentence) for sentence in tasks.FILLER]
+    assert vectors.period > 1
+    made = 0
+    for number, key in enumerate(KEYS):
+        hidden = marks.encode(tasks.HIDDEN.format(key=key))
+        for n in (2, 3, 9, vectors.period + 7):
+            size = n * PART + len(hidden)  # what is beyond n segments is left away
+            places = np.linspace(0, 1, size // min(map(len, filler)), endpoint=False)
+            texts = [tasks.hide(opening, [(place, hidden)], filler, size)[0][: n * PART] for place in places]
+            texts = torch.from_numpy(np.stack(texts))
+            real = model.encode(texts, rate=PART).states
+            for _ in range(4):
+                if (text := vectors.text(number, n)) is not None:
+                    made += 1
+                    assert min((text - one).abs().max().item() for one in real) < 1e-4
+    assert made > 16
+
+
+def test_it_trains_projections_and_decoder_only(folder: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, SCRIPT, folder, tmp_path / "out", "--keys", "4", "--minutes", "0.05", "--threads", "1"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    log = [json.loads(line) for line in (tmp_path / "out" / "decoder-log.jsonl").read_text().splitlines()]
+    assert log[-1]["loss"] < log[0]["loss"]
+    before, after = (RCCForCausalLM.from_pretrained(one).state_dict() for one in (folder, tmp_path / "out"))
+    changed = {name.split(".")[0] for name in after if not torch.equal(after[name], before[name].bfloat16())}
+    assert changed == {"decoder", "projections"}
