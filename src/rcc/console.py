@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .modeling import RCCForCausalLM
 
 DEFAULT_MODEL = "rcc-smollm2-135m"
+PASSKEY_MODEL = "rcc-smollm2-135m-passkey"
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)

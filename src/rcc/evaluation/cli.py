@@ -13,6 +13,7 @@ import typer
 
 from ..console import (
     DEFAULT_MODEL,
+    PASSKEY_MODEL,
     Device,
     Dtype,
     Json,
@@ -144,7 +145,7 @@ def compare(
 
 @app.command()
 def passkey(
-    model: Model = None,
+    model: Model = PASSKEY_MODEL,
     lengths: Annotated[str, typer.Option(help="Tokens of a text: 512, 8k (8,192), 1M (1,048,576), …")] = "8k,32k",
     rates: Annotated[
         str, typer.Option(help="Rates, or auto: for each length the lowest trained one that fits.")
