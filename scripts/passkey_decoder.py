@@ -6,7 +6,8 @@ With the encoder frozen, a segment's vector never changes, and of a text only th
 filler. So segments with keys are encoded once, in the beginning, and every step puts some of them among the vectors of
 filler, in texts of any length, where `rcc train` would encode each anew. Half of the keys are drawn from two or three
 different digits, as digits that repeat are what a decoder mistakes. Projections and the decoder's LoRA learn, at the
-model's highest rate (one vector a segment).
+model's highest rate (one vector a segment). A run that is interrupted keeps what it encoded, and trains from the
+beginning.
 """
 
 import argparse
@@ -21,10 +22,17 @@ from rcc import allocator
 class Vectors:
     """The vectors of segments with keys, and of the filler around them."""
 
-    def __init__(self, model, encode, keys, rng):
+    def __init__(self, model, encode, keys, rng, kept=None):
+        """`kept`: a file for what is encoded; what it holds of these keys and this model is not encoded again."""
+        import torch
+
         from rcc.training import tasks
 
         self.model, self.rng, self.size = model, rng, model.config.segment_length
+        of = [model.fingerprint, list(keys)]
+        if kept is not None and kept.exists() and (found := torch.load(kept))["of"] == of:
+            vars(self).update({name: value for name, value in found.items() if name != "of"})
+            return
         opening, filler = encode(tasks.OPENING), [encode(sentence) for sentence in tasks.FILLER]
         around = sum(map(len, filler))
         self.period = around // math.gcd(around, self.size)  # segments until filler is cut at the same places again
@@ -48,6 +56,11 @@ class Vectors:
             self.first.append((low, high - low + 1, len(segments)))
             segments += [ids[i * self.size : (i + 1) * self.size] for i in range(low, high + 1)]
         self.keys = self.read(segments)
+        if kept is not None:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            names = ("period", "first", "before", "after", "keys")
+            torch.save({"of": of, **{name: getattr(self, name) for name in names}}, kept.with_suffix(".part"))
+            kept.with_suffix(".part").replace(kept)
 
     def read(self, segments):
         """Segments [T] of full length → vectors [N, L, H], 8 at a time."""
@@ -115,7 +128,8 @@ def main() -> None:
     model = RCCForCausalLM.from_pretrained(arguments.model, dtype=torch.bfloat16)
     marks = tasks.Marks.of(load_tokenizer(arguments.model))
     keys = draw_keys(arguments.keys, rng)
-    vectors = Vectors(model, marks.encode, keys, rng)
+    kept = arguments.out / "vectors.pt"  # encoding takes ten minutes for a thousand keys: not to be done twice
+    vectors = Vectors(model, marks.encode, keys, rng, kept)
     question, answers = marks.encode(tasks.QUESTION), [np.append(marks.encode(f" {key}."), marks.eos) for key in keys]
     freeze(model, ["encoder"], torch.bfloat16)
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -171,6 +185,7 @@ def main() -> None:
             }
             print(f"step {step}, {seen:,} texts, {time.time() - start:.0f} s", shown, flush=True)
     model.to(torch.bfloat16).save_pretrained(arguments.out)
+    kept.unlink()
     (arguments.out / "decoder-log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in log))
 
 

@@ -63,6 +63,22 @@ def test_texts_from_stored_vectors_are_real_texts(script: Any, folder: Path) -> 
     assert made > 16
 
 
+def test_what_was_encoded_is_kept(script: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the same keys and model, and no other."""
+    model, marks = RCCForCausalLM.from_pretrained(folder), tasks.Marks.of(load_tokenizer(folder))
+    kept = tmp_path / "out" / "vectors.pt"
+    first = script.Vectors(model, marks.encode, KEYS, np.random.default_rng(0), kept)
+    script.Vectors(model, marks.encode, KEYS[:1], np.random.default_rng(0), tmp_path / "other.pt")
+    with monkeypatch.context() as patch:
+        patch.setattr(script.Vectors, "read", None)
+        again = script.Vectors(model, marks.encode, KEYS, np.random.default_rng(1), kept)
+        with pytest.raises(TypeError):
+            script.Vectors(model, marks.encode, KEYS, np.random.default_rng(0), tmp_path / "other.pt")
+    assert again.first == first.first
+    assert torch.equal(again.keys, first.keys)
+    assert again.text(0, 9).shape == first.text(0, 9).shape
+
+
 def test_it_trains_projections_and_decoder_only(folder: Path, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, SCRIPT, folder, tmp_path / "out", "--keys", "4", "--minutes", "0.05", "--threads", "1"],
@@ -73,6 +89,7 @@ def test_it_trains_projections_and_decoder_only(folder: Path, tmp_path: Path) ->
     assert done.returncode == 0, done.stderr
     log = [json.loads(line) for line in (tmp_path / "out" / "decoder-log.jsonl").read_text().splitlines()]
     assert log[-1]["loss"] < log[0]["loss"]
+    assert not (tmp_path / "out" / "vectors.pt").exists()
     before, after = (RCCForCausalLM.from_pretrained(one).state_dict() for one in (folder, tmp_path / "out"))
     changed = {name.split(".")[0] for name in after if not torch.equal(after[name], before[name].bfloat16())}
     assert changed == {"decoder", "projections"}
