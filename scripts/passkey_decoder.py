@@ -5,9 +5,9 @@
 With the encoder frozen, a segment's vector never changes, and of a text only the segments around its key are not
 filler. So segments with keys are encoded once, in the beginning, and every step puts some of them among the vectors of
 filler, in texts of any length, where `rcc train` would encode each anew. Half of the keys are drawn from two or three
-different digits, as digits that repeat are what a decoder mistakes. Projections and the decoder's LoRA learn, at the
-model's highest rate (one vector a segment). A run that is interrupted keeps what it encoded, and trains from the
-beginning.
+different digits, and one in four stands across the edge of two segments: these are what a decoder mistakes.
+Projections and the decoder's LoRA learn, at the model's highest rate (one vector a segment). A run that is interrupted
+keeps what it encoded, and trains from the beginning.
 """
 
 import argparse
@@ -48,13 +48,14 @@ class Vectors:
         shifted = tasks.hide(opening, [(0.0, hidden[0])], filler, length)[0]
         self.after = self.read([shifted[i : i + self.size] for i in range(0, length - self.size, self.size)])
         self.first, segments = [], []
-        for sentence in hidden:
-            high = length
-            while (high + 1) * self.size > length - around:  # the text's short end is never the key's
+        for i, sentence in enumerate(hidden):
+            low = high = -1
+            # the text's short end is never the key's; every fourth key stands across the edge of two segments
+            while low < 0 or (high + 1) * self.size > length - around or (i % 4 == 0 and low == high):
                 ids, (place,) = tasks.hide(opening, [(rng.random(), sentence)], filler, length)
                 low, high = place // self.size, (place + len(sentence) - 1) // self.size
             self.first.append((low, high - low + 1, len(segments)))
-            segments += [ids[i * self.size : (i + 1) * self.size] for i in range(low, high + 1)]
+            segments += [ids[at * self.size : (at + 1) * self.size] for at in range(low, high + 1)]
         self.keys = self.read(segments)
         if kept is not None:
             kept.parent.mkdir(parents=True, exist_ok=True)

@@ -47,6 +47,7 @@ def test_texts_from_stored_vectors_are_real_texts(script: Any, folder: Path) -> 
     vectors = script.Vectors(model, marks.encode, KEYS, np.random.default_rng(0))
     opening, filler = marks.encode(tasks.OPENING), [marks.encode(sentence) for sentence in tasks.FILLER]
     assert vectors.period > 1
+    assert vectors.first[0][1] == 2  # segments
     made = 0
     for number, key in enumerate(KEYS):
         hidden = marks.encode(tasks.HIDDEN.format(key=key))
