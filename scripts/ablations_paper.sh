@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The paper's ablations (figure 3) at the scale of two cores: all layers against the last one, memory tokens as in ICAE,
 # a Transformer against a Mamba encoder, and rates; reconstruction alone, the same texts, the same minutes each, all from
-# the base without trained weights. docs/training-notes.md has what came out. Needs data/ (docs/training.md).
+# the base without trained weights, contexts of 128 tokens (one segment), where copying is learnt soonest.
+# docs/training-notes.md has what came out. Needs data/ (docs/training.md).
 # usage: scripts/ablations_paper.sh OUT [MINUTES]
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -12,8 +13,8 @@ arm() { # NAME [OVERRIDE …]
   local sets=(); for value in "${@:2}"; do sets+=(--set "$value"); done
   local resume=(); [ -e "$out/$1/recipe.yaml" ] && resume=(--resume)
   .venv/bin/rcc train recipes/smollm2-135m-cpu.yaml --output "$out/$1" "${resume[@]}" \
-    --set "stages.0.tasks={reconstruction: 1}" --set stages.0.max_minutes="$minutes" --set "model.rates=[8]" \
-    --set "stages.0.lengths=[256]" --set stages.0.groups.all.learning_rate=1e-3 --set run.evaluate_minutes=0 "${sets[@]}"
+    --set "stages.0.tasks={reconstruction: 1}" --set stages.0.max_minutes="$minutes" --set "model.rates=[4]" \
+    --set "stages.0.lengths=[128]" --set stages.0.groups.all.learning_rate=1e-3 --set run.evaluate_minutes=0 "${sets[@]}"
 }
 # encoders of their own with random weights, as no Mamba's trained ones can be had offline: 12 layers each, about as many
 # weights, all of them learn; the decoder is the same under LoRA
@@ -38,7 +39,7 @@ own=(model.decoder=smollm2-135m-instruct model.share_base=false model.encoder_lo
 arm all
 arm last model.states=last
 arm icae model.states=last model.readout=memory_tokens
-arm 4x "model.rates=[4]"
+arm 8x "model.rates=[8]"
 arm 16x "model.rates=[16]"
 encoder llama && arm transformer "${own[@]}" model.encoder="$out/encoders/llama"
 encoder mamba && arm mamba "${own[@]}" model.encoder="$out/encoders/mamba"

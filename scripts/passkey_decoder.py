@@ -122,6 +122,7 @@ def main() -> None:
     from rcc import RCCForCausalLM, load_tokenizer
     from rcc.training import tasks
     from rcc.training.groups import freeze
+    from rcc.training.recipe import Group
 
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
@@ -134,7 +135,8 @@ def main() -> None:
     question, answers = marks.encode(tasks.QUESTION), [np.append(marks.encode(f" {key}."), marks.eos) for key in keys]
     freeze(model, ["encoder"], torch.bfloat16)
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(learning, lr=arguments.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    how = Group(arguments.learning_rate, "cosine", warmup_steps=10, floor=0.02)
+    optimizer = torch.optim.AdamW(learning, lr=how.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     most = model.window - 64
 
     def batch():
@@ -161,8 +163,7 @@ def main() -> None:
     start, step, seen, log = time.time(), 0, 0, []
     while (done := (time.time() - start) / 60 / arguments.minutes) < 1:
         for group in optimizer.param_groups:
-            warm = min(1, (step + 1) / 10)
-            group["lr"] = arguments.learning_rate * warm * (0.02 + 0.98 * (1 + math.cos(math.pi * done)) / 2)
+            group["lr"] = how.learning_rate * how.factor(step, done)
         parts = []
         for _ in range(3):  # of different lengths; each text counts the same
             loss, texts, n = batch()

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -124,6 +125,13 @@ class Group:
         _check(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "a whole number that is not negative")
         _check(0 <= self.floor <= 1, "floor", self.floor, "a share from 0 to 1")
         _check(self.weight_decay >= 0, "weight_decay", self.weight_decay, "a number that is not negative")
+
+    def factor(self, step: int, part: float) -> float:
+        """What share of the peak holds at a step, counted from 0, once `part` of the stage's budget is spent."""
+        part = min(1.0, part)
+        warm = min(1.0, (step + 1) / max(1, self.warmup_steps))
+        shape = {"constant": 1.0, "linear": 1 - part, "cosine": 0.5 * (1 + math.cos(math.pi * part))}[self.schedule]
+        return warm * (self.floor + (1 - self.floor) * shape)
 
 
 @dataclass

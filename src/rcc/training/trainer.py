@@ -17,7 +17,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,7 @@ from .card import card
 from .groups import freeze, group_of, learned
 from .objective import Objective
 from .progress import Log, Progress
-from .recipe import GROUPS, Group, Recipe, Stage
+from .recipe import GROUPS, Recipe, Stage
 
 logger = logging.getLogger(__name__)
 
@@ -291,16 +290,10 @@ class StageTrainer(Trainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         inner = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate's wrapper, unwrapped
-        rates: list[Any] = [partial(self._factor, self.stage.group(group["name"])) for group in inner.param_groups]
+        groups = [self.stage.group(group["name"]) for group in inner.param_groups]
+        rates: list[Any] = [lambda step, how=how: how.factor(step, self.part(step)) for how in groups]
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(inner, rates)
         return self.lr_scheduler
-
-    def _factor(self, how: Group, step: int) -> float:
-        """What share of a group's peak learning rate holds at a step."""
-        part = min(1.0, self.part(step))
-        warm = min(1.0, (step + 1) / max(1, how.warmup_steps))
-        shape = {"constant": 1.0, "linear": 1 - part, "cosine": 0.5 * (1 + math.cos(math.pi * part))}[how.schedule]
-        return warm * (how.floor + (1 - how.floor) * shape)
 
     def part(self, step: int) -> float:
         """The part of the stage's budget that is spent."""
