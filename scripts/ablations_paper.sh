@@ -1,20 +1,21 @@
 #!/usr/bin/env bash
-# The paper's ablations (figure 3) at the scale of two cores: all layers against the last one, memory tokens as in ICAE,
+# The paper's ablations (figure 3) at the scale of a CPU: all layers against the last one, memory tokens as in ICAE,
 # a Transformer against a Mamba encoder, and rates; reconstruction alone, the same texts, the same minutes each, all from
 # the base without trained weights, contexts of 128 tokens (one segment), where copying is learnt soonest.
-# docs/training-notes.md has what came out. Needs data/ (docs/training.md).
-# usage: scripts/ablations_paper.sh OUT [MINUTES]
+# The arms named run side by side, one thread each: as many as there are cores, all at once, so that none has it quieter.
+# docs/training-notes.md has what came out. Needs data/ (docs/training.md). Interrupted, the same command goes on.
+# usage: scripts/ablations_paper.sh OUT MINUTES ARM…      arms: all last icae 8x 16x transformer mamba
 set -euo pipefail
 cd "$(dirname "$0")/.."
-out=$1; minutes=${2:-20}
-export OMP_WAIT_POLICY=passive
+out=$1; minutes=$2; shift 2
 arm() { # NAME [OVERRIDE …]
   [ -e "$out/$1/config.json" ] && return
   local sets=(); for value in "${@:2}"; do sets+=(--set "$value"); done
   local resume=(); [ -e "$out/$1/recipe.yaml" ] && resume=(--resume)
-  .venv/bin/rcc train recipes/smollm2-135m-cpu.yaml --output "$out/$1" "${resume[@]}" \
+  OMP_NUM_THREADS=1 .venv/bin/rcc train recipes/smollm2-135m-cpu.yaml --output "$out/$1" "${resume[@]}" \
     --set "stages.0.tasks={reconstruction: 1}" --set stages.0.max_minutes="$minutes" --set "model.rates=[4]" \
-    --set "stages.0.lengths=[128]" --set stages.0.groups.all.learning_rate=1e-3 --set run.evaluate_minutes=0 "${sets[@]}"
+    --set "stages.0.lengths=[128]" --set stages.0.batch_tokens=1024 --set stages.0.groups.all.learning_rate=1e-3 \
+    --set run.evaluate_minutes=0 --set run.threads=1 "${sets[@]}" > "$out/$1.txt" 2>&1
 }
 # encoders of their own with random weights, as no Mamba's trained ones can be had offline: 12 layers each, about as many
 # weights, all of them learn; the decoder is the same under LoRA
@@ -36,10 +37,21 @@ print(sys.argv[2], f"{sum(p.numel() for p in model.parameters()):,} parameters")
 PYTHON
 }
 own=(model.decoder=smollm2-135m-instruct model.share_base=false model.encoder_lora_rank=0 model.decoder_lora_rank=16)
-arm all
-arm last model.states=last
-arm icae model.states=last model.readout=memory_tokens
-arm 8x "model.rates=[8]"
-arm 16x "model.rates=[16]"
-encoder llama && arm transformer "${own[@]}" model.encoder="$out/encoders/llama"
-encoder mamba && arm mamba "${own[@]}" model.encoder="$out/encoders/mamba"
+run() { # NAME
+  case $1 in
+    all) arm all ;;
+    last) arm last model.states=last ;;
+    icae) arm icae model.states=last model.readout=memory_tokens ;;
+    8x) arm 8x "model.rates=[8]" ;;
+    16x) arm 16x "model.rates=[16]" ;;
+    transformer) encoder llama && arm transformer "${own[@]}" model.encoder="$out/encoders/llama" ;;
+    mamba) encoder mamba && arm mamba "${own[@]}" model.encoder="$out/encoders/mamba" ;;
+    *) echo "$0: no arm '$1': all last icae 8x 16x transformer mamba" >&2; return 2 ;;
+  esac
+}
+mkdir -p "$out"
+pids=()
+for name in "$@"; do run "$name" & pids+=($!); done
+failed=0
+for pid in "${pids[@]}"; do wait "$pid" || failed=$?; done
+exit $failed
