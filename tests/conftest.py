@@ -230,6 +230,8 @@ class Expected:
             "padding": config.segment_padding,
             "memory": model.memory,
         }
+        if model.rate_embeddings is not None:  # of trained rates; tests of others set them
+            self.settings["offsets"] = dict(zip(config.rates, model.rate_embeddings, strict=True))
 
     def _settings(self, rate: int | list[int] | None) -> dict[str, Any]:
         return {**self.settings, "rate": rate or self.rate}

@@ -46,14 +46,17 @@ def compressed_vectors(
     rate: int,
     padding: str = "none",
     memory: Tensor | None = None,
+    offset: Tensor | None = None,
 ) -> Tensor:
     """[n, L + 1, H]: all states at the last token of every group of `rate` tokens of every segment; with `memory`,
-    at as many memory tokens behind the segment instead."""
+    at as many memory tokens behind the segment instead. `offset` [H] is added to every token's embedding."""
     ids = padded(ids, segment, padding)
     kept = []
     for start in range(0, len(ids), segment):
         part = ids[start : start + segment]
         inputs = encoder.get_input_embeddings()(torch.tensor(part))
+        if offset is not None:
+            inputs = torch.stack([row + offset for row in inputs])
         if memory is not None:
             inputs = torch.cat([inputs, memory[: ceil(len(part) / rate)]])
         states = all_states(encoder, inputs)
@@ -145,6 +148,7 @@ def reference(
     states: str = "all",
     padding: str = "none",
     memory: Tensor | None = None,
+    offsets: dict[int, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Logits [Q, V] of a prompt behind one or several texts, the later ones appended; and the vectors.
 
@@ -152,11 +156,14 @@ def reference(
         texts: token ids of each text; every one of them starts a new segment.
         rate: of all texts, or one of each.
         memory: the memory embeddings [M, H_encoder] of an encoder that is read out at memory tokens.
+        offsets: what is added to the embedding of every token that is read at a rate, [H_encoder].
     """
     rates = rate if isinstance(rate, list) else [rate] * len(texts)
-    vectors = torch.cat(
-        [compressed_vectors(encoder, ids, segment, r, padding, memory) for ids, r in zip(texts, rates, strict=True)]
-    )
+    parts = []
+    for ids, r in zip(texts, rates, strict=True):
+        offset = None if offsets is None else offsets[r]
+        parts.append(compressed_vectors(encoder, ids, segment, r, padding, memory, offset))
+    vectors = torch.cat(parts)
     reads = decoder_inputs(vectors, decoder.config.num_hidden_layers, layer_map, states)
     return decode(decoder, projections, reads, prompt), vectors
 

@@ -360,6 +360,7 @@ def runs(shared: Settings, separate: Settings, tmp_path_factory: pytest.TempPath
     }
     lone = changed(shared, stages=[{**shared["stages"][0], "rates": [4, 8]}], run__evaluation_samples=0)
     plain = changed(lone, stages__0__tasks={"reconstruction": 1}, stages__0__lengths=[32], stages__0__rates=[4])
+    once = changed(plain, stages__0__accumulation=1, stages__0__batch_tokens=192)
     whole = changed(separate, run__dtype="float32", run__evaluation_samples=0, run__save_steps=1, run__keep=9)
     whole = changed(whole, stages__0__groups=groups, stages__0__accumulation=1, stages__0__max_steps=8)
     minutes = {"stages__0__max_steps": None, "stages__0__max_minutes": 0.01}
@@ -370,7 +371,8 @@ def runs(shared: Settings, separate: Settings, tmp_path_factory: pytest.TempPath
         "groups": (whole, [partial(note_rates, str(folder / "rates"))]),
         "frozen": (changed(whole, stages__0__frozen=["projections", "decoder"], stages__0__max_steps=2), ()),
         "accumulated": (changed(plain, stages__0__accumulation=2), ()),
-        "at once": (changed(plain, stages__0__accumulation=1, stages__0__batch_tokens=192), ()),
+        "at once": (once, ()),
+        "compiled": (changed(once, run__compile=True), ()),
         "minutes": (changed(lone, **minutes), ()),
         "infinite": (changed(lone, **infinite), ()),
     }
@@ -849,6 +851,13 @@ def test_accumulated_batches_count_as_one(runs: Runs) -> None:
     for a, b in zip(parts, whole, strict=True):
         assert (a["step"], a["tokens"], a["kind"]) == (b["step"], b["tokens"], f"{b['kind']} {b['kind']}")
         assert a["loss"] == pytest.approx(b["loss"], rel=2e-5)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for a CPU needs g++")
+def test_compiled_or_not_the_same_is_learnt(runs: Runs) -> None:
+    runs["compiled"][1].ok()
+    compiled, plain = (losses(runs[name][0]) for name in ("compiled", "at once"))
+    assert [row["loss"] for row in compiled] == pytest.approx([row["loss"] for row in plain], rel=2e-3)
 
 
 def test_a_budget_of_minutes(runs: Runs) -> None:

@@ -36,6 +36,9 @@ class RCCConfig:
         readout: `"strided"` keeps the states of every rate-th token (the paper). `"memory_tokens"` appends learned
             embeddings to each segment, one for every `rate` tokens or part of that, and keeps the states of those;
             there are as many as the lowest of `rates` asks for, and no lower rate can be used.
+        rate_embeddings: tells the encoder at which rate it reads, by a learned embedding of each of `rates`, added to
+            its tokens' embeddings; between those of two rates as their logarithms lie, beyond them the nearest's.
+            Without, a state that several rates keep has to serve them all.
         layer_map: how encoder states are matched to a decoder of another depth: `"duplicate"` or `"average"`.
         segment_padding: `"none"` keeps the state of a partial group's last token; `"repeat"` is the published
             checkpoint's rule, which repeats tokens until the segment is full.
@@ -56,6 +59,7 @@ class RCCConfig:
     rates: list[int] = field(default_factory=lambda: [32])
     states: str = "all"
     readout: str = "strided"
+    rate_embeddings: bool = False
     layer_map: str = "duplicate"
     segment_padding: str = "none"
     share_base: bool | None = None
@@ -127,7 +131,8 @@ class RCCConfig:
     def method(self) -> dict[str, Any]:
         """The settings that change what a context holds, for the fingerprint."""
         keys = ("segment_length", "states", "readout", "layer_map", "segment_padding", "lora_alpha")
-        return {k: getattr(self, k) for k in keys}
+        # what is off by default is left out: contexts of before it was there stay valid
+        return {k: getattr(self, k) for k in keys} | ({"rate_embeddings": self.rates} if self.rate_embeddings else {})
 
     def save(self, folder: Path) -> None:
         """Write `config.json` into a folder."""

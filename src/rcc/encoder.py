@@ -158,18 +158,28 @@ class _Capture:
 
 
 def _read(
-    body: PreTrainedModel, batch: list[Tensor], rate: int, wanted: list[int], memory: Tensor | None
+    body: PreTrainedModel,
+    batch: list[Tensor],
+    rate: int,
+    wanted: list[int],
+    memory: Tensor | None,
+    offset: Tensor | None = None,
 ) -> tuple[dict[int, Tensor], Tensor | None]:
     """Run the encoder over a batch of segments → {state: [segments, m, H]} and which of the m are real (None: all)."""
     lengths = [len(segment) for segment in batch]
     device = batch[0].device
     inputs = {"input_ids": pad_sequence(batch, batch_first=True)}
-    if memory is not None:
-        # each segment's memory follows its own end, so padding comes behind both
+    if memory is not None or offset is not None:
         embeds = body.get_input_embeddings()(inputs["input_ids"])
-        memory = memory.to(embeds.dtype)  # training keeps it in float32 beside a base that is not
-        rows = [torch.cat([row[:n], memory[: -(-n // rate)]]) for row, n in zip(embeds, lengths, strict=True)]
-        inputs = {"inputs_embeds": pad_sequence(rows, batch_first=True)}
+        # training keeps what is learned in float32 beside a base that is not
+        if offset is not None:
+            embeds = embeds + offset.to(embeds.dtype)
+        if memory is not None:
+            # each segment's memory follows its own end, so padding comes behind both
+            memory = memory.to(embeds.dtype)
+            rows = [torch.cat([row[:n], memory[: -(-n // rate)]]) for row, n in zip(embeds, lengths, strict=True)]
+            embeds = pad_sequence(rows, batch_first=True)
+        inputs = {"inputs_embeds": embeds}
     order = torch.arange(next(iter(inputs.values())).shape[1], device=device)[None]
     capture = _Capture(wanted, lengths, rate, device, memory is not None)
     token = _capture.set(capture)
@@ -271,6 +281,7 @@ def encode(
     wanted: list[int],
     batch_tokens: int | None,
     memory: Tensor | None,
+    offset: Tensor | None = None,
     pass_tokens: int | None = None,
 ) -> Iterator[tuple[dict[int, Tensor], Tensor | None, int]]:
     """Read rows of texts segment by segment, all rows in step, a bounded number of segments at a time; what repeats is
@@ -285,6 +296,7 @@ def encode(
         pass_tokens: about how many of those a forward pass takes; None: all.
         memory: [M, H] the memory embeddings of `readout="memory_tokens"`, of which a segment of T tokens is followed
             by the first ceil(T / rate); None: `"strided"`.
+        offset: [H] what is added to the tokens' embeddings (`rate_embeddings`); None: nothing.
 
     Yields:
         states: {state: [B, m, H]} for the next m prefix positions of every row,
@@ -298,7 +310,8 @@ def encode(
     size = step * len(rows) if pass_tokens is None else max(1, pass_tokens // config.segment_length)
     kept = _remembered.get()
     remembered = None if kept is None else kept.setdefault((body, rate, *wanted), {})
-    read = _Reader(lambda some: _read(body, some, rate, wanted, memory), size, config.segment_length, remembered)
+    learned = memory, offset
+    read = _Reader(lambda some: _read(body, some, rate, wanted, *learned), size, config.segment_length, remembered)
     for start in range(0, longest, step):
         parts = [row[start : start + step] for row in split]
         batch = [segment for part in parts for segment in part]

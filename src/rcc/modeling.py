@@ -6,11 +6,13 @@ This file alone decides positions and attention masks of prefix and prompt. A co
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import copy
 import hashlib
 import logging
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,10 +92,15 @@ class RCCForCausalLM(nn.Module):
         sources = layer_map(self._encoder_depth, len(backbones.blocks(self.decoder.base_model)), config)
         self.projections = Projections(sources, *sizes).to(self.decoder.device, self.decoder.dtype)
         self.memory = self._new_memory() if config.memory_length else None
+        # 0: as long as nothing is learned, no rate differs from any other
+        embeds = self.encoder.get_input_embeddings().weight
+        rates = embeds.new_zeros(len(config.rates), embeds.shape[1])
+        self.rate_embeddings = nn.Parameter(rates) if config.rate_embeddings else None
         self._add_lora()
         self._freeze()
         self._recorded: tuple[str, tuple[int, ...]] | None = None
         self._warned: set[int] = set()  # of which untrained rates
+        self.token_loss = token_loss  # training may compile it
         self.eval()
 
     # ---------------------------------------------------------------- making one
@@ -181,7 +188,7 @@ class RCCForCausalLM(nn.Module):
         return model
 
     def save_pretrained(self, folder: str | Path, full: bool = False, dtype: torch.dtype | None = None) -> None:
-        """Write the model: config.json and the weights that are its own (LoRA, projections, memory).
+        """Write the model: config.json and the weights that are its own (LoRA, projections, embeddings).
 
         A side whose base is frozen is written as a reference to it with its SHA-256; with `full=True`, or where
         there is nothing to refer to, the base is written too, once, as an ordinary transformers folder.
@@ -232,11 +239,11 @@ class RCCForCausalLM(nn.Module):
                 checkpoints.load_tokenizer(source).save_pretrained(folder)
 
     def own_state_dict(self) -> dict[str, Tensor]:
-        """The weights that are not a base's (projections, LoRA, memory), by the names under which they are saved."""
+        """The weights that are not a base's (projections, LoRA, embeddings), by their names in a file."""
         return {
             name.replace(".default.", "."): tensor.contiguous()  # "default" is what peft calls our only adapter
             for name, tensor in self.state_dict().items()
-            if name.startswith("projections.") or ".lora_" in name or name == "memory"
+            if name.startswith("projections.") or ".lora_" in name or name in ("memory", "rate_embeddings")
         }
 
     def load_own_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -272,6 +279,37 @@ class RCCForCausalLM(nn.Module):
         spread, mean = torch.std_mean(table.float(), 0)
         noise = torch.randn(self.config.memory_length, len(mean), generator=torch.Generator().manual_seed(0))
         return nn.Parameter((mean + 0.1 * spread * noise.to(table.device)).to(table.dtype))
+
+    def _offset(self, rate: int) -> Tensor | None:
+        """What the encoder's token embeddings are shifted by at a rate, [H_encoder]; None: by nothing."""
+        if self.rate_embeddings is None:
+            return None
+        order = sorted(range(len(self.config.rates)), key=lambda i: self.config.rates[i])
+        rates = [self.config.rates[i] for i in order]
+        above = min(bisect.bisect_left(rates, rate), len(rates) - 1)
+        below = above if rates[above] <= rate else max(above - 1, 0)
+        low, high = rates[below], rates[above]
+        part = math.log(rate / low) / math.log(high / low) if low < rate < high else 0.0
+        lower, upper = self.rate_embeddings[order[below]], self.rate_embeddings[order[above]]
+        return lower if part == 0 else torch.lerp(lower, upper, part)
+
+    def set_rates(self, rates: Sequence[int], embeddings: bool) -> None:
+        """Go over to other trained rates, with or without embeddings; those there are serve the new rates as they did.
+
+        Raises:
+            InputError: a rate that cannot be, or embeddings that would be lost.
+        """
+        if self.rate_embeddings is not None and not embeddings:
+            raise InputError("the model has rate_embeddings, which it cannot do without: set rate_embeddings to true.")
+        for rate in rates:
+            self.config.check_rate(rate)
+        if embeddings:
+            embeds = self.encoder.get_input_embeddings().weight
+            with torch.no_grad():
+                rows = [self._offset(rate) for rate in rates]
+                table = torch.stack([embeds.new_zeros(embeds.shape[1]) if row is None else row for row in rows])
+            self.rate_embeddings = nn.Parameter(table)
+        self.config.rates, self.config.rate_embeddings = list(rates), embeddings
 
     def _add_lora(self) -> None:
         from peft import LoraConfig, inject_adapter_in_model
@@ -401,7 +439,7 @@ class RCCForCausalLM(nn.Module):
             wanted = self.projections.states
             texts = encoding.texts_of(rows, None)
             for states, valid, done in encoding.encode(
-                self.encoder, texts, rate, self.config, wanted, step, self.memory
+                self.encoder, texts, rate, self.config, wanted, step, self.memory, self._offset(rate)
             ):
                 yield states, valid
                 del states, valid  # before the next batch is read
@@ -430,7 +468,7 @@ class RCCForCausalLM(nn.Module):
         chunks = []
         texts = encoding.texts_of(rows, None)
         for states, valid, _ in encoding.encode(
-            self.encoder, texts, rate, self.config, wanted, batch_tokens, self.memory
+            self.encoder, texts, rate, self.config, wanted, batch_tokens, self.memory, self._offset(rate)
         ):
             block = torch.stack([states[k] for k in wanted], 2)
             chunks.append(block if valid is None else block.masked_fill(~valid[:, :, None, None], 0))
@@ -671,22 +709,21 @@ class RCCForCausalLM(nn.Module):
 
         A frozen encoder's are computed without gradients, in chunks (section 3.2 of the paper, second stage).
         """
-        learning = [*self.encoder.parameters(), *([] if self.memory is None else [self.memory])]
-        frozen = not any(parameter.requires_grad for parameter in learning)
+        learning = [*self.encoder.parameters(), self.memory, self.rate_embeddings]
+        frozen = not any(parameter.requires_grad for parameter in learning if parameter is not None)
         wanted, pass_tokens = self.projections.states, BATCH_TOKENS if frozen else None
         with torch.no_grad() if frozen else contextlib.nullcontext():
-            read = encoding.encode(self.encoder, texts, rate, self.config, wanted, None, self.memory, pass_tokens)
+            learned = self.memory, self._offset(rate)
+            read = encoding.encode(self.encoder, texts, rate, self.config, wanted, None, *learned, pass_tokens)
             ((states, valid, _),) = read
         return states, valid
 
-    @staticmethod
-    def _output(logits: Tensor, labels: Tensor | None, kept: Tensor | None) -> CausalLMOutputWithPast:
+    def _output(self, logits: Tensor, labels: Tensor | None, kept: Tensor | None) -> CausalLMOutputWithPast:
         loss = None
         if labels is not None:
             labels = labels.to(logits.device)
             targets = labels[:, 1:] if kept is None else nn.functional.pad(labels, (0, 1), value=-100)[:, kept + 1]
-            logits_of = logits[:, : targets.shape[1]].flatten(0, 1).float()
-            loss = nn.functional.cross_entropy(logits_of, targets.flatten(), ignore_index=-100)
+            loss = self.token_loss(logits[:, : targets.shape[1]], targets)
         return CausalLMOutputWithPast(loss=loss, logits=logits)
 
     @torch.no_grad()
@@ -807,6 +844,11 @@ class RCCForCausalLM(nn.Module):
             raise WindowError(
                 f"{' and '.join(parts)} are more than the decoder's window of {self.window:,} positions: {remedy}."
             )
+
+
+def token_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy in nats, in float32: logits [B, U, vocabulary], targets [B, U] (-100: none) → scalar."""
+    return nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
 
 
 def fingerprint_of(config: RCCConfig, state: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None = None) -> str:

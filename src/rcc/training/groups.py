@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 def group_of(name: str) -> str:
     """The group of a parameter, by its name in the model."""
     part = name.partition(".")[0]
-    return "encoder" if part == "memory" else part
+    return "encoder" if part in ("memory", "rate_embeddings") else part
 
 
 def learned(model: RCCForCausalLM) -> dict[str, nn.Parameter]:

@@ -50,6 +50,7 @@ class ModelSettings:
     rates: list[int] = field(default_factory=lambda: [32])
     states: str = "all"
     readout: str = "strided"
+    rate_embeddings: bool = False
     layer_map: str = "duplicate"
     segment_padding: str = "none"
     share_base: bool | None = None
