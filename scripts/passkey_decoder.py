@@ -132,7 +132,8 @@ def main() -> None:
     keys = draw_keys(arguments.keys, rng)
     kept = arguments.out / "vectors.pt"  # encoding takes ten minutes for a thousand keys: not to be done twice
     vectors = Vectors(model, marks.encode, keys, rng, kept)
-    question, answers = marks.encode(tasks.QUESTION), [np.append(marks.encode(f" {key}."), marks.eos) for key in keys]
+    question = marks.encode(tasks.QUESTION)
+    asked = [tasks.Sample((), question, np.append(marks.encode(f" {key}."), marks.eos), "passkey") for key in keys]
     freeze(model, ["encoder"], torch.bfloat16)
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     how = Group(arguments.learning_rate, "cosine", warmup_steps=10, floor=0.02)
@@ -147,7 +148,7 @@ def main() -> None:
             number = int(rng.integers(len(keys)))
             if (found := vectors.text(number, n)) is not None:
                 rows.append(found)
-                written.append((question, answers[number]))
+                written.append((question, asked[number]))
         if not rows:
             return batch()
         states = torch.stack(rows)

@@ -603,6 +603,39 @@ def test_questions_that_fit(tmp_path: Path) -> None:
         QuestionStream(corpora, everything(corpora), 0, 1)
 
 
+def test_long_contexts_are_cut_to_the_passage_that_holds_the_answer(tmp_path: Path) -> None:
+    """Passages of 24 of a room of 32 tokens; w1 to w100, and again w1 to w20 from 100 on."""
+    context = words(*range(1, 101), *range(1, 21))
+    answers = {
+        "w30": 1,  # once, in tokens 24 to 47
+        "W48 w49.": None,  # across an edge
+        "w49 w50": 2,
+        "w5": None,  # in two passages
+        "w97 w98 w99": 4,
+        "yes": None,
+        "w300": None,
+    }
+    rows = [question(context, words(200 + i), answer) for i, answer in enumerate(answers)]
+    rows.append(question(context, words(*range(300, 309)), "w30"))  # no room for the question
+    rows.append(question(words(*range(70, 90)), "w400", "w500"))
+    corpus = question_corpus(tmp_path / "a.jsonl", rows)
+    stream = QuestionStream([corpus], everything([corpus]), 0, 32)
+    found = {int(row.question[0]): row for row in (stream.draw(k) for k in range(4))}
+    assert len(stream) == 4
+    assert {i: found[200 + i].context.tolist() for i in (0, 2, 4)} == {
+        0: [*range(25, 49)],
+        2: [*range(49, 73)],
+        4: [97, 98, 99, 100, *range(1, 21)],
+    }
+    assert found[400].context.tolist() == [*range(70, 90)]
+    assert len({row.hash for row in found.values()}) == 4
+    rng = np.random.default_rng(0)
+    for row in found.values():
+        assert stream.same(rng, row.hash).question.tolist() == row.question.tolist()
+        others = {stream.other(rng, row.hash).hash for _ in range(60)}
+        assert others == {other.hash for other in found.values()} - {row.hash}
+
+
 def test_a_distractor_is_never_the_same_context(tmp_path: Path) -> None:
     rows = [question("w7", f"w{i}") for i in range(300)]
     common = question_corpus(tmp_path / "a.jsonl", rows)
@@ -611,7 +644,10 @@ def test_a_distractor_is_never_the_same_context(tmp_path: Path) -> None:
     stream = QuestionStream([common, rare], everything([common, rare]), 0, 9)
     for k in range(300):
         row = stream.draw(k)
-        assert stream.passage(rng, row.hash).tolist() == ([7] if row.context[0] == 8 else [8])
+        assert stream.other(rng, row.hash).context.tolist() == ([7] if row.context[0] == 8 else [8])
+        assert stream.same(rng, row.hash).context.tolist() == row.context.tolist()
+    seven = stream.same(rng, stream.other(rng, 0).hash).hash
+    assert {int(stream.same(rng, seven).question[0]) for _ in range(2000)} >= {*range(290, 300)}
     alone = QuestionStream([common], everything([common]), 0, 9)
     with pytest.raises(InputError, match="share one context"):
-        alone.passage(rng, alone.draw(0).hash)
+        alone.other(rng, alone.draw(0).hash)

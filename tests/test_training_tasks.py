@@ -81,6 +81,7 @@ class Draw:
     segment: int = 64
     has_prose: bool = True
     asked: list[str] = field(default_factory=list)
+    others: dict[int, np.ndarray] = field(default_factory=dict)
 
     def text(self) -> np.ndarray:
         return self.given
@@ -88,10 +89,19 @@ class Draw:
     def row(self) -> Any:
         return self.given
 
-    def passage(self, rng: np.random.Generator, not_hash: int) -> np.ndarray:
+    def other(self, rng: np.random.Generator, not_hash: int) -> Row:
         assert not_hash == self.given.hash
         self.asked.append("passage")
-        return rng.integers(LOW, HIGH, rng.integers(1, 120))
+        key = 8 + len(self.others)
+        self.others[key] = rng.integers(LOW, HIGH, rng.integers(1, 120))
+        return Row(self.others[key], *self._about(key, 0), hash=key)
+
+    def same(self, rng: np.random.Generator, context_hash: int) -> Row:
+        return Row(np.array([]), *self._about(context_hash, int(rng.integers(1, 4))), hash=context_hash)
+
+    @staticmethod
+    def _about(key: int, number: int) -> tuple[np.ndarray, np.ndarray]:
+        return MARKS.encode(f"What is number {number} of {key}?"), MARKS.encode(f"Number {number}: {key}")
 
     def prose(self, rng: np.random.Generator) -> np.ndarray | None:
         self.asked.append("prose")
@@ -215,6 +225,78 @@ def test_a_passage_is_joined_with_its_question_where_a_segment_for_it_would_cut_
         assert sum(within(row.context, piece) for piece in sample.pieces) == 1
 
 
+# ---------------------------------------------------------------- conversations
+def read(sample: Sample) -> list[tuple[str, str]]:
+    """The questions and answers of a sample in `human` mode; its tokens are those of a chat's prompt, and what is
+    learnt are the answers."""
+    text = TOKENIZER.decode(np.concatenate([sample.prompt, sample.target]))
+    assert text.startswith(prompting.HEADER)
+    assert text.endswith(prompting.END)
+    turns = text.removeprefix(prompting.HEADER).removesuffix(prompting.END).split(prompting.END + prompting.FOLLOWING)
+    pairs = [(q, a) for q, a in (turn.split(prompting.TURN) for turn in turns)]
+    *history, (question, answer) = pairs
+    built = prompting.build(question, "human", history).decoder_text + answer + prompting.END
+    assert [*sample.prompt, *sample.target] == ids(built)
+    learnt = np.split(sample.target, np.flatnonzero(np.diff(sample.learnt)) + 1)[::2]
+    assert [TOKENIZER.decode(part) for part in learnt] == [answer + prompting.END for _, answer in pairs]
+    return pairs
+
+
+def test_a_conversation_asks_about_the_passages_that_are_whole() -> None:
+    row, sizes = Row.of(*ROWS[0]), []
+    for seed in range(60):
+        draw = Draw(row)
+        task = only("human", distractors=1.0, turns=6)
+        sample = task.sample(draw, np.random.default_rng(seed), 400, 256, MARKS)
+        first, *following = read(sample)
+        assert first == ROWS[0][1:]
+        assert len(set(following)) == len(following)
+        for question, answer in following:
+            number, key = map(int, re.findall(r"\d+", question))
+            assert answer == f"Number {number}: {key}"
+            assert number > 0
+            assert within(row.context if key == row.hash else draw.others[key], sample.pieces[0])
+        sizes.append(1 + len(following))
+        short = task.sample(Draw(row), np.random.default_rng(seed), 400, 64, MARKS)
+        assert len(short.prompt) + len(short.target) <= 64
+        assert read(short)[0] == first
+    assert max(sizes) == 6
+    assert np.mean(sizes) > 4
+
+
+def test_a_conversation_asks_what_its_context_does_not_say() -> None:
+    answers = Counter()
+    for seed in range(40):
+        draw = Draw(Row.of(*ROWS[0]), has_prose=False)
+        task = only("human", distractors=1.0, turns=6, unanswerable=0.5)
+        sample = task.sample(draw, np.random.default_rng(seed), 400, 256, MARKS)
+        for question, answer in read(sample)[1:]:
+            number, key = map(int, re.findall(r"\d+", question))
+            if answer == UNANSWERABLE:
+                assert number == 0
+                assert not within(draw.others[key], sample.pieces[0])
+            else:
+                assert within(draw.others.get(key, draw.given.context), sample.pieces[0])
+            answers[answer == UNANSWERABLE] += 1
+    assert answers[True] / answers.total() == pytest.approx(0.5, abs=0.15)
+
+
+def test_a_cloze_conversation_has_other_gaps() -> None:
+    task = Cloze(modes={"human": 1.0}, turns=5)
+    sample = task.sample(Draw(PROSE[:400]), np.random.default_rng(3), 512, 512, MARKS)
+    pairs = read(sample)
+    plain = " ".join(MARKS.decode(PROSE[:400]).split())
+    assert len(set(pairs)) == len(pairs) == 5
+    for question, answer in pairs:
+        asked = question.removeprefix("What is missing here? ").replace("____", answer)
+        assert " ".join(asked.split()) in plain
+    batch = collate([sample], pad=0)
+    learnt = batch["labels"][0] != -100
+    assert learnt.sum() == sample.learnt.sum() < len(sample.target)
+    assert (batch["labels"][0][learnt] == batch["input_ids"][0][learnt]).all()
+    assert batch["logits_to_keep"].tolist() == (learnt.nonzero()[:, 0] - 1).tolist()
+
+
 # ---------------------------------------------------------------- text
 def test_cloze_asks_for_what_stands_in_the_text() -> None:
     """Names within sentences and numbers; with the gap filled, the question is a part of the text."""
@@ -287,6 +369,7 @@ def test_continuation_goes_on_where_the_context_ends(tokens: int, context: int) 
 quick = settings(max_examples=150, deadline=None, derandomize=True)
 options = st.fixed_dictionaries(
     {k: st.sampled_from([0.0, 0.5, 1.0]) for k in ("before", "own_segment", "distractors", "unanswerable")}
+    | {"turns": st.sampled_from([1, 3])}
 )
 
 
@@ -316,7 +399,13 @@ def same(a: Sample, b: Sample) -> bool:
     seed=st.integers(0, 2**32),
 )
 @example(
-    "compress", dict.fromkeys(("before", "own_segment", "distractors", "unanswerable"), 1.0), (1, 200, 9), 8, 17, 16, 0
+    "compress",
+    dict.fromkeys(("before", "own_segment", "distractors", "unanswerable"), 1.0) | {"turns": 1},
+    (1, 200, 9),
+    8,
+    17,
+    16,
+    0,
 )
 def test_instruction_sizes(mode, options, sizes, length, targets, segment, seed):
     rng = np.random.default_rng(seed)
@@ -414,6 +503,7 @@ def test_passkey_needs_room() -> None:
         ("instruction", {"own_segment": "often"}),
         ("instruction", {"distractors": -0.1}),
         ("instruction", {"unanswerable": None}),
+        ("instruction", {"turns": 0}),
     ],
 )
 def test_options_that_cannot_be_used_are_named(task: str, options: dict[str, Any]) -> None:

@@ -31,6 +31,7 @@ SYSTEM = "You are a helpful assistant."
 HEADER = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n"
 TURN = "<|im_end|>\n<|im_start|>assistant\n"
 END = "<|im_end|>"
+FOLLOWING = "\n<|im_start|>user\n"  # between an answer's end and the next question
 CUE = "Answer:"
 SEPARATOR = "\n\n"
 NEVER = 2**31 - 1  # a token id that no model writes
@@ -73,7 +74,7 @@ def build(question: str, mode: str, history: Sequence[tuple[str, str]] = ()) -> 
         raise InputError("the question is empty: ask something.")
     question = question.strip()
     if mode == "human":
-        turns = "".join(f"{q}{TURN}{a}{END}\n<|im_start|>user\n" for q, a in history)
+        turns = "".join(f"{q}{TURN}{a}{END}{FOLLOWING}" for q, a in history)
         return Prompt(mode, "", f"{HEADER}{turns}{question}{TURN}")
     if mode == "reconstruct":
         return Prompt(mode, SEPARATOR + question, HEADER, ends=2)

@@ -131,9 +131,13 @@ class _Draw:
         assert isinstance(self._stream, QuestionStream)
         return self._stream.draw(self._k)
 
-    def passage(self, rng: np.random.Generator, not_hash: int) -> np.ndarray:
+    def other(self, rng: np.random.Generator, not_hash: int) -> Row:
         assert isinstance(self._stream, QuestionStream)
-        return self._stream.passage(rng, not_hash)
+        return self._stream.other(rng, not_hash)
+
+    def same(self, rng: np.random.Generator, context_hash: int) -> Row:
+        assert isinstance(self._stream, QuestionStream)
+        return self._stream.same(rng, context_hash)
 
     def prose(self, rng: np.random.Generator) -> np.ndarray | None:
         stream = self._samples.prose

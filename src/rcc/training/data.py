@@ -15,12 +15,13 @@ import logging
 import lzma
 import math
 import os
+import re
 import shutil
 import uuid
 import zlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
+FORMAT_VERSIONS = {"text": 1, "questions": 2}
 """Version of the cache's files; part of the cache's key, so another version makes another cache."""
 
 RUNS = {"text": 1, "questions": 3}  # kind → runs of tokens a row: the document; context, question, answer
@@ -311,7 +312,7 @@ def _key(source: Source, tokenizer: PreTrainedTokenizerBase, kind: str, files: l
             origin = [(os.fspath(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
         except OSError as error:
             raise FileError(f"{source.path} cannot be read ({checkpoints._short(error)}).") from error
-    parts = [FORMAT_VERSION, content, kind, source.fields(kind), source.include, source.exclude, origin]
+    parts = [FORMAT_VERSIONS[kind], content, kind, source.fields(kind), source.include, source.exclude, origin]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -365,6 +366,7 @@ class _Writer:
         self.dtype = np.dtype(np.uint16 if ids <= 1 << 16 else np.uint32)
         self.tokens = (work / "tokens.bin").open("wb")
         self.offsets, self.hashes, self.sets = array("Q", [0]), array("Q"), array("L")
+        self.spans = array("L")  # of questions, two a row
         self.names: dict[str, int] = {}
         self.broken_count, self.broken_first = 0, list[str]()
         self.batch: list[tuple[str, str, list[str]]] = []  # where a row stands, its set, its texts
@@ -416,14 +418,17 @@ class _Writer:
             return
         # rows that share a context stand together as a rule
         unique = list(dict.fromkeys(text for _, _, texts in self.batch for text in texts))
-        ids = self.tokenizer(
+        places = self.kind == "questions" and self.tokenizer.is_fast
+        found = self.tokenizer(
             unique,
             add_special_tokens=False,
             verbose=False,
             return_attention_mask=False,
             return_token_type_ids=False,
-        )["input_ids"]
-        runs = {text: np.asarray(run, self.dtype) for text, run in zip(unique, ids, strict=True)}
+            return_offsets_mapping=places,
+        )
+        runs = {text: np.asarray(run, self.dtype) for text, run in zip(unique, found["input_ids"], strict=True)}
+        offsets = dict(zip(unique, found["offset_mapping"], strict=True)) if places else {}
         for where, name, texts in self.batch:
             if not all(len(runs[text]) for text in texts):
                 self.broken(where, "a text without tokens")
@@ -431,6 +436,9 @@ class _Writer:
             for text in texts:
                 self.tokens.write(runs[text].tobytes())
                 self.offsets.append(self.offsets[-1] + len(runs[text]))
+            if self.kind == "questions":
+                context, _, answer = texts
+                self.spans.extend(_span(context, answer, offsets[context]) if places else (0, 0))
             # blanks at the ends do not make another document
             digest = hashlib.sha256(texts[0].strip().encode()).digest()
             self.hashes.append(int.from_bytes(digest[:8], "big"))
@@ -446,8 +454,10 @@ class _Writer:
         np.save(self.work / "offsets.npy", np.asarray(self.offsets, np.uint64))
         np.save(self.work / "hashes.npy", np.asarray(self.hashes, np.uint64))
         np.save(self.work / "sets.npy", np.asarray(self.sets, np.uint32))
+        if self.kind == "questions":
+            np.save(self.work / "spans.npy", np.asarray(self.spans, np.uint32).reshape(-1, 2))
         info = {
-            "format_version": FORMAT_VERSION,
+            "format_version": FORMAT_VERSIONS[self.kind],
             "kind": self.kind,
             "dtype": self.dtype.name,
             "rows": len(self.hashes),
@@ -460,6 +470,20 @@ class _Writer:
         (self.work / "info.json").write_text(json.dumps(info, indent=1) + "\n", encoding="utf-8")
 
 
+def _span(context: str, answer: str, offsets: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """The tokens of a context from the first to the last place where an answer stands: the first of them and the one
+    after the last; (0, 0) where it does not stand, or says nothing of where it is from (yes, no)."""
+    answer = answer.strip().rstrip(".")
+    if answer.lower() in ("", "yes", "no"):
+        return 0, 0
+    found = list(re.finditer(rf"(?<!\w){re.escape(answer)}(?!\w)", context, re.IGNORECASE))
+    if not found:
+        return 0, 0
+    starts, ends = np.asarray(offsets).T
+    first, last = ends.searchsorted(found[0].start(), "right"), starts.searchsorted(found[-1].end(), "left")
+    return int(first), int(last)
+
+
 # ---------------------------------------------------------------- a corpus
 @dataclass(frozen=True, eq=False)
 class Row:
@@ -467,7 +491,7 @@ class Row:
 
     Attributes:
         set: the part of the row's id before the first "/", empty where there is none.
-        hash: of the context's text; rows that share a context share it.
+        hash: of the context's text, or of the part of it that was cut out; rows that share a context share it.
     """
 
     context: np.ndarray
@@ -525,6 +549,13 @@ class Corpus:
     def hashes(self) -> np.ndarray:
         """uint64 [rows]: of each document's text or row's context, without the blanks around it."""
         return np.asarray(np.load(self.folder / "hashes.npy", mmap_mode="r"))
+
+    @cached_property
+    def spans(self) -> np.ndarray:
+        """uint32 [rows, 2]: of each row of questions, the tokens of its context from the first to the last place where
+        its answer stands; 0, 0 where it does not."""
+        self._check_questions()
+        return np.asarray(np.load(self.folder / "spans.npy", mmap_mode="r"))
 
     @property
     def lengths(self) -> np.ndarray:
@@ -782,6 +813,10 @@ class TextStream:
 class QuestionStream:
     """Rows of questions whose context and question have at most `room` tokens together.
 
+    A longer context is cut into passages of `room` less the 64 tokens (at most a quarter) that a question may take. A
+    row becomes one about the passage in which its answer stands; where that stands in none, or in several, so that it
+    is not known which of them the question is about, the row is left out.
+
     Args:
         corpora: of questions.
         rows: which rows of each, as from :func:`split`.
@@ -800,20 +835,30 @@ class QuestionStream:
         weights: Sequence[float] | None = None,
     ):
         self.corpora = list(corpora)
+        self.passage = room - min(64, room // 4)
         self._items: list[np.ndarray] = []
+        self._cuts: list[np.ndarray] = []  # which passage of its context an item is about, -1: it is whole
         shortest: int | None = None
         for corpus, numbers in zip(corpora, rows, strict=True):
             lengths = (corpus.lengths + corpus.question_lengths)[numbers]
             if len(lengths):
                 shortest = min(int(lengths.min()), shortest or int(lengths.min()))
-            self._items.append(numbers[lengths <= room])
+            first, last = corpus.spans[numbers].astype(np.int64).T
+            cuts = np.where(lengths <= room, -1, first // self.passage)
+            inside = (last > first) & ((last - 1) // self.passage == first // self.passage)
+            fits = (lengths <= room) | inside & (corpus.question_lengths[numbers] <= room - self.passage)
+            self._items.append(numbers[fits])
+            self._cuts.append(cuts[fits])
         counts = [len(items) for items in self._items]
         if not any(counts):
             has = "there are no rows" if shortest is None else f"the shortest row has {shortest}"
             raise InputError(f"no context and question fit in room={room} tokens ({has}): give more room or rows.")
         self.mixture = _mixture(corpora, counts, seed, weights, f"none of its rows fits in {room} tokens")
         self._ends = np.cumsum(counts)
-        self._hashes = np.concatenate([c.hashes[items] for c, items in zip(corpora, self._items, strict=True)])
+        cuts = np.concatenate(self._cuts)
+        whole = np.concatenate([c.hashes[items] for c, items in zip(corpora, self._items, strict=True)])
+        self._hashes = whole ^ ((cuts + 1).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15))  # wraps around
+        self._by_hash = self._hashes.argsort()
 
     def __len__(self) -> int:
         return len(self.mixture)
@@ -821,10 +866,10 @@ class QuestionStream:
     def draw(self, k: int) -> Row:
         """Draw `k` → a row."""
         corpus, item = self.mixture.at(k)
-        return self.corpora[corpus].row(int(self._items[corpus][item]))
+        return self._row(int(self._ends[corpus]) - len(self._items[corpus]) + item)
 
-    def passage(self, rng: np.random.Generator, not_hash: int) -> np.ndarray:
-        """The context of a random row, whose text is another than that of hash `not_hash` → token ids int64 [T].
+    def other(self, rng: np.random.Generator, not_hash: int) -> Row:
+        """A random row whose context is another than that of hash `not_hash`.
 
         Raises:
             InputError: all rows share that one context.
@@ -838,5 +883,19 @@ class QuestionStream:
             if not len(others):
                 raise InputError("all rows share one context, so there is none to distract with: use more sources.")
             i = int(others[rng.integers(len(others))])
+        return self._row(i)
+
+    def same(self, rng: np.random.Generator, context_hash: int) -> Row:
+        """A random row whose context is that of hash `context_hash`; there must be one."""
+        low, high = (
+            self._hashes.searchsorted(np.uint64(context_hash), side, self._by_hash) for side in ("left", "right")
+        )
+        return self._row(int(self._by_hash[rng.integers(low, high)]))
+
+    def _row(self, i: int) -> Row:
         corpus, item = _place(self._ends, i)
-        return self.corpora[corpus].document(int(self._items[corpus][item])).astype(np.int64)
+        row, cut = self.corpora[corpus].row(int(self._items[corpus][item])), int(self._cuts[corpus][item])
+        if cut < 0:
+            return row
+        passage = row.context[cut * self.passage : (cut + 1) * self.passage]
+        return replace(row, context=passage, hash=int(self._hashes[i]))

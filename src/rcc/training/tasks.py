@@ -17,8 +17,8 @@ given, so a sample is a pure function of it and of what was drawn. A new task is
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Protocol
 
 import numpy as np
@@ -58,6 +58,8 @@ class Sample:
         prompt: what the decoder is given, at least one token.
         target: what it learns to write behind it, at least one token.
         task: the task's name, for the log.
+        learnt: [tokens of the target] bool, False at later questions of a conversation, which are given. None: all are
+            learnt.
         plain: what a decoder without compression (a teacher, or the one of a stage that is `plain`) reads in place of
             context and prompt. None: the context's tokens, then the prompt.
     """
@@ -67,6 +69,7 @@ class Sample:
     target: np.ndarray
     task: str
     plain: np.ndarray | None = None
+    learnt: np.ndarray | None = None
 
     def uncompressed(self) -> np.ndarray:
         """Token ids [T] in front of the target, for a decoder that reads the context as it is."""
@@ -85,19 +88,20 @@ class Marks:
     header: np.ndarray
     turn: np.ndarray
     end: np.ndarray
+    following: np.ndarray
     separator: np.ndarray
     eos: int
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> Marks:
         """The marks of a tokenizer."""
-        header, turn, end, letter, between = (
-            prompting.token_ids(tokenizer, text)[0].numpy()
-            for text in (prompting.HEADER, prompting.TURN, prompting.END, "x", f"x{prompting.SEPARATOR}x")
+        fixed = prompting.HEADER, prompting.TURN, prompting.END, prompting.FOLLOWING
+        header, turn, end, following, letter, between = (
+            prompting.token_ids(tokenizer, text)[0].numpy() for text in (*fixed, "x", f"x{prompting.SEPARATOR}x")
         )
         eos = tokenizer.eos_token_id
         separator = between[len(letter) : len(between) - len(letter)]
-        return cls(tokenizer, header, turn, end, separator, int(end[0] if eos is None else eos))
+        return cls(tokenizer, header, turn, end, following, separator, int(end[0] if eos is None else eos))
 
     def encode(self, text: str) -> np.ndarray:
         """Text → token ids [T], as `rcc ask` tokenises it."""
@@ -120,8 +124,11 @@ class Draw(Protocol):
     def row(self) -> Row:
         """A question with its context and answer."""
 
-    def passage(self, rng: np.random.Generator, not_hash: int) -> np.ndarray:
-        """The context of another row, never the one of that hash."""
+    def other(self, rng: np.random.Generator, not_hash: int) -> Row:
+        """Another row, never one whose context is that of that hash."""
+
+    def same(self, rng: np.random.Generator, context_hash: int) -> Row:
+        """A row whose context is that of that hash."""
 
     def prose(self, rng: np.random.Generator) -> np.ndarray | None:
         """A stretch of ordinary text; None where the recipe has no source of text."""
@@ -233,6 +240,8 @@ class Instruction(Task):
             cut the passage it is not.
         distractors: how often distracting passages fill the context, half of them prose.
         unanswerable: how often the passage is left out, and the answer is `UNANSWERABLE`.
+        turns: in `human` mode, up to how many questions are asked of a context, one after the other as in `rcc chat`:
+            of any passage in it, as many as the targets have room for. A context costs the same to read for all.
     """
 
     modes: dict[str, float] = field(default_factory=lambda: {"human": 2.0, "reconstruct": 1.0, "compress": 1.0})
@@ -240,6 +249,7 @@ class Instruction(Task):
     own_segment: float = 0.5
     distractors: float = 1.0
     unanswerable: float = 0.0
+    turns: int = 1
     name: ClassVar[str] = "instruction"
     reads: ClassVar[str | None] = "questions"
 
@@ -252,6 +262,8 @@ class Instruction(Task):
         for key in ("before", "own_segment", "distractors", "unanswerable"):
             value = getattr(self, key)
             self._check(_number(value) and 0 <= value <= 1, key, "a probability from 0 to 1")
+        good = isinstance(self.turns, int) and not isinstance(self.turns, bool) and self.turns > 0
+        self._check(good, "turns", "a positive whole number")
 
     def window(self, length: int, targets: int) -> int:
         return max(1, length - ALLOWANCE)
@@ -272,23 +284,27 @@ class Instruction(Task):
         written = (row.question, marks.turn, answer) if mode == "reconstruct" else (answer,)
         target = np.concatenate([*written, marks.end])[: targets - len(prompt)]
 
+        learnt = None
         if mode == "human":
-            context = self._context(draw, rng, row, length, omit, marks)
+            context, passages = self._context(draw, rng, row, length, omit, marks)
             pieces = [context]
+            if self.turns > 1:
+                more = self._following(draw, rng, row, passages, marks)
+                target, learnt = self._conversation(target, row, more, targets - len(prompt), marks)
         else:
             apart = marks.encode(text + prompting.SEPARATOR if before else asked.encoder_text)[: length // 2]
             joined = np.concatenate([row.question, marks.separator])[: length // 2] if before else apart
             segments = -(-length // draw.segment) - -(-len(apart) // draw.segment)
             room = min(length - len(apart), segments * draw.segment)
             own = own and room >= max(1, min(len(row.context), length - len(joined)))
-            context = self._context(draw, rng, row, room if own else length - len(joined), omit, marks)
+            context, _ = self._context(draw, rng, row, room if own else length - len(joined), omit, marks)
             pieces = [apart if own else joined, context] if before else [context, apart if own else joined]
             pieces = pieces if own else [np.concatenate(pieces)]
 
         # a teacher is asked in the form it knows; behind `reconstruct`'s prompt it would have to guess the question
         chat = (marks.header, context, marks.separator, row.question, marks.turn)
         plain = None if mode == "reconstruct" else np.concatenate(chat)
-        return Sample(tuple(pieces), prompt, target, self.name, plain)
+        return Sample(tuple(pieces), prompt, target, self.name, plain, learnt)
 
     def _row(self, draw: Draw, rng: np.random.Generator, length: int, marks: Marks) -> Row:
         """What is asked, and of which passage."""
@@ -296,15 +312,19 @@ class Instruction(Task):
 
     def _context(
         self, draw: Draw, rng: np.random.Generator, row: Row, room: int, omit: bool, marks: Marks
-    ) -> np.ndarray:
-        """The passage at a random place among distracting ones, at most `room` tokens in all."""
+    ) -> tuple[np.ndarray, dict[int, bool]]:
+        """The passage at a random place among distracting ones, at most `room` tokens in all; and for the hash of each
+        passage with questions whether it is whole."""
         fill = rng.random() < self.distractors
+        whole = {} if omit else {row.hash: len(row.context) <= room}
         passages: list[np.ndarray] = []
         left = room if omit else room - len(row.context) - len(marks.separator)
         while left > 0 and (fill or (omit and not passages)):
             prose = draw.prose(rng) if rng.random() < 0.5 else None
             if prose is None:
-                passage = draw.passage(rng, row.hash)[:left]
+                other = draw.other(rng, row.hash)
+                passage = other.context[:left]
+                whole[other.hash] = whole.get(other.hash, False) or len(other.context) <= left
             else:
                 passage = prose[: min(left, int(rng.integers(*STRETCH)))]
             passages.append(passage)
@@ -312,7 +332,38 @@ class Instruction(Task):
         if not omit:
             passages.insert(int(rng.integers(len(passages) + 1)), row.context[:room])
         joined = [part for passage in passages for part in (marks.separator, passage)]
-        return np.concatenate(joined[1:])
+        return np.concatenate(joined[1:]), whole
+
+    def _following(
+        self, draw: Draw, rng: np.random.Generator, row: Row, passages: dict[int, bool], marks: Marks
+    ) -> Iterator[Row]:
+        """More questions of a context that holds these passages; some may be the same."""
+        whole = [key for key, all_of_it in passages.items() if all_of_it]
+        for _ in range(2 * self.turns):
+            if rng.random() < self.unanswerable:
+                other = draw.other(rng, row.hash)
+                if other.hash not in passages:
+                    yield replace(other, answer=marks.encode(UNANSWERABLE))
+            elif whole:
+                yield draw.same(rng, whole[int(rng.integers(len(whole)))])
+
+    def _conversation(
+        self, target: np.ndarray, row: Row, more: Iterator[Row], room: int, marks: Marks
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The first answer and, in `room` tokens, further questions and answers; and which tokens are learnt."""
+        parts, learnt = [target], [True]
+        asked = {row.question.tobytes()}
+        for other in more:
+            question = np.concatenate([marks.following, other.question, marks.turn])
+            answer = np.concatenate([other.answer, marks.end])
+            if other.question.tobytes() in asked:
+                continue
+            if len(asked) == self.turns or sum(map(len, parts)) + len(question) + len(answer) > room:
+                break
+            asked.add(other.question.tobytes())
+            parts += [question, answer]
+            learnt += [False, True]
+        return np.concatenate(parts), np.repeat(learnt, [len(part) for part in parts])
 
 
 @dataclass
@@ -336,7 +387,15 @@ class Cloze(Instruction):
         return max(32, length - GAP)
 
     def _row(self, draw: Draw, rng: np.random.Generator, length: int, marks: Marks) -> Row:
-        text = _at_least(2, draw.text(), marks)
+        return self._about(_at_least(2, draw.text(), marks), rng, marks)
+
+    def _following(
+        self, draw: Draw, rng: np.random.Generator, row: Row, passages: dict[int, bool], marks: Marks
+    ) -> Iterator[Row]:
+        for _ in range(2 * self.turns):
+            yield self._about(row.context, rng, marks)
+
+    def _about(self, text: np.ndarray, rng: np.random.Generator, marks: Marks) -> Row:
         question, answer = cloze(marks.decode(text), rng)
         return Row(text, marks.encode(question), marks.encode(answer), "", 0)
 
@@ -471,7 +530,7 @@ def collate(samples: Sequence[Sample], pad: int, teacher: bool = False) -> dict[
             columns behind its place in `input_ids`; padded on both sides.
     """
     contexts = [np.concatenate(s.pieces) for s in samples]
-    batch = {"context_ids": _padded(contexts, pad), **_written([(s.prompt, s.target) for s in samples], pad)}
+    batch = {"context_ids": _padded(contexts, pad), **_written([(s.prompt, s) for s in samples], pad)}
     if len({len(c) for c in contexts}) > 1 or any(len(s.pieces) > 1 for s in samples):
         numbers = [np.repeat(np.arange(1, len(s.pieces) + 1), [len(p) for p in s.pieces]) for s in samples]
         batch["context_mask"] = _padded(numbers, 0)
@@ -497,16 +556,21 @@ def collate_plain(samples: Sequence[Sample], pad: int) -> dict[str, Tensor]:
         attention_mask: 0 at padding.
         labels, logits_to_keep: as of :func:`collate`.
     """
-    rows = [(s.uncompressed(), s.target) for s in samples]
-    mask = [np.ones(len(read) + len(target), dtype=np.int64) for read, target in rows]
+    rows = [(s.uncompressed(), s) for s in samples]
+    mask = [np.ones(len(read) + len(s.target), dtype=np.int64) for read, s in rows]
     return {**_written(rows, pad), "attention_mask": _padded(mask, 0)}
 
 
-def _written(rows: Sequence[tuple[np.ndarray, np.ndarray]], pad: int) -> dict[str, Tensor]:
-    """B pairs of what the decoder reads and the target → `input_ids`, `labels` and `logits_to_keep` of a batch."""
-    labels = _padded([np.concatenate([np.full(len(read), -100), target]) for read, target in rows], -100)
+def _written(rows: Sequence[tuple[np.ndarray, Sample]], pad: int) -> dict[str, Tensor]:
+    """What the decoder reads before the target of each of B samples → `input_ids`, `labels` and `logits_to_keep`."""
+    read, learnt = [], []
+    for before, sample in rows:
+        target = sample.target if sample.learnt is None else np.where(sample.learnt, sample.target, -100)
+        read.append(np.concatenate([before, sample.target]))
+        learnt.append(np.concatenate([np.full(len(before), -100), target]))
+    labels = _padded(learnt, -100)
     return {
-        "input_ids": _padded([np.concatenate(row) for row in rows], pad),
+        "input_ids": _padded(read, pad),
         "labels": labels,
         "logits_to_keep": (labels[:, 1:] != -100).any(0).nonzero()[:, 0],
     }
