@@ -8,14 +8,13 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=$1; minutes=$2; shift 2
-arm() { # NAME [OVERRIDE …]
-  [ -e "$out/$1/config.json" ] && return
+. scripts/arm.sh
+variant() { # NAME [OVERRIDE …]
   local sets=(); for value in "${@:2}"; do sets+=(--set "$value"); done
-  local resume=(); [ -e "$out/$1/recipe.yaml" ] && resume=(--resume)
-  OMP_NUM_THREADS=1 .venv/bin/rcc train recipes/smollm2-135m-cpu.yaml --output "$out/$1" "${resume[@]}" \
-    --set "stages.0.tasks={reconstruction: 1}" --set stages.0.max_minutes="$minutes" --set "model.rates=[4]" \
-    --set "stages.0.lengths=[128]" --set stages.0.batch_tokens=1024 --set stages.0.groups.all.learning_rate=1e-3 \
-    --set run.evaluate_minutes=0 --set run.threads=1 "${sets[@]}" > "$out/$1.txt" 2>&1
+  arm recipes/smollm2-135m-cpu.yaml "$out/$1" --set "stages.0.tasks={reconstruction: 1}" --set "model.rates=[4]" \
+    --set stages.0.max_minutes="$minutes" --set "stages.0.lengths=[128]" --set stages.0.batch_tokens=1024 \
+    --set stages.0.groups.all.learning_rate=1e-3 --set run.evaluate_minutes=0 --set run.threads=1 "${sets[@]}" \
+    > "$out/$1.txt" 2>&1
 }
 # encoders of their own with random weights, as no Mamba's trained ones can be had offline: 12 layers each, about as many
 # weights, all of them learn; the decoder is the same under LoRA
@@ -39,13 +38,13 @@ PYTHON
 own=(model.decoder=smollm2-135m-instruct model.share_base=false model.encoder_lora_rank=0 model.decoder_lora_rank=16)
 run() { # NAME
   case $1 in
-    all) arm all ;;
-    last) arm last model.states=last ;;
-    icae) arm icae model.states=last model.readout=memory_tokens ;;
-    8x) arm 8x "model.rates=[8]" ;;
-    16x) arm 16x "model.rates=[16]" ;;
-    transformer) encoder llama && arm transformer "${own[@]}" model.encoder="$out/encoders/llama" ;;
-    mamba) encoder mamba && arm mamba "${own[@]}" model.encoder="$out/encoders/mamba" ;;
+    all) variant all ;;
+    last) variant last model.states=last ;;
+    icae) variant icae model.states=last model.readout=memory_tokens ;;
+    8x) variant 8x "model.rates=[8]" ;;
+    16x) variant 16x "model.rates=[16]" ;;
+    transformer) encoder llama && variant transformer "${own[@]}" model.encoder="$out/encoders/llama" ;;
+    mamba) encoder mamba && variant mamba "${own[@]}" model.encoder="$out/encoders/mamba" ;;
     *) echo "$0: no arm '$1': all last icae 8x 16x transformer mamba" >&2; return 2 ;;
   esac
 }

@@ -1,6 +1,9 @@
 """Write the model that a run's newest checkpoint holds, while the run is not finished: an ordinary model folder.
 
-python scripts/export.py RUN OUT [--init MODEL]        MODEL: what the run was started from, if anything
+    python scripts/export.py RUN OUT [--init MODEL] [--mean N]
+
+MODEL is what the run was started from, if anything. `--mean` takes the mean of the newest N checkpoints' weights, which
+is better than the last where the learning rate is still high (`run.keep` says how many there are).
 """
 
 import argparse
@@ -18,17 +21,21 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--init")
+    parser.add_argument("--mean", type=int, default=1)
     arguments = parser.parse_args()
     recipe = Recipe.load(arguments.run / "recipe.yaml")
     stages = [arguments.run / "stages" / f"{i}-{stage.name}" for i, stage in enumerate(recipe.stages, 1)]
-    found = [c for stage in reversed(stages) if (c := checkpointing.newest(stage / "checkpoints"))]
-    if not found:
+    found = next((c for stage in reversed(stages) if (c := list(checkpointing.whole(stage / "checkpoints")))), None)
+    if found is None:
         parser.exit(1, f"{arguments.run} holds no whole checkpoint yet\n")
+    if not 1 <= arguments.mean <= len(found):
+        parser.exit(2, f"--mean: its last stage has {len(found)} checkpoints\n")
     model = make_model(recipe, arguments.init, Place(torch.device("cpu"), 0, 1))
-    state = load_state(found[0])
-    put(learned(model), state["weights"], found[0])
+    states = [load_state(checkpoint) for checkpoint in found[: arguments.mean]]
+    weights = {name: sum(s["weights"][name] for s in states) / len(states) for name in states[0]["weights"]}
+    put(learned(model), weights, found[0])
     model.save_pretrained(arguments.out, dtype=getattr(torch, recipe.run.dtype))
-    print(f"{arguments.out}: {found[0].parent.parent.name}, {found[0].name}, {state['tokens'] / 1e6:.2f}M tokens")
+    print(f"{arguments.out}: {found[0].parent.parent.name}, {found[0].name}, {states[0]['tokens'] / 1e6:.2f}M tokens")
 
 
 if __name__ == "__main__":

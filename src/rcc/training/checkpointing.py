@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +56,16 @@ def write(folder: Path, step: int, files: dict[str, Callable[[Path], Any]], keep
 
 def newest(folder: Path) -> Path | None:
     """The newest whole checkpoint in a folder; others are named in a warning and passed over."""
+    return next(whole(folder), None)
+
+
+def whole(folder: Path) -> Iterator[Path]:
+    """The whole checkpoints in a folder, the newest first; others are named in a warning and passed over."""
     for checkpoint in _all(folder):
         if (fault := _fault(checkpoint)) is None:
-            return checkpoint
-        logger.warning("%s is passed over: %s.", checkpoint, fault)
-    return None
+            yield checkpoint
+        else:
+            logger.warning("%s is passed over: %s.", checkpoint, fault)
 
 
 def _all(folder: Path) -> list[Path]:
