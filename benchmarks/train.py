@@ -1,18 +1,18 @@
 """Speed and memory of `rcc train`, beside a bare PyTorch loop over the same modules and samples.
 
-    python benchmarks/train.py [--recipe recipes/smollm2-135m-cpu.yaml] [--steps 16] [--threads 2] [--set KEY=VALUE …]
-        [--warmstart ../shared/warmstart/warmstart.py --warmstart-data FOLDER] [--markdown OUT.md]
+    python benchmarks/train.py [--recipe recipes/smollm2-135m-cpu.yaml] [--steps 16] [--threads 2] [--processes 2,4]
+        [--set KEY=VALUE …] [--warmstart ../shared/warmstart/warmstart.py --warmstart-data FOLDER] [--markdown OUT.md]
 
 Each figure comes from a process of its own, one after the other: context tokens a second over the steps after the
 first four, and the process's peak memory.
 
 - loop: forward, backward, clipping and AdamW in a `for`, and nothing else.
 - train: `rcc train`, with its log, progress, budget and checkpoint at the end.
-- two processes: `rcc train` under torchrun (DDP), the threads divided between them.
+- processes: `rcc train` under torchrun (DDP) with as many processes, threads and a step's tokens divided between them.
 - warmstart: the model and samples of that script in a bare loop, with the same sizes (where it is at hand; FOLDER as
   its `tokens` command makes it).
 
-Text: `--text FILE` (default: examples/simple-susan.txt), reconstruction only, so that all four do the same work.
+Text: `--text FILE` (default: examples/simple-susan.txt), reconstruction only, so that all do the same work.
 """
 
 import argparse
@@ -22,6 +22,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -121,6 +123,11 @@ def train(arguments: argparse.Namespace, processes: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"] if processes > 1 else []
         sets = [*overrides(arguments), f"run.threads={max(1, arguments.threads // processes)}", "run.log_steps=4"]
+        if processes > 1:
+            from rcc.training.recipe import Recipe
+
+            whole = Recipe.load(arguments.recipe, sets).stages[0].batch_tokens
+            sets.append(f"stages.0.batch_tokens={whole // processes}")
         command = [sys.executable, *launcher, "-m", "rcc", "train", arguments.recipe, "--output", f"{folder}/run"]
         command += ["--init", arguments.init, *(word for value in sets for word in ("--set", value))]
         memory = child(command)[1]
@@ -149,6 +156,7 @@ def main() -> None:
     parser.add_argument("--text", default=str(ROOT / "examples/simple-susan.txt"))
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--processes", default="2", help="of torchrun, comma-separated; - for none")
     parser.add_argument("--set", action="append", default=[])
     parser.add_argument("--warmstart")
     parser.add_argument("--warmstart-data")
@@ -165,11 +173,12 @@ def main() -> None:
 
     rows = ["| | context tokens/s | of the loop | peak memory, GB |", "|---|---:|---:|---:|"]
     print(*rows, sep="\n", flush=True)
-    kinds = {
+    kinds: dict[str, Callable[[], dict[str, float]]] = {
         "loop": lambda: own("loop"),
         "train": lambda: train(arguments, 1),
-        "train, two processes": lambda: train(arguments, 2),
     }
+    for processes in map(int, filter(str.isdigit, arguments.processes.split(","))):
+        kinds[f"train, {processes} processes (memory of one)"] = partial(train, arguments, processes)
     if arguments.warmstart:
         kinds["warmstart"] = lambda: own("warmstart")
     base = 0.0
