@@ -285,9 +285,9 @@ def test_automatic_rate(call: Callable[..., Result], context: Path, tmp_path: Pa
     assert config.fitting_rate([4 * room + 1]) == 8
     assert config.fitting_rate([4 * (room - held) + 1], config.compress(torch.ones(1, length, dtype=torch.long))) == 8
     long = tmp_path / "long.txt"
-    long.write_text("word " * (8 * room + 50))
-    said = call("compress", long, "-o", tmp_path / "long.rcc").refused("tokens do not fit", f"{8 * room:,}")
-    assert re.search(r"highest trained rate, 8, they take [0-9,]+ positions", said)
+    long.write_text("word " * (16 * room + 50))
+    said = call("compress", long, "-o", tmp_path / "long.rcc").refused("tokens do not fit", f"{16 * room:,}")
+    assert re.search(r"highest trained rate, 16, they take [0-9,]+ positions", said)
     assert "give at most" in said
     # the same at a rate that is named
     call("compress", long, "-o", tmp_path / "long.rcc", "--rate", "4").refused("window", "higher rate or less text")
@@ -298,7 +298,7 @@ def test_automatic_rate(call: Callable[..., Result], context: Path, tmp_path: Pa
 def test_untrained_rate_warns(text: Path, tmp_path: Path) -> None:
     done = process("compress", text, "-o", tmp_path / "two.rcc", "--rate", "2").ok()
     warning, summary = done.err.splitlines()
-    assert warning == f"rcc: {MODEL} was not trained at rate 2, only at 4, 8: expect little of it."
+    assert warning == f"rcc: {MODEL} was not trained at rate 2, only at 4, 8, 16: expect little of it."
     assert "at 2×" in summary
 
 
@@ -521,8 +521,8 @@ finally:
 
 def test_models(call: Callable[..., Result], home: Path) -> None:
     rows = {row["name"]: row for row in json.loads(call("models", "--json").ok().out)}
-    assert {name: max(row["rates"]) for name, row in rows.items()} == {MODEL: 8, f"{MODEL}-passkey": 512}
-    assert rows[MODEL]["rates"] == [4, 8]
+    assert {name: max(row["rates"]) for name, row in rows.items()} == {MODEL: 16, f"{MODEL}-passkey": 512}
+    assert rows[MODEL]["rates"] == [4, 8, 16]
     told = call("models").ok().out
     for name, row in rows.items():
         assert row["base_ready"] is True
@@ -608,7 +608,7 @@ def test_bad_rate(call: Callable[..., Result], text: Path, folder: Path, rate: s
 
 
 def test_rate_that_does_not_divide(call: Callable[..., Result], text: Path, context: Path, folder: Path) -> None:
-    call("compress", text, "-o", folder / "x.rcc", "--rate", "3").refused("128", "1, 2, 4, 8, 16, 32, 64, 128")
+    call("compress", text, "-o", folder / "x.rcc", "--rate", "3").refused("256", "1, 2, 4, 8, 16, 32, 64, 128, 256")
     call("ask", context, "Who?", "--rate", "8").refused("compressed already")
 
 
