@@ -34,7 +34,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, float | None]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from rcc import RCCForCausalLM, checkpoints
+    from rcc import RCCForCausalLM, backbones, checkpoints
     from rcc.modeling import batch_tokens_on
 
     torch.set_num_threads(arguments.threads)
@@ -52,7 +52,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, float | None]:
     @torch.no_grad()
     def run(ids: torch.Tensor) -> object:
         if base is not None:
-            return base(ids, use_cache=True, logits_to_keep=1).past_key_values
+            return base(ids, use_cache=True, logits_to_keep=1)[backbones.CACHE]
         if arguments.kind == "compress":
             return model.compress(ids, rate=arguments.rate)
         for batch in ids.view(-1, segment).split(max(1, batch_tokens_on(model.device) // segment)):

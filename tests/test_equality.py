@@ -35,6 +35,7 @@ from rcc import (
     RCCForCausalLM,
     WindowError,
 )
+from rcc.backbones import CACHE
 from rcc.context import BlockLayer
 
 FAMILIES = conftest.FAMILIES
@@ -509,7 +510,7 @@ def test_sampling(tiny, expected, tokens, family):
         if copies > 1:
             cache.batch_repeat_interleave(copies)
         mask = torch.ones(1, len(context) + 6, dtype=torch.long)
-        out = model.decoder.generate(one(prompt), attention_mask=mask, past_key_values=cache, **settings)
+        out = model.decoder.generate(one(prompt), attention_mask=mask, **{CACHE: cache}, **settings)
         return new_tokens(out, 6)
 
     assert sample() == sample() == sample(cached=False)
@@ -1368,7 +1369,7 @@ def test_compressing_holds_one_batch_of_segments(tiny, tokens, batch):
         model.encoder.register_forward_pre_hook(lambda m, a, k: sizes.append(k["input_ids"].numel()), with_kwargs=True),
         model.encoder.layers[2].self_attn.register_forward_pre_hook(lambda *_: last.append(1)),
         model.decoder.model.register_forward_hook(
-            lambda m, a, k, o: blocks.append(k["past_key_values"].layers[0].block[0].data_ptr()), with_kwargs=True
+            lambda m, a, k, o: blocks.append(k[CACHE].layers[0].block[0].data_ptr()), with_kwargs=True
         ),
     ]
     context = model.compress(one(tokens(800)), batch_tokens=64)
@@ -1397,7 +1398,7 @@ def test_generation_writes_behind_the_prefix(tiny, tokens, monkeypatch):
     monkeypatch.setattr(CompressedContext, "_copy", lambda *_: pytest.fail("the prefix was copied"))
     inner = model.decoder.model.layers[0]
     hook = inner.register_forward_pre_hook(
-        lambda m, a, k: pointers.add(k["past_key_values"].layers[0].block[0].data_ptr()), with_kwargs=True
+        lambda m, a, k: pointers.add(k[CACHE].layers[0].block[0].data_ptr()), with_kwargs=True
     )
     model.generate(input_ids=one(tokens(6, 1)), context=context, max_new_tokens=9)
     model(input_ids=one(tokens(6, 1)), context=context)
@@ -1585,11 +1586,11 @@ def test_an_ordinary_cache_takes_a_context(tiny, tokens, expected):
     context = model.compress(one(text))
     want = expected(model).logits([text], prompt)
     places = torch.arange(10, 16)[None]
-    got = model.decoder(one(prompt), past_key_values=plain_cache(context), position_ids=places).logits[0]
+    got = model.decoder(one(prompt), **{CACHE: plain_cache(context)}, position_ids=places).logits[0]
     torch.testing.assert_close(got, want, **CLOSE)
     static = StaticCache(config=model.decoder.config, max_cache_len=32)
     for i in range(3):
         static.update(*context.layer(i), i)
     mask = torch.ones(1, 16, dtype=torch.long)
-    got = model.decoder(one(prompt), past_key_values=static, position_ids=places, attention_mask=mask).logits[0]
+    got = model.decoder(one(prompt), **{CACHE: static}, position_ids=places, attention_mask=mask).logits[0]
     torch.testing.assert_close(got, want, **CLOSE)

@@ -6,11 +6,12 @@ pass for it.
 
 from __future__ import annotations
 
+import inspect
 import sys
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 
 from .errors import ModelError
 
@@ -29,6 +30,10 @@ BLOCKS = {
 STATE_SPACE = {"mamba": ("in_proj",), "mamba2": ("in_proj",)}
 """Encoders only: they have no attention, no positions and no KV cache. model_type → the linear layers for LoRA: of the
 others the mixer, or its fused kernel, reads the weights itself and would pass the adapter by."""
+
+_generation = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+CACHE = "cache" if "cache" in _generation else "past_key_values"
+"""What models and their `generate` call the KV cache: transformers 5.24 renamed it, and warns of the old name."""
 
 
 def check_family(config: PreTrainedConfig, side: str) -> None:

@@ -538,7 +538,7 @@ class RCCForCausalLM(nn.Module):
                 inputs_embeds=inputs,
                 attention_mask=mask,
                 position_ids=order,
-                past_key_values=cache,
+                **{backbones.CACHE: cache},
                 use_cache=True,
                 **residual_arguments(residuals),
             )
@@ -638,7 +638,7 @@ class RCCForCausalLM(nn.Module):
                 input_ids=input_ids,
                 attention_mask=mask,
                 position_ids=order,
-                past_key_values=cache,
+                **{backbones.CACHE: cache},
                 use_cache=True,
                 logits_to_keep=keep,
                 **kwargs,
@@ -774,7 +774,7 @@ class RCCForCausalLM(nn.Module):
         with context.borrow(length + answer) as cache:
             if copies > 1:
                 cache.batch_repeat_interleave(copies)
-            return self.decoder.generate(input_ids=input_ids, attention_mask=mask, past_key_values=cache, **kwargs)
+            return self.decoder.generate(input_ids=input_ids, attention_mask=mask, **{backbones.CACHE: cache}, **kwargs)
 
     # ---------------------------------------------------------------- checks
     @property

@@ -352,7 +352,9 @@ class Reading:
                 past = cache.get_seq_length()
                 order = torch.arange(past, past + batch)[None]
                 ids = torch.zeros(1, batch, dtype=torch.long)
-                self.base(input_ids=ids, position_ids=order, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                self.base(
+                    input_ids=ids, position_ids=order, **{backbones.CACHE: cache}, use_cache=True, logits_to_keep=1
+                )
         return self.live.peak
 
     def _cache(self, capacity: int) -> Cache:

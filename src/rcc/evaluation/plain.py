@@ -47,7 +47,7 @@ def read_plain(model: RCCForCausalLM, ids: Tensor) -> CompressedContext:
     model.decoder.base_model(
         input_ids=ids[None],
         position_ids=torch.arange(len(ids), device=model.device)[None],
-        past_key_values=cache,
+        **{backbones.CACHE: cache},
         use_cache=True,
     )
     return CompressedContext(

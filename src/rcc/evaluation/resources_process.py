@@ -132,7 +132,7 @@ def plain(job: Job) -> dict[str, Any]:
             past = cache.get_seq_length()
             order = torch.arange(past, past + batch.shape[1], device=ids.device)[None]
             base(
-                input_ids=batch, position_ids=order, past_key_values=cache, use_cache=True, logits_to_keep=1
+                input_ids=batch, position_ids=order, **{backbones.CACHE: cache}, use_cache=True, logits_to_keep=1
             ).logits.argmax()
         return cache
 
