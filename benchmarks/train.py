@@ -57,7 +57,7 @@ def loop(arguments: argparse.Namespace) -> None:
     from rcc.training.batches import Corpora, Samples
     from rcc.training.objective import Objective
     from rcc.training.recipe import Recipe
-    from rcc.training.trainer import Place, load_tokenizer, make_model, prepare
+    from rcc.training.trainer import Place, load_tokenizer, make_model, precision, prepare
 
     recipe = Recipe.load(arguments.recipe, [*overrides(arguments), f"run.threads={arguments.threads}"])
     place = Place.of(recipe)
@@ -65,7 +65,7 @@ def loop(arguments: argparse.Namespace) -> None:
     samples = Samples(recipe, 0, Corpora(recipe, tokenizer), tokenizer)
     model = make_model(recipe, arguments.init, place)
     prepare(model, recipe.stages[0], recipe, place.device)
-    objective = Objective(model, getattr(torch, recipe.run.dtype)).train()
+    objective = Objective(model, precision(recipe, place.device)).train()
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
     tokens = start = 0.0

@@ -20,14 +20,13 @@ def main() -> None:
     arguments = parser.parse_args()
     allocator.configure()
 
-    import torch
     from transformers.utils import logging
 
     from rcc import RCCForCausalLM
     from rcc.training.batches import Corpora, Samples
     from rcc.training.objective import Objective
     from rcc.training.recipe import Recipe
-    from rcc.training.trainer import Place, attention, load_tokenizer, measure
+    from rcc.training.trainer import Place, attention, load_tokenizer, measure, precision
 
     logging.disable_progress_bar()
     recipe = Recipe.load(arguments.recipe, arguments.set)
@@ -36,11 +35,10 @@ def main() -> None:
     samples = Samples(recipe, arguments.stage, Corpora(recipe, tokenizer), tokenizer, "held_out")
     columns = {}
     for name in arguments.models:
-        model = RCCForCausalLM.from_pretrained(
-            name, device=place.device, attn_implementation=attention(recipe, place.device)
-        )
+        dtype, attend = precision(recipe, place.device), attention(recipe, place.device)
+        model = RCCForCausalLM.from_pretrained(name, device=place.device, dtype=dtype, attn_implementation=attend)
         model.config.rates = recipe.model.rates  # some were not trained; that is to be seen, not warned of
-        objective = Objective(model, getattr(torch, recipe.run.dtype))
+        objective = Objective(model, dtype)
         columns[name] = measure(objective, samples, arguments.samples, place.device)
     print("| task@length/rate |", " | ".join(str(name).rstrip("/").rpartition("/")[2] for name in columns), "|")
     print("|---|" + "---:|" * len(columns))

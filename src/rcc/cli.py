@@ -626,7 +626,7 @@ def _compress(
             context = rcc.compress(ids, rate=rate, context=context, progress=partial(_add, advance, done))
             done += ids.shape[1]
     assert context is not None
-    return context
+    return context.to(dtype=rcc.decoder.config.dtype)  # as the model is stored, whatever it is computed in
 
 
 def _add(advance: Callable[..., None], before: int, done: int, total: int) -> None:

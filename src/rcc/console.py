@@ -30,7 +30,12 @@ err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 Model = Annotated[str | None, typer.Option("--model", help="A shipped model (`rcc models`), a folder, or a hub id.")]
 Device = Annotated[str | None, typer.Option(help="Where to compute: cpu, cuda, … (default: a GPU if there is one).")]
-Dtype = Annotated[str | None, typer.Option(help="Precision: bfloat16, float16, float32 (default: as stored).")]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        help="bfloat16, float16, float32 (default: as stored; float32 on a CPU without bfloat16)."
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -117,12 +122,15 @@ def load_model(
         from transformers.utils import logging as quiet
 
         from .modeling import RCCForCausalLM
+        from .precision import computing
 
         quiet.set_verbosity_error()
         quiet.disable_progress_bar()
         device, kind = check_device(device), check_dtype(dtype)
         name = DEFAULT_MODEL if name is None else name
         rcc = RCCForCausalLM.from_pretrained(name, device=device, dtype=kind, progress=say)
+        if kind is None:
+            rcc.to(computing(rcc.dtype, device))
         return rcc, checkpoints.load_tokenizer(name)
 
 

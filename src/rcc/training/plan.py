@@ -18,6 +18,7 @@ from ..config import RCCConfig
 from ..errors import FileError, InputError, ModelError
 from ..modeling import RCCForCausalLM
 from ..planning import Batch, Blueprint, learning_bytes
+from ..precision import computing
 from .batches import Corpora, Samples
 from .groups import group_of
 from .recipe import GROUPS, Recipe, Stage
@@ -182,9 +183,9 @@ def _hours(hours: float) -> str:
 
 
 def _matrix_rate() -> float:
-    """FLOP/s of bf16 matrix products on this machine, measured for a moment."""
+    """FLOP/s of matrix products on this machine in what stands for bfloat16, measured for a moment."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    a = torch.randn(2048, 2048, device=device, dtype=torch.bfloat16)
+    a = torch.randn(2048, 2048, device=device, dtype=computing(torch.bfloat16, device))
     best = float("inf")
     for _ in range(4):
         if device == "cuda":

@@ -262,7 +262,8 @@ class RunSettings:
         log_steps: steps between two lines of progress.
         evaluate_minutes, evaluate_steps: how often held-out samples are measured (0: at each stage's end only).
         evaluation_samples: of each task, rate and length; 0 measures nothing.
-        dtype: of frozen weights, of the computation, and of what is saved.
+        dtype: of frozen weights, of the computation, and of what is saved. On a CPU that has no bfloat16 the first two
+            are float32.
     """
 
     device: str | None = None

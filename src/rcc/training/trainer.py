@@ -32,6 +32,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, Trai
 from .. import backbones, checkpoints
 from ..errors import FileError, InputError, ModelError
 from ..modeling import RCCForCausalLM, token_loss
+from ..precision import computing
 from ..provenance import commit, libraries
 from . import checkpointing
 from .batches import Batches, Corpora, Kind, Samples
@@ -113,7 +114,7 @@ def make_model(recipe: Recipe, init: str | None, place: Place) -> RCCForCausalLM
     """
     settings = recipe.model
     torch.manual_seed(recipe.seed)  # LoRA starts at random, the same in every process
-    dtype = getattr(torch, recipe.run.dtype)
+    dtype = precision(recipe, place.device)
     load: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention(recipe, place.device)}
     config = settings.config(recipe.name)
     if settings.max_position_embeddings is not None:
@@ -148,9 +149,14 @@ def attention(recipe: Recipe, device: torch.device) -> str:
     return "eager" if device.type == "cpu" and short else "sdpa"
 
 
+def precision(recipe: Recipe, device: torch.device) -> torch.dtype:
+    """What a run computes in."""
+    return computing(getattr(torch, recipe.run.dtype), device)
+
+
 def prepare(model: RCCForCausalLM, stage: Stage, recipe: Recipe, device: torch.device) -> None:
     """Set a model up for a stage: frozen, checkpointed and compiled as it says."""
-    freeze(model, stage.frozen, getattr(torch, recipe.run.dtype))
+    freeze(model, stage.frozen, precision(recipe, device))
     if stage.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     wanted = recipe.run.compile
@@ -660,7 +666,7 @@ class Run:
         elif before is not None:
             raise FileError(f"{before / 'checkpoints'} holds no whole checkpoint to go on from: start a new run.")
         prepare(model, stage, self.recipe, place.device)
-        objective = Objective(model, getattr(torch, self.recipe.run.dtype), stage.distillation)
+        objective = Objective(model, precision(self.recipe, self.place.device), stage.distillation)
         if self.recipe.run.fsdp and place.world > 1:
             shard(objective, place)
             weights = {name: p for name, p in model.named_parameters() if name in weights}  # sharding replaced them
