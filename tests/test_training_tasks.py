@@ -320,6 +320,27 @@ def test_cloze_asks_for_what_stands_in_the_text() -> None:
     assert cloze("?!", np.random.default_rng(0)) == ("What is missing here? ____", "!")
 
 
+def test_cloze_in_words() -> None:
+    """A word that asks, and words of the sentence without the answer: some are missing, now and then in another order."""
+    asked, verbatim = Counter(), 0
+    for seed in range(80):
+        text = TEXT[3000 * (seed % 20) :][:2500]
+        question, answer = cloze(text, np.random.default_rng(seed), worded=True)
+        first, *words = re.sub(r"^(How many|In what year|What number) ", "Number ", question[:-1]).split()
+        asked[first] += 1
+        assert question[-1] == "?"
+        assert "____" not in question
+        assert first in {"Who", "What", "Which", "Where", "When", "Number"}
+        assert answer[0].isdigit() == (first in {"When", "Number"})
+        around = [" ".join(s.split()) for s in re.split(r"(?<=[.!?\n])", text) if answer in s]
+        assert any(all(word in sentence for word in words) for sentence in around), question
+        verbatim += any(" ".join(words) in sentence for sentence in around)
+    assert asked["Who"] > 5
+    assert asked["What"] + asked["Which"] > 20
+    assert verbatim < 40
+    assert cloze("?!", np.random.default_rng(0), worded=True)[1] == "!"
+
+
 @pytest.mark.parametrize("mode", prompting.MODES)
 def test_cloze_samples(mode: str) -> None:
     """Asked as any other question, of the text alone, which is whole."""
@@ -504,6 +525,7 @@ def test_passkey_needs_room() -> None:
         ("instruction", {"distractors": -0.1}),
         ("instruction", {"unanswerable": None}),
         ("instruction", {"turns": 0}),
+        ("cloze", {"worded": 1.5}),
     ],
 )
 def test_options_that_cannot_be_used_are_named(task: str, options: dict[str, Any]) -> None:

@@ -372,9 +372,15 @@ class Cloze(Instruction):
     whose answer stands in it.
 
     The options are those of `instruction`; the whole context is one passage, and nothing is left out of it.
+
+    Args:
+        worded: how often what is missing is asked for in words (who, what, where, when, how many) rather than shown as
+            a gap: some words of the sentence, not all and not always in their order, so that the question does not
+            stand in the text as it is.
     """
 
     distractors: float = 0.0
+    worded: float = 0.0
     name: ClassVar[str] = "cloze"
     reads: ClassVar[str | None] = "text"
 
@@ -382,6 +388,7 @@ class Cloze(Instruction):
         super().__post_init__()
         for key in ("distractors", "unanswerable"):
             self._check(getattr(self, key) == 0, key, "left out: there are no other passages")
+        self._check(_number(self.worded) and 0 <= self.worded <= 1, "worded", "a probability from 0 to 1")
 
     def window(self, length: int, targets: int) -> int:
         return max(32, length - GAP)
@@ -396,28 +403,40 @@ class Cloze(Instruction):
             yield self._about(row.context, rng, marks)
 
     def _about(self, text: np.ndarray, rng: np.random.Generator, marks: Marks) -> Row:
-        question, answer = cloze(marks.decode(text), rng)
+        worded = self.worded > 0 and rng.random() < self.worded
+        question, answer = cloze(marks.decode(text), rng, worded)
         return Row(text, marks.encode(question), marks.encode(answer), "", 0)
 
 
 _SENTENCE = re.compile(r"[^.!?\n]*[.!?\n]")
 _NAME = re.compile(r"(?<=[a-z,;] )(?:[A-Z][a-z]+\.? )*[A-Z][a-z]{2,}")
 _NUMBER = re.compile(r"\b\d+(?:[.,]\d+)*\b")
+_PHRASE = re.compile(  # a noun with what describes it, as far as can be told without knowing words
+    r"(?<=\b(?:the|his|her|its) )(?:[a-z]+ ){0,2}[a-z]{4,}"
+    r"(?=[.,;]|\s(?:of|in|on|at|to|that|was|were|is|are|had|with|from|for|by)\b)"
+)
 _WORD = re.compile(r"\b[a-z]{4,}\b")
+_YEAR = re.compile(r"1\d{3}|20\d\d")
+_PLACE = re.compile(r"\b(?:in|at|from|near|to|into|through)$")
+_CLAUSE = re.compile(r"[,;:()—\"“”]| - ")
 _GAP = "____"
 
 
-def cloze(text: str, rng: np.random.Generator) -> tuple[str, str]:
-    """A sentence of a text with a gap, as a question, and what stands in the gap: a name within a sentence or a number
-    where there is one, else a word.
+def cloze(text: str, rng: np.random.Generator, worded: bool = False) -> tuple[str, str]:
+    """A question about a sentence of a text, and its answer, which stands there: a name within a sentence or a number
+    where there is one (in words, four times in ten what follows a "the" instead), else a word.
 
     Args:
         text: any; its first and last sentences, which may be cut, and those of fewer than six words are taken only
             where there are no others.
+        worded: ask in words; otherwise the question is the sentence with a gap.
     """
     sentences = [match.span() for match in _SENTENCE.finditer(text)]
     inner = [(a, b) for a, b in sentences[1:-1] if len(text[a:b].split()) >= 6] or sentences or [(0, len(text))]
-    for pattern in (re.compile(f"{_NAME.pattern}|{_NUMBER.pattern}"), _WORD, re.compile(r"\S+")):
+    some = [re.compile(f"{_NAME.pattern}|{_NUMBER.pattern}"), _WORD, re.compile(r"\S+")]
+    if worded:
+        some.insert(int(rng.random() < 0.6), _PHRASE)
+    for pattern in some:
         found = [match.span() for low, high in inner for match in pattern.finditer(text, low, high)]
         if found:
             break
@@ -426,10 +445,35 @@ def cloze(text: str, rng: np.random.Generator) -> tuple[str, str]:
     start, end = found[int(rng.integers(len(found)))]
     low = next((a for a, b in inner if a <= start < b), 0)
     high = next((b for a, b in inner if a <= start < b), len(text))
-    before = " ".join(text[low:start].split()[-12:])  # long sentences in part: a question stays short
-    after = " ".join(text[end:high].split()[:12])
+    before, after = text[low:start], text[end:high]
+    if worded:
+        return _in_words(before, text[start:end], after, rng), text[start:end]
+    before = " ".join(before.split()[-12:])  # long sentences in part: a question stays short
+    after = " ".join(after.split()[:12])
     gap = f"{before} {_GAP}" + ("" if after[:1] in ",.;:!?)'’" else " ") + after
     return f"What is missing here? {gap.strip()}", text[start:end]
+
+
+def _in_words(before: str, answer: str, after: str, rng: np.random.Generator) -> str:
+    """A question in words for an answer and what stands around it in its sentence: noisy, as a rule ungrammatical."""
+    if _YEAR.fullmatch(answer):
+        asks = ("When", "In what year")
+    elif _NUMBER.fullmatch(answer):
+        asks = ("How many", "What number")
+    elif not answer[:1].isupper():
+        asks = ("What", "Which")
+    elif _PLACE.search(before.rstrip()):
+        asks = ("Where", "What")
+    else:
+        asks = ("Who", "Who", "What")
+    clauses = _CLAUSE.split(before)[-1].split(), _CLAUSE.split(after)[0].split()
+    if sum(map(len, clauses)) < 6:  # too little to find it by
+        clauses = before.split(), after.split()
+    left, right = clauses[0][-10:], clauses[1][:10]
+    words = [*right, *left] if rng.random() < 0.3 else [*left, *right]
+    lost = rng.random(len(words)) < 0.4 * rng.random()
+    kept = [word for word, gone in zip(words, lost, strict=True) if not gone or len(words) < 8]
+    return f"{asks[int(rng.integers(len(asks)))]} {' '.join(kept).strip(' .,;:!?')}?"
 
 
 @dataclass
