@@ -28,7 +28,7 @@ import pytest
 import torch
 
 from conftest import make_home
-from rcc import RCCForCausalLM, checkpoints, cli, load_tokenizer
+from rcc import CompressedContext, RCCForCausalLM, checkpoints, cli, load_tokenizer, precision
 
 BOOK = Path(__file__).resolve().parent.parent / "examples" / "simple-susan.txt"
 MODEL = "rcc-smollm2-135m"
@@ -178,6 +178,39 @@ def test_compress(compressed: tuple[Path, Result], length: int) -> None:
     size = f"{length:,} tokens at 4× in {-(-length // 4):,} positions"
     assert re.fullmatch(rf"{re.escape(f'{path}: {size}')}, [0-9.]+ MB\n", result.err)  # and no progress in a pipe
     assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize(("hardware", "wanted"), [(False, torch.float32), (True, torch.bfloat16)])
+def test_precision_follows_the_cpu(
+    call: Callable[..., Result],
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    hardware: bool,
+    wanted: torch.dtype,
+) -> None:
+    """What it computes in; the file stays as the model is stored, and what is asked for is done."""
+    used, compress = [], RCCForCausalLM.compress
+
+    def noted(model: RCCForCausalLM, *args: Any, **kwargs: Any) -> Any:
+        used.append(model.dtype)
+        return compress(model, *args, **kwargs)
+
+    monkeypatch.setattr(precision, "has_bfloat16", lambda: hardware)
+    monkeypatch.setattr(RCCForCausalLM, "compress", noted)
+    short = tmp_path / "short.txt"
+    short.write_text(text.read_text(encoding="utf-8")[:300], encoding="utf-8")
+    for more, computed, stored in (
+        ((), wanted, torch.bfloat16),
+        (("--context", tmp_path / "0.rcc"), wanted, torch.bfloat16),
+        (("--dtype", "bfloat16"), torch.bfloat16, torch.bfloat16),
+        (("--dtype", "float32"), torch.float32, torch.float32),
+    ):
+        path = tmp_path / f"{len(used)}.rcc"
+        call("compress", short, "-o", path, *more).ok()
+        assert used[-1] == computed
+        assert CompressedContext.load(path).dtype == stored
+    assert call("ask", tmp_path / "1.rcc", "Who?", "--max-new-tokens", "2").ok().err == ""
 
 
 def test_inspect(call: Callable[..., Result], context: Path, length: int) -> None:

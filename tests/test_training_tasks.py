@@ -321,7 +321,7 @@ def test_cloze_asks_for_what_stands_in_the_text() -> None:
 
 
 def test_cloze_in_words() -> None:
-    """A word that asks, and words of the sentence without the answer: some are missing, now and then in another order."""
+    """A word that asks, and words of the sentence without the answer: some missing, some in another order."""
     asked, verbatim = Counter(), 0
     for seed in range(80):
         text = TEXT[3000 * (seed % 20) :][:2500]

@@ -32,9 +32,7 @@ Model = Annotated[str | None, typer.Option("--model", help="A shipped model (`rc
 Device = Annotated[str | None, typer.Option(help="Where to compute: cpu, cuda, … (default: a GPU if there is one).")]
 Dtype = Annotated[
     str | None,
-    typer.Option(
-        help="bfloat16, float16, float32 (default: as stored; float32 on a CPU without bfloat16)."
-    ),
+    typer.Option(help="bfloat16, float16, float32 (default: as stored; float32 on a CPU without bfloat16)."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
