@@ -456,6 +456,7 @@ def cloze(text: str, rng: np.random.Generator, worded: bool = False) -> tuple[st
 
 def _in_words(before: str, answer: str, after: str, rng: np.random.Generator) -> str:
     """A question in words for an answer and what stands around it in its sentence: noisy, as a rule ungrammatical."""
+    asks: tuple[str, ...]
     if _YEAR.fullmatch(answer):
         asks = ("When", "In what year")
     elif _NUMBER.fullmatch(answer):
