@@ -24,6 +24,7 @@ from rcc.evaluation.qa_report import Report
 from rcc.evaluation.questions import Question
 from rcc.evaluation.results import Case, Results, Skipped
 from rcc.evaluation.results import load as load_results
+from rcc.precision import has_bfloat16
 
 
 def main() -> None:
@@ -91,7 +92,8 @@ def add(arguments: argparse.Namespace) -> None:
                 if key not in done:
                     requests.append(request(question, ids, press, rate))
                     cases.append(Case(key, partial(measure, question, len(ids))))
-    answered = answers(requests, base, arguments.env, stop=end)
+    dtype = "auto" if has_bfloat16() else "float32"  # as `rcc eval qa` computes here
+    answered = answers(requests, base, arguments.env, dtype=dtype, stop=end)
     with progress("asking", len(cases), "answers") as advance:
         found.collect(cases, advance)
     report = Report(found)
