@@ -10,6 +10,7 @@ import torch
 
 from rcc import RCCForCausalLM, checkpoints, load_tokenizer
 from rcc.evaluation.reconstruction import PROMPT, teacher_forced
+from rcc.precision import computing
 from rcc.prompting import token_ids
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,7 +47,7 @@ def test_what_it_recalls_is_what_the_reference_recalls(ids: torch.Tensor, expect
 
 def test_a_wrong_context_is_seen(ids: torch.Tensor) -> None:
     """What the model recalls comes from the context: with another text's it knows far less."""
-    model = RCCForCausalLM.from_pretrained(MODEL)
+    model = RCCForCausalLM.from_pretrained(MODEL, dtype=computing(torch.bfloat16, "cpu"))
     other = token_ids(load_tokenizer(MODEL), (ROOT / "LICENSE").read_text(encoding="utf-8"))[:, :512]
     right = teacher_forced(model, model.compress(ids, rate=4), ids[0])
     wrong = teacher_forced(model, model.compress(other, rate=4), ids[0])

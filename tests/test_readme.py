@@ -36,6 +36,7 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.timeout(1800)  # an installation, and the model for every command
 def test_readme(copy: Path, tmp_path: Path, default_base: Path) -> None:
     """One shell runs the blocks from top to bottom, as a reader would; the base is there already, contexts are not."""
     home = tmp_path / "home"
