@@ -10,8 +10,8 @@ import torch
 def computing(stored: torch.dtype, device: Any) -> torch.dtype:
     """The precision to compute in where weights are stored in `stored`.
 
-    That one, but float32 for bfloat16 on a CPU that has no instructions for it: torch then takes some ten times as long
-    for its products as for those of float32 (`python benchmarks/precision.py`).
+    That one, but float32 for bfloat16 on a CPU that has no instructions for it: torch then takes some six times as long
+    as in float32 (`python benchmarks/precision.py`).
     """
     if stored != torch.bfloat16 or torch.device(device).type != "cpu" or has_bfloat16():
         return stored
