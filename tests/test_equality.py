@@ -657,6 +657,22 @@ def gradients(model: RCCForCausalLM, tokens, batch, seed: int = 0) -> dict[str, 
     return {name: p.grad for name, p in model.named_parameters()}
 
 
+def assert_central_difference(model: RCCForCausalLM, parameter: Tensor, tokens, batch) -> None:
+    """What :func:`gradients` left in a float64 model's parameter is the central difference of the same loss, computed
+    from logits, along a random direction."""
+    gradient = parameter.grad
+    ids, mask = batch([tokens(37), tokens(21, 1)])
+    target = one(tokens(9, 2)).expand(2, -1)
+    direction = torch.randn(gradient.shape, generator=torch.Generator().manual_seed(0), dtype=gradient.dtype)
+    values = []
+    with torch.no_grad():
+        for step in (1e-6, -2e-6):
+            parameter.add_(direction, alpha=step)
+            logits = model(input_ids=target, context_ids=ids, context_mask=mask).logits[:, :-1]
+            values.append(F.cross_entropy(logits.flatten(0, 1), target[:, 1:].flatten()).item())
+    assert (values[0] - values[1]) / 2e-6 == pytest.approx(float((gradient * direction).sum()), rel=1e-5)
+
+
 @pytest.mark.parametrize("states", ["all", "last"])
 @pytest.mark.parametrize(("share", "lora"), [(True, 4), (False, 0), (False, 4)])
 @pytest.mark.parametrize("family", FAMILIES)

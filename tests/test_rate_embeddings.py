@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from conftest import batch, make_model, tokens
 from rcc import InputError, ModelError, RCCForCausalLM
-from test_equality import CLOSE, assert_same_model, exact_in_float64, gradients, one, same_bits
+from test_equality import (
+    CLOSE,
+    assert_central_difference,
+    assert_same_model,
+    exact_in_float64,
+    gradients,
+    one,
+    same_bits,
+)
 
 RATES = {"rates": (4, 16), "rate_embeddings": True}
 SIDES = [
@@ -85,17 +92,7 @@ def test_gradients():
     model = exact_in_float64(learnt())
     found = gradients(model, tokens, batch)
     assert found["rate_embeddings"].abs().amax(1).gt(0).tolist() == [True, False]
-    gradient = found["rate_embeddings"].clone()
-    ids, mask = batch([tokens(37), tokens(21, 1)])
-    target = one(tokens(9, 2)).expand(2, -1)
-    direction = torch.randn(gradient.shape, generator=torch.Generator().manual_seed(0), dtype=gradient.dtype)
-    values = []
-    with torch.no_grad():
-        for step in (1e-6, -2e-6):
-            model.rate_embeddings.add_(direction, alpha=step)
-            logits = model(input_ids=target, context_ids=ids, context_mask=mask).logits[:, :-1]
-            values.append(F.cross_entropy(logits.flatten(0, 1), target[:, 1:].flatten()).item())
-    assert (values[0] - values[1]) / 2e-6 == pytest.approx(float((gradient * direction).sum()), rel=1e-5)
+    assert_central_difference(model, model.rate_embeddings, tokens, batch)
 
 
 def test_save_and_load(tmp_path):

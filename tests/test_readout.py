@@ -6,11 +6,20 @@ import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from conftest import batch, make_backbone, make_model, tokens
 from rcc import InputError, ModelError, RCCConfig, RCCForCausalLM
-from test_equality import CLOSE, LENGTHS, assert_same_model, exact_in_float64, gradients, new_tokens, one, same_bits
+from test_equality import (
+    CLOSE,
+    LENGTHS,
+    assert_central_difference,
+    assert_same_model,
+    exact_in_float64,
+    gradients,
+    new_tokens,
+    one,
+    same_bits,
+)
 
 MEMORY = {"readout": "memory_tokens", "rates": (4, 2, 8, 16)}
 SIDES = [
@@ -88,17 +97,7 @@ def test_gradients(states):
     found = gradients(model, tokens, batch)
     assert found["memory"].abs().amax(1).gt(0).tolist() == [True] * 4 + [False] * 4
     assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
-    gradient = found["memory"].clone()
-    ids, mask = batch([tokens(37), tokens(21, 1)])
-    target = one(tokens(9, 2)).expand(2, -1)
-    direction = torch.randn(gradient.shape, generator=torch.Generator().manual_seed(0), dtype=gradient.dtype)
-    values = []
-    with torch.no_grad():
-        for step in (1e-6, -2e-6):
-            model.memory.add_(direction, alpha=step)
-            logits = model(input_ids=target, context_ids=ids, context_mask=mask).logits[:, :-1]
-            values.append(F.cross_entropy(logits.flatten(0, 1), target[:, 1:].flatten()).item())
-    assert (values[0] - values[1]) / 2e-6 == pytest.approx(float((gradient * direction).sum()), rel=1e-5)
+    assert_central_difference(model, model.memory, tokens, batch)
 
 
 def test_memory_in_float32_beside_a_base_in_bfloat16():
