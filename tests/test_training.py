@@ -454,6 +454,16 @@ def test_an_unknown_key_names_the_nearest(refusal, shared: Settings, path: str, 
         ("stages__0__lengths", [0], "stages.0.lengths must be positive whole numbers, not [0]"),
         ("stages__0__lengths", [1.5], "stages.0.lengths.0 must be a whole number, not 1.5"),
         ("stages__0__rates", [2], "stages.0.rates must be some of model.rates ([4, 8]), not 2"),
+        (
+            "stages__0__tasks__reconstruction",
+            {"rates": [4, 2]},
+            "stages.0.tasks.reconstruction.rates must be some of model.rates ([4, 8]), not 2",
+        ),
+        (
+            "stages__0__tasks__reconstruction",
+            {"lengths": [0]},
+            "stages.0.tasks.reconstruction.lengths must be positive whole numbers, not [0]",
+        ),
         ("stages__0__target_tokens", 16, "stages.0.target_tokens must be more than 16"),
         ("stages__0__accumulation", 0, "stages.0.accumulation must be a positive whole number, not 0"),
         ("stages__0__max_steps", 0, "stages.0.max_steps must be a positive number, not 0"),
@@ -588,6 +598,19 @@ def test_shares_are_exact(shared: Settings) -> None:
     assert order != sorted(order)
     other = Schedule(stage, 8)
     assert order != [other.at(i)[0].task for i in range(2 * 1024)]
+
+
+def test_a_task_with_lengths_and_rates_of_its_own(shared: Settings) -> None:
+    """They go before the stage's, and an entry that stands there twice is drawn twice as often."""
+    tasks = {"reconstruction": 0.5, "instruction": {"share": 0.5, "lengths": [32, 48, 48], "rates": [8]}}
+    stage = {**shared["stages"][0], "tasks": tasks, "lengths": [32], "rates": [4]}
+    built = build(Recipe, changed(shared, stages=[stage]), "").stages[0]
+    schedule = Schedule(built, 7)
+    count = Counter(str(schedule.at(i)[0]) for i in range(3 * 1024))
+    assert count["reconstruction@32/4x"] == 1536
+    assert count["instruction@32/8x"] + count["instruction@48/8x"] == 1536
+    assert abs(count["instruction@32/8x"] - 512) <= 3  # a block rounds thirds
+    assert (built.all_lengths, built.all_rates) == ([32, 48], [4, 8])
 
 
 def test_a_budget_of_tokens(shared: Settings) -> None:

@@ -43,16 +43,19 @@ class Schedule:
 
     def __init__(self, stage: Stage, seed: int):
         self.stage = stage
-        self.streams = [(task, length) for task in stage.tasks for length in stage.lengths]
-        shares = [stage.tasks[task].share / len(stage.lengths) for task, _ in self.streams]
-        self._streams = Interleave(shares, _seed(seed, 0))
-        self._rates = [Interleave([1.0] * len(stage.rates), _seed(seed, 1, i)) for i in range(len(self.streams))]
+        self.rates: dict[tuple[str, int], dict[int, float]] = {}
+        for (task, length, rate), share in stage.kinds().items():
+            self.rates.setdefault((task, length), {})[rate] = share
+        self.streams = list(self.rates)
+        rates = [list(self.rates[stream].values()) for stream in self.streams]
+        self._streams = Interleave([sum(shares) for shares in rates], _seed(seed, 0))
+        self._rates = [Interleave(shares, _seed(seed, 1, i)) for i, shares in enumerate(rates)]
 
     def at(self, batch: int) -> tuple[Kind, int, int]:
         """Batch number → its kind, its stream's number, and which batch of that stream it is."""
         stream, count = self._streams.at(batch)
         task, length = self.streams[stream]
-        rate = self.stage.rates[self._rates[stream].at(count)[0]]
+        rate = list(self.rates[task, length])[self._rates[stream].at(count)[0]]
         return Kind(task, length, rate), stream, count
 
     def rows(self, length: int) -> int:
@@ -70,7 +73,7 @@ class Schedule:
             return self.stage.max_steps
         if self.stage.max_tokens is None:
             raise InputError("a budget in minutes has no number of steps.")
-        if len(self.stage.lengths) == 1:
+        if len(self.stage.all_lengths) == 1:
             step = self.tokens(0) * self.stage.accumulation * world
             return -(-self.stage.max_tokens // step)
         seen = step = 0

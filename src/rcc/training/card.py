@@ -43,7 +43,7 @@ def card(
         shares = sum(task.share for task in stage.tasks.values())
         tasks = ", ".join(f"{name} {task.share / shares:.0%}" for name, task in stage.tasks.items())
         seen = f"{tokens:,}" if i == number else f"budget: {getattr(stage, stage.budget):,} {stage.budget[4:]}"
-        lengths, rates = (", ".join(map(str, values)) for values in (stage.lengths, stage.rates))
+        lengths, rates = (", ".join(map(str, values)) for values in (stage.all_lengths, stage.all_rates))
         lines.append(f"| {stage.name} | {tasks} | {seen} | {lengths} | {rates} | {', '.join(stage.frozen) or '–'} |")
     lines += ["", "Data:", ""]
     tasks_done = [task for stage in recipe.stages[: number + 1] for task in stage.tasks.values()]

@@ -22,7 +22,7 @@ from ..precision import computing
 from .batches import Corpora, Samples
 from .groups import group_of
 from .recipe import GROUPS, Recipe, Stage
-from .tasks import describe
+from .tasks import Task, describe
 from .trainer import attention, load_tokenizer, prepare
 
 SUSTAINED = 0.45
@@ -96,10 +96,12 @@ def flops(model: RCCForCausalLM, stage: Stage) -> float:
     A forward pass takes 2 FLOP a weight and token, the way back 2 more for the activations and 2 for weights that
     learn.
     """
-    lengths, rates = stage.lengths, stage.rates
-    rows = sum(max(1, stage.batch_tokens // n) for n in lengths) / len(lengths)
-    read = sum(max(1, stage.batch_tokens // n) * n for n in lengths) / len(lengths)
-    prefix = read * sum(1 / r for r in rates) / len(rates)
+    rows = read = prefix = 0.0
+    for (_, length, compression), share in stage.kinds().items():
+        samples = max(1, stage.batch_tokens // length)
+        rows += share * samples
+        read += share * samples * length
+        prefix += share * samples * length / compression
     tokens = {"encoder": 0.0 if stage.plain else read, "decoder": prefix + rows * stage.target_tokens}
     total = 0.0
     for side, body in (("encoder", model.encoder), ("decoder", model.decoder.base_model)):
@@ -117,16 +119,18 @@ def flops(model: RCCForCausalLM, stage: Stage) -> float:
 
 
 def stage_activations(model: Blueprint, stage: Stage) -> int:
-    """Bytes that a batch of a stage keeps, at most over its lengths; see :func:`rcc.planning.activations`."""
+    """Bytes that a batch of a stage keeps, at most over its kinds; see :func:`rcc.planning.activations`."""
     found = [
-        planning.activations(
-            model,
-            Batch(max(1, stage.batch_tokens // n), n, min(stage.rates), stage.target_tokens),
-            stage.frozen,
-        )
-        for n in stage.lengths
+        planning.activations(model, Batch(max(1, stage.batch_tokens // n), n, r, stage.target_tokens), stage.frozen)
+        for n, r in {(length, rate) for _, length, rate in stage.kinds()}
     ]
     return max(one.checkpointed if stage.gradient_checkpointing else one.kept for one in found)
+
+
+def _own(task: Task) -> str:
+    """The lengths and rates of a task that are not its stage's."""
+    own = [f"{n:,} tokens" for n in dict.fromkeys(task.lengths)] + [f"{r}×" for r in dict.fromkeys(task.rates)]
+    return f" ({', '.join(own)})" if own else ""
 
 
 def _stage(console: Console, recipe: Recipe, number: int, whole: Blueprint, model: RCCForCausalLM, rate: float) -> None:
@@ -145,14 +149,15 @@ def _stage(console: Console, recipe: Recipe, number: int, whole: Blueprint, mode
     if base:
         shared = sum(p.numel() for p in model.parameters() if id(p) in base)
         _say(console, f"  shared base  {0:<16}{shared:<16,}–")
-    samples = {n: max(1, stage.batch_tokens // n) for n in stage.lengths}
+    samples = {n: max(1, stage.batch_tokens // n) for n in stage.all_lengths}
     shares = sum(task.share for task in stage.tasks.values())
-    _say(console, "  tasks        " + ", ".join(f"{n} {t.share / shares:.0%}" for n, t in stage.tasks.items()))
+    tasks = [f"{name} {task.share / shares:.0%}{_own(task)}" for name, task in stage.tasks.items()]
+    _say(console, "  tasks        " + ", ".join(tasks))
     _say(console, f"  contexts     {', '.join(f'{n:,} tokens ({s} a batch)' for n, s in samples.items())}")
-    rates = "none: the decoder reads the text as it is" if stage.plain else ", ".join(f"{r}×" for r in stage.rates)
-    _say(console, f"  rates        {rates}")
+    rates = ", ".join(f"{r}×" for r in stage.all_rates)
+    _say(console, f"  rates        {'none: the decoder reads the text as it is' if stage.plain else rates}")
     one = flops(model, stage)
-    read = sum(s * n for n, s in samples.items()) / len(samples) * stage.accumulation
+    read = sum(share * samples[n] * n for (_, n, _), share in stage.kinds().items()) * stage.accumulation
     if stage.max_minutes is not None:
         _say(console, f"  budget       {stage.max_minutes:g} minutes")
         speed = read / stage.accumulation / one * rate * SUSTAINED

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import math
 import types
 import typing
@@ -166,8 +167,8 @@ class Stage:
     Args:
         name: of its folder and in the log.
         tasks: {task: its options}; `share` is its part of the batches.
-        lengths: context tokens; one is drawn for each batch, in equal shares.
-        rates: compression rates, drawn likewise; all of the model's for none.
+        lengths: context tokens; one is drawn for each batch, in equal shares. A task's own go before these.
+        rates: compression rates, drawn likewise; all of the model's for none. A task's own go before these.
         target_tokens: the most decoder tokens of a sample, prompt included.
         batch_tokens: context tokens that one process reads before a backward pass (at least one sample).
         accumulation: such batches a step.
@@ -238,6 +239,26 @@ class Stage:
     def group(self, name: str) -> Group:
         """How a group learns in this stage."""
         return self.groups.get(name) or self.groups.get("all") or Group()
+
+    def kinds(self) -> dict[tuple[str, int, int], float]:
+        """Every (task, length, rate) that a batch can have, and its share of the batches."""
+        shares = sum(task.share for task in self.tasks.values())
+        found: dict[tuple[str, int, int], float] = {}
+        for name, task in self.tasks.items():
+            lengths, rates = task.lengths or self.lengths, self.rates if self.plain else task.rates or self.rates
+            for kind in itertools.product([name], lengths, rates):  # what is listed twice counts twice
+                found[kind] = found.get(kind, 0.0) + task.share / shares / len(lengths) / len(rates)
+        return found
+
+    @property
+    def all_lengths(self) -> list[int]:
+        """The context lengths of all tasks."""
+        return list(dict.fromkeys(length for _, length, _ in self.kinds()))
+
+    @property
+    def all_rates(self) -> list[int]:
+        """The rates of all tasks."""
+        return list(dict.fromkeys(rate for _, _, rate in self.kinds()))
 
     @property
     def budget(self) -> str:
@@ -326,8 +347,11 @@ class Recipe:
         _check(len(set(names)) == len(names), "stages", names, "stages of different names")
         for i, stage in enumerate(self.stages):
             stage.rates = [1] if stage.plain else stage.rates or list(self.model.rates)
-            for rate in [] if stage.plain else stage.rates:
-                _check(rate in self.model.rates, f"stages.{i}.rates", rate, f"some of model.rates ({self.model.rates})")
+            used = {f"stages.{i}.rates": stage.rates}
+            used |= {f"stages.{i}.tasks.{name}.rates": task.rates for name, task in stage.tasks.items()}
+            for key, rates in {} if stage.plain else used.items():
+                for rate in rates:
+                    _check(rate in self.model.rates, key, rate, f"some of model.rates ({self.model.rates})")
             for name, task in stage.tasks.items():
                 if task.reads and not getattr(self.data, task.reads):
                     raise InputError(f"stages.{i}.tasks.{name} needs data.{task.reads}, which is empty: add a source.")

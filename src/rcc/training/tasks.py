@@ -140,15 +140,20 @@ class Task:
 
     Args:
         share: the task's part of the batches, relative to the others'.
+        lengths, rates: of its batches; the stage's for none.
     """
 
     share: float = 1.0
+    lengths: list[int] = field(default_factory=list)
+    rates: list[int] = field(default_factory=list)
     name: ClassVar[str] = ""
     reads: ClassVar[str | None] = None
     """What it draws from: `text`, `questions` or nothing."""
 
     def __post_init__(self) -> None:
         self._check(_number(self.share) and 0 < self.share < np.inf, "share", "a number above 0")
+        for key in ("lengths", "rates"):
+            self._check(all(value > 0 for value in getattr(self, key)), key, "positive whole numbers")
 
     def _check(self, good: bool, key: str, wanted: str) -> None:
         if not good:

@@ -142,9 +142,7 @@ def attention(recipe: Recipe, device: torch.device) -> str:
     """transformers' attn_implementation for a run."""
     if recipe.run.attention is not None:
         return recipe.run.attention
-    longest = max(
-        length // min(stage.rates) + stage.target_tokens for stage in recipe.stages for length in stage.lengths
-    )
+    longest = max(n // rate + stage.target_tokens for stage in recipe.stages for _, n, rate in stage.kinds())
     short = recipe.model.segment_length <= 256 and longest <= 768
     return "eager" if device.type == "cpu" and short else "sdpa"
 
@@ -538,7 +536,7 @@ def measure(objective: Objective, samples: Samples, count: int, device: torch.de
     objective.eval()
     for number, (task, length) in enumerate(samples.schedule.streams):
         rows = min(samples.schedule.rows(length), count)
-        for rate in samples.stage.rates:
+        for rate in samples.schedule.rates[task, length]:
             kind = Kind(task, length, rate)
             loss = correct = tokens = 0.0
             for first in range(0, count, rows):
