@@ -120,6 +120,7 @@ def main() -> None:
     import torch
 
     from rcc import RCCForCausalLM, load_tokenizer
+    from rcc.precision import computing
     from rcc.training import tasks
     from rcc.training.groups import freeze
     from rcc.training.recipe import Group
@@ -127,14 +128,15 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
     rng = np.random.default_rng(arguments.seed)
-    model = RCCForCausalLM.from_pretrained(arguments.model, dtype=torch.bfloat16)
+    dtype = computing(torch.bfloat16, "cpu")
+    model = RCCForCausalLM.from_pretrained(arguments.model, dtype=dtype)
     marks = tasks.Marks.of(load_tokenizer(arguments.model))
     keys = draw_keys(arguments.keys, rng)
     kept = arguments.out / "vectors.pt"  # encoding takes ten minutes for a thousand keys: not to be done twice
     vectors = Vectors(model, marks.encode, keys, rng, kept)
     question = marks.encode(tasks.QUESTION)
     asked = [tasks.Sample((), question, np.append(marks.encode(f" {key}."), marks.eos), "passkey") for key in keys]
-    freeze(model, ["encoder"], torch.bfloat16)
+    freeze(model, ["encoder"], dtype)
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     how = Group(arguments.learning_rate, "cosine", warmup_steps=10, floor=0.02)
     optimizer = torch.optim.AdamW(learning, lr=how.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
@@ -151,8 +153,8 @@ def main() -> None:
                 written.append((question, asked[number]))
         if not rows:
             return batch()
-        states = torch.stack(rows)
-        with torch.autocast("cpu", torch.bfloat16):
+        states = torch.stack(rows).to(dtype)  # kept ones may be another machine's
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             out = model._decode_to_train(
                 {k: states[:, :, k] for k in model.projections.states},
                 None,
