@@ -37,7 +37,8 @@ def main() -> None:
     for name in arguments.models:
         dtype, attend = precision(recipe, place.device), attention(recipe, place.device)
         model = RCCForCausalLM.from_pretrained(name, device=place.device, dtype=dtype, attn_implementation=attend)
-        model.config.rates = recipe.model.rates  # some were not trained; that is to be seen, not warned of
+        # some were not trained; that is to be seen, not warned of
+        model.set_rates(recipe.model.rates, model.config.rate_embeddings)
         objective = Objective(model, dtype)
         columns[name] = measure(objective, samples, arguments.samples, place.device)
     print("| task@length/rate |", " | ".join(str(name).rstrip("/").rpartition("/")[2] for name in columns), "|")
