@@ -58,14 +58,10 @@ class Schedule:
         rate = list(self.rates[task, length])[self._rates[stream].at(count)[0]]
         return Kind(task, length, rate), stream, count
 
-    def rows(self, length: int) -> int:
-        """Samples a batch of one process."""
-        return max(1, self.stage.batch_tokens // length)
-
     def tokens(self, batch: int) -> int:
         """Context tokens of a batch of one process, as they are counted: full contexts."""
         length = self.at(batch)[0].length
-        return self.rows(length) * length
+        return self.stage.rows(length) * length
 
     def steps(self, world: int) -> int:
         """Optimiser steps after which a budget of tokens is spent; `world` is the number of processes."""
@@ -197,7 +193,7 @@ class Samples:
     def batch(self, batch: int, rank: int = 0, world: int = 1) -> dict[str, Any]:
         """What process `rank` of `world` reads as batch number `batch`: the arguments of the training pass."""
         kind, stream, count = self.schedule.at(batch)
-        rows = self.schedule.rows(kind.length)
+        rows = self.stage.rows(kind.length)
         first = (count * world + rank) * rows
         return self.collate([self.sample(stream, first + j) for j in range(rows)], kind)
 

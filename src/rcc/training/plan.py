@@ -98,7 +98,7 @@ def flops(model: RCCForCausalLM, stage: Stage) -> float:
     """
     rows = read = prefix = 0.0
     for (_, length, compression), share in stage.kinds().items():
-        samples = max(1, stage.batch_tokens // length)
+        samples = stage.rows(length)
         rows += share * samples
         read += share * samples * length
         prefix += share * samples * length / compression
@@ -121,7 +121,7 @@ def flops(model: RCCForCausalLM, stage: Stage) -> float:
 def stage_activations(model: Blueprint, stage: Stage) -> int:
     """Bytes that a batch of a stage keeps, at most over its kinds; see :func:`rcc.planning.activations`."""
     found = [
-        planning.activations(model, Batch(max(1, stage.batch_tokens // n), n, r, stage.target_tokens), stage.frozen)
+        planning.activations(model, Batch(stage.rows(n), n, r, stage.target_tokens), stage.frozen)
         for n, r in {(length, rate) for _, length, rate in stage.kinds()}
     ]
     return max(one.checkpointed if stage.gradient_checkpointing else one.kept for one in found)
@@ -149,7 +149,7 @@ def _stage(console: Console, recipe: Recipe, number: int, whole: Blueprint, mode
     if base:
         shared = sum(p.numel() for p in model.parameters() if id(p) in base)
         _say(console, f"  shared base  {0:<16}{shared:<16,}–")
-    samples = {n: max(1, stage.batch_tokens // n) for n in stage.all_lengths}
+    samples = {n: stage.rows(n) for n in stage.all_lengths}
     shares = sum(task.share for task in stage.tasks.values())
     tasks = [f"{name} {task.share / shares:.0%}{_own(task)}" for name, task in stage.tasks.items()]
     _say(console, "  tasks        " + ", ".join(tasks))

@@ -250,6 +250,10 @@ class Stage:
                 found[kind] = found.get(kind, 0.0) + task.share / shares / len(lengths) / len(rates)
         return found
 
+    def rows(self, length: int) -> int:
+        """Samples of that many context tokens in a batch of one process."""
+        return max(1, self.batch_tokens // length)
+
     @property
     def all_lengths(self) -> list[int]:
         """The context lengths of all tasks."""

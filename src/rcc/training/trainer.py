@@ -535,7 +535,7 @@ def measure(objective: Objective, samples: Samples, count: int, device: torch.de
     was_training = objective.training
     objective.eval()
     for number, (task, length) in enumerate(samples.schedule.streams):
-        rows = min(samples.schedule.rows(length), count)
+        rows = min(samples.stage.rows(length), count)
         for rate in samples.schedule.rates[task, length]:
             kind = Kind(task, length, rate)
             loss = correct = tokens = 0.0
