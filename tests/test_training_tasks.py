@@ -19,6 +19,7 @@ from rcc.training.tasks import (
     FILLER,
     OPENING,
     QUESTION,
+    QUOTE,
     TASKS,
     UNANSWERABLE,
     Cloze,
@@ -283,9 +284,9 @@ def test_a_conversation_asks_what_its_context_does_not_say() -> None:
 
 def test_a_cloze_conversation_has_other_gaps() -> None:
     task = Cloze(modes={"human": 1.0}, turns=5)
-    sample = task.sample(Draw(PROSE[:400]), np.random.default_rng(3), 512, 512, MARKS)
+    sample = task.sample(Draw(PROSE[9000:9400]), np.random.default_rng(0), 512, 512, MARKS)
     pairs = read(sample)
-    plain = " ".join(MARKS.decode(PROSE[:400]).split())
+    plain = " ".join(MARKS.decode(PROSE[9000:9400]).split())
     assert len(set(pairs)) == len(pairs) == 5
     for question, answer in pairs:
         asked = question.removeprefix("What is missing here? ").replace("____", answer)
@@ -297,7 +298,65 @@ def test_a_cloze_conversation_has_other_gaps() -> None:
     assert batch["logits_to_keep"].tolist() == (learnt.nonzero()[:, 0] - 1).tolist()
 
 
+def test_a_conversation_does_not_ask_what_it_has_said() -> None:
+    class Talk(Draw):
+        def same(self, rng: np.random.Generator, context_hash: int) -> Row:
+            told = [("Who went to Paris in 1843?", "Ada"), ("When did she go?", "1843"), ("What fell?", "rain")]
+            return Row.of("", *told[rng.integers(3)])
+
+    for seed in range(20):
+        draw = Talk(Row.of(*ROWS[0]))
+        sample = only("human", turns=6).sample(draw, np.random.default_rng(seed), 400, 256, MARKS)
+        said = ""
+        for question, answer in read(sample):
+            assert answer not in said
+            said += question + answer
+        assert "rain" in said
+
+
+def test_a_quotation_is_the_sentence_with_the_answer() -> None:
+    task = only("human", quoted=1.0)
+    asked = QUOTE.format(question="Where did Ada go?")
+    assert read_once(sampled(task, Row.of(*ROWS[0]))) == (asked, "Ada went to Paris in 1843.")
+    plain = [
+        ("It rained. It snowed.", "Where did Ada go?", "Paris"),  # said nowhere
+        ("Ada went to Paris today. Then she left Paris by train.", "Where did Ada go?", "Paris"),  # twice
+        ("To Paris, yes! She went.", "Where did Ada go?", "Paris"),  # hardly a sentence
+        ("Ada " + "very " * 60 + "much likes Paris.", "What does Ada like?", "Paris"),  # hardly to be asked for
+    ]
+    for row in plain:
+        assert read_once(sampled(task, Row.of(*row))) == row[1:]
+    unanswerable = sampled(only("human", quoted=1.0, unanswerable=1.0), Row.of(*ROWS[0]))
+    assert read_once(unanswerable) == ("Where did Ada go?", UNANSWERABLE)
+    quotes = Counter(read_once(sampled(only("human", quoted=0.3), Row.of(*ROWS[0]), seed=s)) for s in range(400))
+    assert quotes[asked, "Ada went to Paris in 1843."] / 400 == pytest.approx(0.3, abs=0.07)
+
+
+def read_once(sample: Sample) -> tuple[str, str]:
+    """The question and the answer of a sample in `human` mode."""
+    question, answer = TOKENIZER.decode(np.concatenate([sample.prompt, sample.target])).split(prompting.TURN)
+    return question.removeprefix(prompting.HEADER), answer.removesuffix(prompting.END)
+
+
 # ---------------------------------------------------------------- text
+def test_cloze_quotes() -> None:
+    """A whole sentence of the text, asked for by some of its words."""
+    quoted = 0
+    for seed in range(60):
+        text = TEXT[3000 * (seed % 20) :][:2500]
+        question, answer = cloze(text, np.random.default_rng(seed), quoted=True)
+        assert answer in text
+        if question.startswith(QUOTE.partition("{")[0]):
+            _, *words = question.removeprefix(QUOTE.partition("{")[0])[:-1].split()
+            assert 4 <= len(answer.split()) <= 50
+            assert sum(word in answer for word in words) >= len(words) - 1  # "many", of "How many"
+            quoted += 1
+    assert quoted > 40
+    first, second = read(sampled(Cloze(modes={"human": 1}, turns=2, quoted=1.0), PROSE[2000:2400], targets=256))
+    assert first[0].startswith(QUOTE.partition("{")[0])
+    assert second[1] not in first[1]
+
+
 def test_cloze_asks_for_what_stands_in_the_text() -> None:
     """Names within sentences and numbers; with the gap filled, the question is a part of the text."""
     plain = " ".join(TEXT.split())
@@ -372,6 +431,33 @@ def test_reconstruction_starts_anywhere() -> None:
     assert np.concatenate([short.prompt, short.target]).tolist() == list(range(100, 115))
 
 
+def test_reconstruction_in_spans() -> None:
+    """All of the span once, in pieces that begin anywhere, each behind tokens of its own that are given."""
+    counts, firsts, given = Counter(), Counter(), Counter()
+    for seed in range(600):
+        sample = sampled(Reconstruction(spans=4, prompt_tokens=6), np.arange(100, 160), 60, 60, seed)
+        written = np.concatenate([sample.prompt, sample.target])
+        learnt = np.concatenate([np.full(len(sample.prompt), False), sample.learnt])
+        assert sorted(written) == list(range(100, 160))
+        starts = [0, *(np.flatnonzero(learnt[:-1] & ~learnt[1:]) + 1)]
+        for i, start in enumerate(starts):
+            span = learnt[start : [*starts, 60][i + 1]]
+            known = int((~span).sum())
+            assert 1 <= known < len(span)
+            assert not span[:known].any()
+            assert known in range(2, 7) or known == len(span) - 1
+            assert (np.diff(written[start:][: len(span)]) == 1).all()
+            given[known] += 1
+        counts[len(starts)] += 1
+        firsts[int(written[0])] += 1
+    assert set(counts) == {1, 2, 3, 4}
+    assert min(counts.values()) > 100
+    assert set(given) == {1, 2, 3, 4, 5, 6}
+    assert len(firsts) > 40
+    short = sampled(Reconstruction(spans=9), np.arange(100, 105), 40, 20)
+    assert sorted(np.concatenate([short.prompt, short.target])) == list(range(100, 105))
+
+
 @pytest.mark.parametrize(
     ("tokens", "context"),
     [(60, 40), (59, 40), (50, 37), (41, 30), (40, 30), (8, 6), (5, 3), (3, 1), (2, 1), (1, 1)],
@@ -389,7 +475,7 @@ def test_continuation_goes_on_where_the_context_ends(tokens: int, context: int) 
 # ---------------------------------------------------------------- sizes
 quick = settings(max_examples=150, deadline=None, derandomize=True)
 options = st.fixed_dictionaries(
-    {k: st.sampled_from([0.0, 0.5, 1.0]) for k in ("before", "own_segment", "distractors", "unanswerable")}
+    {k: st.sampled_from([0.0, 0.5, 1.0]) for k in ("before", "own_segment", "distractors", "unanswerable", "quoted")}
     | {"turns": st.sampled_from([1, 3])}
 )
 
@@ -421,7 +507,7 @@ def same(a: Sample, b: Sample) -> bool:
 )
 @example(
     "compress",
-    dict.fromkeys(("before", "own_segment", "distractors", "unanswerable"), 1.0) | {"turns": 1},
+    dict.fromkeys(("before", "own_segment", "distractors", "unanswerable", "quoted"), 1.0) | {"turns": 1},
     (1, 200, 9),
     8,
     17,
@@ -525,6 +611,8 @@ def test_passkey_needs_room() -> None:
         ("instruction", {"distractors": -0.1}),
         ("instruction", {"unanswerable": None}),
         ("instruction", {"turns": 0}),
+        ("instruction", {"quoted": 2}),
+        ("reconstruction", {"spans": 0}),
         ("cloze", {"worded": 1.5}),
     ],
 )

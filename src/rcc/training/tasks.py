@@ -32,6 +32,9 @@ from .data import Row
 
 UNANSWERABLE = "The text does not say."
 """The answer to a question whose passage was left out."""
+QUOTE = "Quote the sentence that answers this: {question}"
+"""What asks for the sentence in which an answer stands."""
+QUOTED = (4, 50)  # words of a sentence that can be asked for
 OPENING = (
     "One important fact is hidden in this long and tedious text. Find it and keep it in mind: it will be asked for."
 )
@@ -184,8 +187,7 @@ class _TextTask(Task):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        good = isinstance(self.prompt_tokens, int) and not isinstance(self.prompt_tokens, bool)
-        self._check(good and self.prompt_tokens > 0, "prompt_tokens", "a positive whole number")
+        self._check(_count(self.prompt_tokens), "prompt_tokens", "a positive whole number")
 
     def _split(self, context: np.ndarray, written: np.ndarray) -> Sample:
         """A sample from at least two tokens to be written; one of them is always left to learn."""
@@ -199,15 +201,36 @@ class Reconstruction(_TextTask):
 
     Args:
         prompt_tokens: how many are given.
+        spans: the span is cut at random places into 1 to this many, which are written in random order, each behind its
+            own first tokens: from a third of `prompt_tokens` on. To go on in the text one need only know where one
+            is; each new span has to be found by what it says, as the answer to a question has.
     """
 
+    spans: int = 1
     name: ClassVar[str] = "reconstruction"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check(_count(self.spans), "spans", "a positive whole number")
 
     def sample(self, draw: Draw, rng: np.random.Generator, length: int, targets: int, marks: Marks) -> Sample:
         text = _at_least(2, draw.text()[:length], marks)
         size = min(targets, len(text))
         start = int(rng.integers(len(text) - size + 1))
-        return self._split(text, text[start : start + size])
+        written = text[start : start + size]
+        if self.spans == 1:
+            return self._split(text, written)
+        cuts = min(int(rng.integers(self.spans)), size // 2 - 1)  # each span has at least two tokens
+        places = np.sort(rng.choice(size - cuts - 2, cuts, replace=False)) + np.arange(cuts) + 2
+        spans = np.split(written, places)
+        first, *others = (spans[i] for i in rng.permutation(len(spans)))
+        sample = self._split(text, first)
+        target, learnt = [sample.target], [np.full(len(sample.target), True)]
+        for span in others:
+            given = int(rng.integers(-(-self.prompt_tokens // 3), self.prompt_tokens + 1))
+            target.append(span)
+            learnt.append(np.arange(len(span)) >= min(given, len(span) - 1))
+        return replace(sample, target=np.concatenate(target), learnt=np.concatenate(learnt))
 
 
 @dataclass
@@ -246,7 +269,11 @@ class Instruction(Task):
         distractors: how often distracting passages fill the context, half of them prose.
         unanswerable: how often the passage is left out, and the answer is `UNANSWERABLE`.
         turns: in `human` mode, up to how many questions are asked of a context, one after the other as in `rcc chat`:
-            of any passage in it, as many as the targets have room for. A context costs the same to read for all.
+            of any passage in it, as many as the targets have room for. A context costs the same to read for all. None
+            is asked whose answer stands in what was asked and answered before it.
+        quoted: how often the sentence in which the answer stands is asked for in its place (`QUOTE`), where just one
+            sentence of the passage holds it: so a question has the decoder write some thirty tokens of the text and
+            not three.
     """
 
     modes: dict[str, float] = field(default_factory=lambda: {"human": 2.0, "reconstruct": 1.0, "compress": 1.0})
@@ -255,6 +282,7 @@ class Instruction(Task):
     distractors: float = 1.0
     unanswerable: float = 0.0
     turns: int = 1
+    quoted: float = 0.0
     name: ClassVar[str] = "instruction"
     reads: ClassVar[str | None] = "questions"
 
@@ -264,21 +292,21 @@ class Instruction(Task):
         good = good and all(_number(w) and 0 <= w < np.inf for w in self.modes.values())
         wanted = f"weights, not all of them 0, of {', '.join(prompting.MODES)}"
         self._check(good and sum(self.modes.values()) > 0, "modes", wanted)
-        for key in ("before", "own_segment", "distractors", "unanswerable"):
+        for key in ("before", "own_segment", "distractors", "unanswerable", "quoted"):
             value = getattr(self, key)
             self._check(_number(value) and 0 <= value <= 1, key, "a probability from 0 to 1")
-        good = isinstance(self.turns, int) and not isinstance(self.turns, bool) and self.turns > 0
-        self._check(good, "turns", "a positive whole number")
+        self._check(_count(self.turns), "turns", "a positive whole number")
 
     def window(self, length: int, targets: int) -> int:
         return max(1, length - ALLOWANCE)
 
     def sample(self, draw: Draw, rng: np.random.Generator, length: int, targets: int, marks: Marks) -> Sample:
         row = self._row(draw, rng, length, marks)
-        text = marks.decode(row.question)
         weights = np.array(list(self.modes.values()), dtype=float)
         mode = list(self.modes)[rng.choice(len(weights), p=weights / weights.sum())]
         before, own, omit = (rng.random() < p for p in (self.before, self.own_segment, self.unanswerable))
+        row = row if omit else self._quote(row, rng, marks)
+        text = marks.decode(row.question)
 
         asked = prompting.build(text, mode)
         prompt = marks.encode(asked.decoder_text)
@@ -350,22 +378,36 @@ class Instruction(Task):
                 if other.hash not in passages:
                     yield replace(other, answer=marks.encode(UNANSWERABLE))
             elif whole:
-                yield draw.same(rng, whole[int(rng.integers(len(whole)))])
+                yield self._quote(draw.same(rng, whole[int(rng.integers(len(whole)))]), rng, marks)
+
+    def _quote(self, row: Row, rng: np.random.Generator, marks: Marks) -> Row:
+        """Sometimes, the row that asks for the sentence in which its answer stands."""
+        if not (self.quoted and rng.random() < self.quoted):
+            return row
+        text, answer = marks.decode(row.context), marks.decode(row.answer)
+        holding = [sentence for sentence in _SENTENCE.findall(text) if answer in sentence]
+        sentence = holding[0].strip() if len(holding) == 1 else ""
+        if not QUOTED[0] <= len(sentence.split()) <= QUOTED[1]:
+            return row
+        question = QUOTE.format(question=marks.decode(row.question))
+        return replace(row, question=marks.encode(question), answer=marks.encode(sentence))
 
     def _conversation(
         self, target: np.ndarray, row: Row, more: Iterator[Row], room: int, marks: Marks
     ) -> tuple[np.ndarray, np.ndarray]:
         """The first answer and, in `room` tokens, further questions and answers; and which tokens are learnt."""
         parts, learnt = [target], [True]
-        asked = {row.question.tobytes()}
+        asked, said = {row.question.tobytes()}, marks.decode(np.concatenate([row.question, target]))
         for other in more:
             question = np.concatenate([marks.following, other.question, marks.turn])
             answer = np.concatenate([other.answer, marks.end])
-            if other.question.tobytes() in asked:
+            text = marks.decode(other.answer)
+            if other.question.tobytes() in asked or (text in said and text != UNANSWERABLE):
                 continue
             if len(asked) == self.turns or sum(map(len, parts)) + len(question) + len(answer) > room:
                 break
             asked.add(other.question.tobytes())
+            said += marks.decode(np.concatenate([other.question, answer]))
             parts += [question, answer]
             learnt += [False, True]
         return np.concatenate(parts), np.repeat(learnt, [len(part) for part in parts])
@@ -408,9 +450,13 @@ class Cloze(Instruction):
             yield self._about(row.context, rng, marks)
 
     def _about(self, text: np.ndarray, rng: np.random.Generator, marks: Marks) -> Row:
+        quoted = self.quoted > 0 and rng.random() < self.quoted
         worded = self.worded > 0 and rng.random() < self.worded
-        question, answer = cloze(marks.decode(text), rng, worded)
+        question, answer = cloze(marks.decode(text), rng, worded, quoted)
         return Row(text, marks.encode(question), marks.encode(answer), "", 0)
+
+    def _quote(self, row: Row, rng: np.random.Generator, marks: Marks) -> Row:
+        return row  # see _about, which knows the sentence
 
 
 _SENTENCE = re.compile(r"[^.!?\n]*[.!?\n]")
@@ -427,7 +473,7 @@ _CLAUSE = re.compile(r"[,;:()—\"“”]| - ")
 _GAP = "____"
 
 
-def cloze(text: str, rng: np.random.Generator, worded: bool = False) -> tuple[str, str]:
+def cloze(text: str, rng: np.random.Generator, worded: bool = False, quoted: bool = False) -> tuple[str, str]:
     """A question about a sentence of a text, and its answer, which stands there: a name within a sentence or a number
     where there is one (in words, four times in ten what follows a "the" instead), else a word.
 
@@ -435,11 +481,12 @@ def cloze(text: str, rng: np.random.Generator, worded: bool = False) -> tuple[st
         text: any; its first and last sentences, which may be cut, and those of fewer than six words are taken only
             where there are no others.
         worded: ask in words; otherwise the question is the sentence with a gap.
+        quoted: ask in words, and for the whole sentence, where it has as many words as `QUOTED` says.
     """
     sentences = [match.span() for match in _SENTENCE.finditer(text)]
     inner = [(a, b) for a, b in sentences[1:-1] if len(text[a:b].split()) >= 6] or sentences or [(0, len(text))]
     some = [re.compile(f"{_NAME.pattern}|{_NUMBER.pattern}"), _WORD, re.compile(r"\S+")]
-    if worded:
+    if worded or quoted:
         some.insert(int(rng.random() < 0.6), _PHRASE)
     for pattern in some:
         found = [match.span() for low, high in inner for match in pattern.finditer(text, low, high)]
@@ -451,6 +498,9 @@ def cloze(text: str, rng: np.random.Generator, worded: bool = False) -> tuple[st
     low = next((a for a, b in inner if a <= start < b), 0)
     high = next((b for a, b in inner if a <= start < b), len(text))
     before, after = text[low:start], text[end:high]
+    sentence = text[low:high].strip()
+    if quoted and QUOTED[0] <= len(sentence.split()) <= QUOTED[1]:
+        return QUOTE.format(question=_in_words(before, text[start:end], after, rng)), sentence
     if worded:
         return _in_words(before, text[start:end], after, rng), text[start:end]
     before = " ".join(before.split()[-12:])  # long sentences in part: a question stays short
@@ -636,6 +686,10 @@ def describe(sample: Sample, tokenizer: PreTrainedTokenizerBase, most: int = 160
         text = " […] ".join(repr(tokenizer.decode(part)) for part in parts)
         lines.append(f"  {name} ({len(ids)} tokens): {text}")
     return "\n".join(lines)
+
+
+def _count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _number(value: object) -> bool:
