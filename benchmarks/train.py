@@ -108,7 +108,7 @@ def warmstart(arguments: argparse.Namespace) -> None:
     for step in range(arguments.steps):
         if step == WARM:
             start, tokens = time.perf_counter(), 0
-        rows = stage.batch_tokens // length
+        rows = stage.rows(length)
         batch = theirs.to_dev(samples.batch("rec", rows, generator, length, recipe.model.segment_length))
         model(batch[0], stage.rates[step % len(stage.rates)], batch[1], batch[2])[0].backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
