@@ -454,6 +454,22 @@ def test_reconstruction_in_spans() -> None:
     assert min(counts.values()) > 100
     assert set(given) == {1, 2, 3, 4, 5, 6}
     assert len(firsts) > 40
+    # some of what it has written is read as other tokens of the text; what it is given, and what it learns, stay
+    for spans in (1, 4):
+        shares = []
+        for seed in range(50):
+            sample = sampled(Reconstruction(spans=spans, wrong=0.3), np.arange(100, 160), 60, 60, seed)
+            same_without = sampled(Reconstruction(spans=spans), np.arange(100, 160), 60, 60, seed)
+            assert np.array_equal(sample.target, same_without.target)
+            learnt = np.full(len(sample.target), True) if sample.learnt is None else sample.learnt
+            assert (sample.read == sample.target)[~learnt].all()
+            assert set(sample.read) <= set(range(100, 160))
+            shares.append((sample.read != sample.target)[learnt].mean())
+            batch = collate([sample], pad=0)
+            start = len(sample.prompt)
+            assert batch["input_ids"][0, start:].tolist() == sample.read.tolist()
+            assert batch["labels"][0, start:][learnt].tolist() == sample.target[learnt].tolist()
+        assert np.mean(shares) == pytest.approx(0.3, abs=0.04)
     short = sampled(Reconstruction(spans=9), np.arange(100, 105), 40, 20)
     assert sorted(np.concatenate([short.prompt, short.target])) == list(range(100, 105))
 
@@ -613,6 +629,7 @@ def test_passkey_needs_room() -> None:
         ("instruction", {"turns": 0}),
         ("instruction", {"quoted": 2}),
         ("reconstruction", {"spans": 0}),
+        ("reconstruction", {"wrong": 1.1}),
         ("cloze", {"worded": 1.5}),
     ],
 )

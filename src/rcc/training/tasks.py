@@ -63,6 +63,8 @@ class Sample:
         task: the task's name, for the log.
         learnt: [tokens of the target] bool, False at later questions of a conversation, which are given. None: all are
             learnt.
+        read: [tokens of the target] what the decoder reads in its place, while it learns to write the target. None: the
+            target.
         plain: what a decoder without compression (a teacher, or the one of a stage that is `plain`) reads in place of
             context and prompt. None: the context's tokens, then the prompt.
     """
@@ -73,6 +75,7 @@ class Sample:
     task: str
     plain: np.ndarray | None = None
     learnt: np.ndarray | None = None
+    read: np.ndarray | None = None
 
     def uncompressed(self) -> np.ndarray:
         """Token ids [T] in front of the target, for a decoder that reads the context as it is."""
@@ -204,22 +207,33 @@ class Reconstruction(_TextTask):
         spans: the span is cut at random places into 1 to this many, which are written in random order, each behind its
             own first tokens: from a third of `prompt_tokens` on. To go on in the text one need only know where one
             is; each new span has to be found by what it says, as the answer to a question has.
+        wrong: how many of the tokens that it has learnt to write the decoder then reads as others of the text, 0 to 1:
+            as it will its own errors, behind which it has to keep its place.
     """
 
     spans: int = 1
+    wrong: float = 0.0
     name: ClassVar[str] = "reconstruction"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check(_count(self.spans), "spans", "a positive whole number")
+        self._check(_number(self.wrong) and 0 <= self.wrong <= 1, "wrong", "a share from 0 to 1")
 
     def sample(self, draw: Draw, rng: np.random.Generator, length: int, targets: int, marks: Marks) -> Sample:
         text = _at_least(2, draw.text()[:length], marks)
         size = min(targets, len(text))
         start = int(rng.integers(len(text) - size + 1))
         written = text[start : start + size]
-        if self.spans == 1:
-            return self._split(text, written)
+        sample = self._split(text, written) if self.spans == 1 else self._in_spans(text, written, rng)
+        if not self.wrong:
+            return sample
+        chosen = rng.random(len(sample.target)) < self.wrong
+        chosen &= True if sample.learnt is None else sample.learnt
+        return replace(sample, read=np.where(chosen, rng.choice(text, len(chosen)), sample.target))
+
+    def _in_spans(self, text: np.ndarray, written: np.ndarray, rng: np.random.Generator) -> Sample:
+        size = len(written)
         cuts = min(int(rng.integers(self.spans)), size // 2 - 1)  # each span has at least two tokens
         places = np.sort(rng.choice(size - cuts - 2, cuts, replace=False)) + np.arange(cuts) + 2
         spans = np.split(written, places)
@@ -666,7 +680,7 @@ def _written(rows: Sequence[tuple[np.ndarray, Sample]], pad: int) -> dict[str, T
     read, learnt = [], []
     for before, sample in rows:
         target = sample.target if sample.learnt is None else np.where(sample.learnt, sample.target, -100)
-        read.append(np.concatenate([before, sample.target]))
+        read.append(np.concatenate([before, sample.target if sample.read is None else sample.read]))
         learnt.append(np.concatenate([np.full(len(before), -100), target]))
     labels = _padded(learnt, -100)
     return {
