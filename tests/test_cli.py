@@ -228,7 +228,7 @@ def test_inspect(call: Callable[..., Result], context: Path, length: int) -> Non
 def test_ask_in_a_pipe(context: Path) -> None:
     """The answer and nothing else; it arrives as it is written."""
     asked = subprocess.Popen(
-        [*RCC, "ask", context, "Describe the village."],
+        [*RCC, "ask", context, "What happens in the story?"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=environment(),
