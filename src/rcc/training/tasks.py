@@ -19,7 +19,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -218,33 +218,28 @@ class Reconstruction(_TextTask):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check(_count(self.spans), "spans", "a positive whole number")
-        self._check(_number(self.wrong) and 0 <= self.wrong <= 1, "wrong", "a share from 0 to 1")
+        self._check(_share(self.wrong), "wrong", "a share from 0 to 1")
 
     def sample(self, draw: Draw, rng: np.random.Generator, length: int, targets: int, marks: Marks) -> Sample:
         text = _at_least(2, draw.text()[:length], marks)
         size = min(targets, len(text))
         start = int(rng.integers(len(text) - size + 1))
         written = text[start : start + size]
-        sample = self._split(text, written) if self.spans == 1 else self._in_spans(text, written, rng)
-        if not self.wrong:
-            return sample
-        chosen = rng.random(len(sample.target)) < self.wrong
-        chosen &= True if sample.learnt is None else sample.learnt
-        return replace(sample, read=np.where(chosen, rng.choice(text, len(chosen)), sample.target))
-
-    def _in_spans(self, text: np.ndarray, written: np.ndarray, rng: np.random.Generator) -> Sample:
-        size = len(written)
         cuts = min(int(rng.integers(self.spans)), size // 2 - 1)  # each span has at least two tokens
         places = np.sort(rng.choice(size - cuts - 2, cuts, replace=False)) + np.arange(cuts) + 2
         spans = np.split(written, places)
         first, *others = (spans[i] for i in rng.permutation(len(spans)))
         sample = self._split(text, first)
-        target, learnt = [sample.target], [np.full(len(sample.target), True)]
+        parts = [np.full(len(sample.target), True)]
         for span in others:
             given = int(rng.integers(-(-self.prompt_tokens // 3), self.prompt_tokens + 1))
-            target.append(span)
-            learnt.append(np.arange(len(span)) >= min(given, len(span) - 1))
-        return replace(sample, target=np.concatenate(target), learnt=np.concatenate(learnt))
+            parts.append(np.arange(len(span)) >= min(given, len(span) - 1))
+        target, learnt = np.concatenate([sample.target, *others]), np.concatenate(parts)
+        read = None
+        if self.wrong:
+            chosen = learnt & (rng.random(len(target)) < self.wrong)
+            read = np.where(chosen, rng.choice(text, len(target)), target)
+        return replace(sample, target=target, learnt=learnt, read=read)
 
 
 @dataclass
@@ -307,8 +302,7 @@ class Instruction(Task):
         wanted = f"weights, not all of them 0, of {', '.join(prompting.MODES)}"
         self._check(good and sum(self.modes.values()) > 0, "modes", wanted)
         for key in ("before", "own_segment", "distractors", "unanswerable", "quoted"):
-            value = getattr(self, key)
-            self._check(_number(value) and 0 <= value <= 1, key, "a probability from 0 to 1")
+            self._check(_share(getattr(self, key)), key, "a probability from 0 to 1")
         self._check(_count(self.turns), "turns", "a positive whole number")
 
     def window(self, length: int, targets: int) -> int:
@@ -401,7 +395,7 @@ class Instruction(Task):
         text, answer = marks.decode(row.context), marks.decode(row.answer)
         holding = [sentence for sentence in _SENTENCE.findall(text) if answer in sentence]
         sentence = holding[0].strip() if len(holding) == 1 else ""
-        if not QUOTED[0] <= len(sentence.split()) <= QUOTED[1]:
+        if not _quotable(sentence):
             return row
         question = QUOTE.format(question=marks.decode(row.question))
         return replace(row, question=marks.encode(question), answer=marks.encode(sentence))
@@ -449,7 +443,7 @@ class Cloze(Instruction):
         super().__post_init__()
         for key in ("distractors", "unanswerable"):
             self._check(getattr(self, key) == 0, key, "left out: there are no other passages")
-        self._check(_number(self.worded) and 0 <= self.worded <= 1, "worded", "a probability from 0 to 1")
+        self._check(_share(self.worded), "worded", "a probability from 0 to 1")
 
     def window(self, length: int, targets: int) -> int:
         return max(32, length - GAP)
@@ -513,14 +507,18 @@ def cloze(text: str, rng: np.random.Generator, worded: bool = False, quoted: boo
     high = next((b for a, b in inner if a <= start < b), len(text))
     before, after = text[low:start], text[end:high]
     sentence = text[low:high].strip()
-    if quoted and QUOTED[0] <= len(sentence.split()) <= QUOTED[1]:
-        return QUOTE.format(question=_in_words(before, text[start:end], after, rng)), sentence
-    if worded:
-        return _in_words(before, text[start:end], after, rng), text[start:end]
+    quoted = quoted and _quotable(sentence)
+    if worded or quoted:
+        question = _in_words(before, text[start:end], after, rng)
+        return (QUOTE.format(question=question), sentence) if quoted else (question, text[start:end])
     before = " ".join(before.split()[-12:])  # long sentences in part: a question stays short
     after = " ".join(after.split()[:12])
     gap = f"{before} {_GAP}" + ("" if after[:1] in ",.;:!?)'’" else " ") + after
     return f"What is missing here? {gap.strip()}", text[start:end]
+
+
+def _quotable(sentence: str) -> bool:
+    return QUOTED[0] <= len(sentence.split()) <= QUOTED[1]
 
 
 def _in_words(before: str, answer: str, after: str, rng: np.random.Generator) -> str:
@@ -708,6 +706,10 @@ def _count(value: object) -> bool:
 
 def _number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _share(value: Any) -> bool:
+    return _number(value) and 0 <= value <= 1
 
 
 def _at_least(tokens: int, text: np.ndarray, marks: Marks) -> np.ndarray:
