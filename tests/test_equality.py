@@ -648,6 +648,43 @@ def test_loss_by_hand(tiny, expected, tokens):
     )
 
 
+def test_predictions_are_read_in_place_of_tokens(fresh, tokens, batch):
+    """Loss and gradients are those of the pass that is given the decoder's likeliest tokens; under autocast, too, which
+    keeps the weights that it has converted for the next pass."""
+    model = fresh("llama", lora=4)
+    ids, mask = batch([tokens(37), tokens(21, 1)])
+    targets = torch.tensor([tokens(12, 2), tokens(12, 3)])
+    kept = torch.arange(2, 11)
+    predicted = torch.zeros_like(targets)
+    predicted[0, 3:], predicted[1, [3, 7]] = 1, 1
+    for dtype in (torch.float32, torch.bfloat16):
+
+        def go(read: Tensor, keep: Tensor | None, predicted: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+            model.zero_grad(set_to_none=True)
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):  # noqa: B023 - called here
+                out = model(
+                    input_ids=read,
+                    context_ids=ids,
+                    context_mask=mask,
+                    labels=targets,
+                    logits_to_keep=keep,
+                    predicted=predicted,
+                )
+            out.loss.backward()
+            return out.logits.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+        logits, plain = go(targets, None, None)
+        own = torch.where(predicted.bool(), logits.argmax(-1).roll(1, 1), targets)
+        assert (own != targets).sum() > 6
+        for keep in (None, kept):
+            for read, asked, name in ((own, predicted, "own"), (targets, torch.zeros_like(targets), "none")):
+                want, got = go(read, keep, None), go(targets, keep, asked)
+                assert torch.equal(want[0], got[0]), name
+                assert want[1].keys() == got[1].keys() == plain.keys(), name
+                for parameter in plain:
+                    assert torch.equal(want[1][parameter], got[1][parameter]), (name, parameter)
+
+
 def gradients(model: RCCForCausalLM, tokens, batch, seed: int = 0) -> dict[str, Tensor | None]:
     model.zero_grad(set_to_none=True)
     texts = [tokens(37, seed), tokens(21, seed + 1)]
@@ -1122,6 +1159,16 @@ def bad(model: RCCForCausalLM, tokens) -> dict[str, tuple]:
             lambda: model(input_ids=prompt, context=context, context_ids=text),
             InputError,
             "context or context_ids",
+        ),
+        "predictions outside training": (
+            lambda: model(input_ids=prompt, context=context, predicted=torch.ones_like(prompt)),
+            InputError,
+            "predicted.*context_ids",
+        ),
+        "predictions of another shape": (
+            lambda: model(input_ids=prompt, context_ids=text, predicted=one([1, 1])),
+            InputError,
+            "predicted has shape",
         ),
         "padding on the right": (
             lambda: model.generate(prompt, torch.tensor([[1, 1, 1, 1, 0]]), context),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -470,6 +470,19 @@ def test_reconstruction_in_spans() -> None:
             assert batch["input_ids"][0, start:].tolist() == sample.read.tolist()
             assert batch["labels"][0, start:][learnt].tolist() == sample.target[learnt].tolist()
         assert np.mean(shares) == pytest.approx(0.3, abs=0.04)
+    # in some samples it reads its own predictions of all that it learns, but for what is read wrong anyway
+    kept = []
+    for seed in range(100):
+        sample = sampled(Reconstruction(spans=4, wrong=0.3, predicted=0.4), np.arange(100, 160), 60, 60, seed)
+        same_without = sampled(Reconstruction(spans=4, wrong=0.3), np.arange(100, 160), 60, 60, seed)
+        for name in ("prompt", "target", "learnt", "read"):
+            assert np.array_equal(getattr(sample, name), getattr(same_without, name))
+        kept.append(sample.predicted is not None)
+        if sample.predicted is not None:
+            assert not sample.predicted[~sample.learnt].any()
+            assert sample.predicted[(sample.read == sample.target) & sample.learnt].mean() > 0.9
+            assert not sample.predicted[sample.read != sample.target].any()
+    assert np.mean(kept) == pytest.approx(0.4, abs=0.12)
     short = sampled(Reconstruction(spans=9), np.arange(100, 105), 40, 20)
     assert sorted(np.concatenate([short.prompt, short.target])) == list(range(100, 105))
 
@@ -670,6 +683,8 @@ def test_collate_pads_and_labels_targets_only() -> None:
     assert "context_mask" not in collate([sample_of(4), sample_of(4)], pad=9)
     assert "context_mask" in collate([sample_of(4), sample_of(3)], pad=9)
     assert "context_mask" in collate([sample_of(2, 2), sample_of(2, 2)], pad=9)
+    own = replace(sample_of(4), predicted=np.array([True, False, True]))
+    assert collate([sample_of(4, prompt=3), own], pad=9)["predicted"].tolist() == [[0] * 6, [0, 0, 1, 0, 1, 0]]
 
 
 def test_loss_falls_on_targets_only(tiny) -> None:

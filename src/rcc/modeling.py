@@ -579,6 +579,7 @@ class RCCForCausalLM(nn.Module):
         rate: int | None = None,
         labels: Tensor | None = None,
         logits_to_keep: Tensor | None = None,
+        predicted: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits of a prompt behind a context.
@@ -598,6 +599,9 @@ class RCCForCausalLM(nn.Module):
             labels: [B, Q] as `input_ids`, -100 where there is no loss.
             logits_to_keep: [U] the positions of the prompt to compute logits at, ascending; None: all. With
                 labels, all those before a label.
+            predicted: for `context_ids`: [B, Q], not 0 where the decoder is to read not the token of `input_ids` but
+                the one that it predicts there itself, which costs another pass of the decoder without gradients. Only
+                where there are logits for it.
             kwargs: go to the decoder.
 
         Returns:
@@ -608,6 +612,10 @@ class RCCForCausalLM(nn.Module):
         """
         if context is not None and context_ids is not None:
             raise InputError("give context or context_ids, not both.")
+        if predicted is not None and context_ids is None:
+            raise InputError("predicted is for training: give context_ids with it.")
+        if predicted is not None and predicted.shape != input_ids.shape:
+            raise InputError(f"predicted has shape {list(predicted.shape)}, but input_ids has {list(input_ids.shape)}.")
         input_ids, attention_mask = _to(input_ids, self.device), _to(attention_mask, self.device)
         prompts = [len(row) for row in encoding.rows_of(input_ids, attention_mask, self._decoder_vocabulary)]
         if labels is not None and labels.shape != input_ids.shape:
@@ -615,7 +623,16 @@ class RCCForCausalLM(nn.Module):
         new = input_ids.shape[1]
         if context_ids is not None:
             return self._train(
-                input_ids, attention_mask, context_ids, context_mask, rate, labels, logits_to_keep, prompts, **kwargs
+                input_ids,
+                attention_mask,
+                context_ids,
+                context_mask,
+                rate,
+                labels,
+                logits_to_keep,
+                predicted,
+                prompts,
+                **kwargs,
             )
         keep = 0 if logits_to_keep is None else logits_to_keep  # 0 is transformers' word for all
         if context is None:
@@ -654,6 +671,7 @@ class RCCForCausalLM(nn.Module):
         rate: int | None,
         labels: Tensor | None,
         logits_to_keep: Tensor | None,
+        predicted: Tensor | None,
         prompts: list[int],
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
@@ -666,6 +684,10 @@ class RCCForCausalLM(nn.Module):
         new = [sum(encoding.positions(len(text), rate, self.config) for text in row) for row in texts]
         self._check_window(new, prompts, None)
         states, valid = self._encode_to_train(texts, rate)
+        if predicted is not None:
+            input_ids = self._predict(
+                states, valid, input_ids, attention_mask, logits_to_keep, _to(predicted, self.device) != 0, **kwargs
+            )
         return self._decode_to_train(states, valid, input_ids, attention_mask, labels, logits_to_keep, **kwargs)
 
     def _decode_to_train(
@@ -703,6 +725,26 @@ class RCCForCausalLM(nn.Module):
             **kwargs,
         ).logits
         return self._output(logits, labels, logits_to_keep)
+
+    @torch.no_grad()
+    def _predict(
+        self,
+        states: dict[int, Tensor],
+        valid: Tensor | None,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        logits_to_keep: Tensor | None,
+        predicted: Tensor,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Token ids [B, Q] with the decoder's own likeliest tokens where `predicted` [B, Q] bool says so."""
+        logits = self._decode_to_train(states, valid, input_ids, attention_mask, None, logits_to_keep, **kwargs).logits
+        before = torch.arange(input_ids.shape[1], device=self.device) if logits_to_keep is None else logits_to_keep
+        inner = before < input_ids.shape[1] - 1
+        places, tokens = before[inner] + 1, logits.argmax(-1)[:, inner]
+        read = input_ids.clone()
+        read[:, places] = torch.where(predicted[:, places], tokens, input_ids[:, places])
+        return read
 
     def _encode_to_train(self, texts: list[tuple[Tensor, ...]], rate: int) -> tuple[dict[int, Tensor], Tensor | None]:
         """The encoder's states {number: [B, n, H]} and which positions are real (None: all).

@@ -40,6 +40,7 @@ class Objective(nn.Module):
         context_mask: Tensor | None = None,
         teacher_ids: Tensor | None = None,
         teacher_mask: Tensor | None = None,
+        predicted: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """A batch as :mod:`rcc.training.tasks` collates it → loss, and the logits [B, U, V] it came from."""
         with torch.autocast(input_ids.device.type, self.dtype, enabled=self.dtype != torch.float32):
@@ -51,6 +52,7 @@ class Objective(nn.Module):
                 context_ids=context_ids,
                 context_mask=context_mask,
                 rate=rate,
+                predicted=predicted if self.training else None,
             )
             loss = out.loss
             if teacher_ids is not None and self.distillation is not None:

@@ -65,6 +65,8 @@ class Sample:
             learnt.
         read: [tokens of the target] what the decoder reads in its place, while it learns to write the target. None: the
             target.
+        predicted: [tokens of the target] bool, True where the decoder reads what it predicts there itself. None:
+            nowhere.
         plain: what a decoder without compression (a teacher, or the one of a stage that is `plain`) reads in place of
             context and prompt. None: the context's tokens, then the prompt.
     """
@@ -76,6 +78,7 @@ class Sample:
     plain: np.ndarray | None = None
     learnt: np.ndarray | None = None
     read: np.ndarray | None = None
+    predicted: np.ndarray | None = None
 
     def uncompressed(self) -> np.ndarray:
         """Token ids [T] in front of the target, for a decoder that reads the context as it is."""
@@ -209,16 +212,21 @@ class Reconstruction(_TextTask):
             is; each new span has to be found by what it says, as the answer to a question has.
         wrong: how many of the tokens that it has learnt to write the decoder then reads as others of the text, 0 to 1:
             as it will its own errors, behind which it has to keep its place.
+        predicted: how often the decoder reads, in place of all other tokens that it has learnt to write, those that it
+            predicts there itself: its own errors, as far as one pass over the text shows them (parallel scheduled
+            sampling, Mihaylova and Martins 2019). Costs a pass of the decoder more.
     """
 
     spans: int = 1
     wrong: float = 0.0
+    predicted: float = 0.0
     name: ClassVar[str] = "reconstruction"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check(_count(self.spans), "spans", "a positive whole number")
         self._check(_share(self.wrong), "wrong", "a share from 0 to 1")
+        self._check(_share(self.predicted), "predicted", "a probability from 0 to 1")
 
     def sample(self, draw: Draw, rng: np.random.Generator, length: int, targets: int, marks: Marks) -> Sample:
         text = _at_least(2, draw.text()[:length], marks)
@@ -235,11 +243,13 @@ class Reconstruction(_TextTask):
             given = int(rng.integers(-(-self.prompt_tokens // 3), self.prompt_tokens + 1))
             parts.append(np.arange(len(span)) >= min(given, len(span) - 1))
         target, learnt = np.concatenate([sample.target, *others]), np.concatenate(parts)
-        read = None
+        read, predicted, chosen = None, None, np.full(len(target), False)
         if self.wrong:
             chosen = learnt & (rng.random(len(target)) < self.wrong)
             read = np.where(chosen, rng.choice(text, len(target)), target)
-        return replace(sample, target=target, learnt=learnt, read=read)
+        if self.predicted and rng.random() < self.predicted:
+            predicted = learnt & ~chosen
+        return replace(sample, target=target, learnt=learnt, read=read, predicted=predicted)
 
 
 @dataclass
@@ -638,6 +648,7 @@ def collate(samples: Sequence[Sample], pad: int, teacher: bool = False) -> dict[
         input_ids: [B, Q] prompt and target.
         labels: [B, Q] as `input_ids` at targets, elsewhere -100; the model shifts them.
         logits_to_keep: [U] the positions of 0 … Q − 1 behind which a target of any row stands.
+        predicted: [B, Q] 1 where the decoder reads its own prediction; absent where it does so nowhere.
         teacher_ids, teacher_mask: with `teacher`, [B, E + Q]: what the teacher reads and the target, which stands E
             columns behind its place in `input_ids`; padded on both sides.
     """
@@ -646,6 +657,11 @@ def collate(samples: Sequence[Sample], pad: int, teacher: bool = False) -> dict[
     if len({len(c) for c in contexts}) > 1 or any(len(s.pieces) > 1 for s in samples):
         numbers = [np.repeat(np.arange(1, len(s.pieces) + 1), [len(p) for p in s.pieces]) for s in samples]
         batch["context_mask"] = _padded(numbers, 0)
+    if any(s.predicted is not None for s in samples):
+        rows = [np.zeros(len(s.prompt) + len(s.target), dtype=np.int64) for s in samples]
+        for row, s in zip(rows, samples, strict=True):
+            row[len(s.prompt) :] = 0 if s.predicted is None else s.predicted
+        batch["predicted"] = _padded(rows, 0)
     if teacher:
         plain = [s.uncompressed() for s in samples]
         extra = [len(p) - len(s.prompt) for p, s in zip(plain, samples, strict=True)]
