@@ -52,7 +52,7 @@ class Objective(nn.Module):
                 context_ids=context_ids,
                 context_mask=context_mask,
                 rate=rate,
-                predicted=predicted if self.training else None,
+                predicted=predicted,
             )
             loss = out.loss
             if teacher_ids is not None and self.distillation is not None:
