@@ -24,6 +24,6 @@ stage() { # LENGTH BATCH_TOKENS MINUTES
 step low "$first" "${rank16[@]}" model.segment_length=128 "model.rates=[4,8,16,32]" "$(stage 192 3072 20)"
 step mid "$out/low" "${rank16[@]}" model.segment_length=128 "model.rates=[16,32,64,128]" "$(stage 192 3072 25)"
 step long "$out/mid" "${rank16[@]}" "model.rates=[64,128,256,512]" "$(stage 1024 8192 30)"
-[ -e "$out/small" ] || .venv/bin/python scripts/shrink_lora.py "$out/long" "$out/small" --encoder 4 --decoder 2 --rates 512,128
+[ -e "$out/small" ] || .venv/bin/python scripts/lora_rank.py "$out/long" "$out/small" --encoder 4 --decoder 2 --rates 512,128
 step final "$out/small"
 [ -e "$out/model" ] || .venv/bin/python scripts/passkey_decoder.py "$out/final" "$out/model"

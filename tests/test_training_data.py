@@ -97,6 +97,9 @@ def everything(corpora: Sequence[Corpus]) -> list[np.ndarray]:
         ("split", 1),
         ("include", "squad"),
         ("exclude", [1]),
+        ("extractive", -1),
+        ("extractive", True),
+        ("extractive", 2.5),
     ],
 )
 def test_a_source_names_the_key_that_cannot_be_used(key: str, value: Any) -> None:
@@ -200,6 +203,23 @@ def test_question_rows(tmp_path: Path) -> None:
         corpus.row(-1)
     with pytest.raises(InputError, match="open_questions"):
         text_corpus(tmp_path / "b.jsonl", ["w1"]).row(0)
+
+
+def test_extractive_keeps_short_answers_that_stand_in_the_context(tmp_path: Path) -> None:
+    rows = [
+        question("w1 w2 w3 w4", "w9", "w2 w3."),
+        question("w1 w2 w3 w4", "w9", "w3 w2"),
+        question("w1 w2 w3 w4", "w9", "w1 w2 w3"),
+        question("w1 w2 w3 w4", "w9", ["w4", "w3 w2"]),
+    ]
+    path = write(tmp_path / "a.jsonl", rows)
+    corpus = open_questions(Source(path, extractive=2), tokenizer)
+    assert [corpus.row(i).answer.tolist()[0] for i in range(len(corpus))] == [2, 4]
+    assert corpus.broken == 0
+    assert len(open_questions(Source(path, extractive=3), tokenizer)) == 3
+    assert len(open_questions(Source(path), tokenizer)) == 4
+    with pytest.raises(InputError, match="extractive"):
+        open_questions(Source(write(tmp_path / "b.jsonl", rows[1:2]), extractive=2), tokenizer)
 
 
 def test_other_field_names(tmp_path: Path) -> None:

@@ -62,6 +62,8 @@ class Source:
             or a list of strings, whose first one that is not empty is used.
         include, exclude: only rows, or no rows, whose field `id` begins with one of these. A plain text file's id
             is its name.
+        extractive: of a source of questions, only rows whose answer stands in the context word for word, but for a full
+            stop at its end, and has at most this many words. 0: all rows.
         split: for `datasets`.
 
     Raises:
@@ -76,6 +78,7 @@ class Source:
     answers: str = "answers"
     include: list[str] = field(default_factory=list)
     exclude: list[str] = field(default_factory=list)
+    extractive: int = 0
     split: str = "train"
 
     def __post_init__(self) -> None:
@@ -93,11 +96,19 @@ class Source:
             if not isinstance(value, (list, tuple)) or not all(isinstance(v, str) and v for v in value):
                 raise InputError(f"{key} of the source {self.path} must be a list of id beginnings, not {value!r}.")
             setattr(self, key, list(value))
+        if isinstance(self.extractive, bool) or not isinstance(self.extractive, int) or self.extractive < 0:
+            raise InputError(
+                f"extractive of the source {self.path} must be a number of words, or 0, not {self.extractive!r}."
+            )
 
     def keeps(self, row_id: str) -> bool:
         """Whether `include` and `exclude` keep a row."""
         included = not self.include or row_id.startswith(tuple(self.include))
         return included and not row_id.startswith(tuple(self.exclude))
+
+    def keeps_answer(self, context: str, answer: str) -> bool:
+        """Whether `extractive` keeps a row."""
+        return not self.extractive or (len(answer.split()) <= self.extractive and answer.removesuffix(".") in context)
 
     def fields(self, kind: str) -> tuple[str, ...]:
         """The fields that a row needs."""
@@ -313,6 +324,8 @@ def _key(source: Source, tokenizer: PreTrainedTokenizerBase, kind: str, files: l
         except OSError as error:
             raise FileError(f"{source.path} cannot be read ({checkpoints._short(error)}).") from error
     parts = [FORMAT_VERSIONS[kind], content, kind, source.fields(kind), source.include, source.exclude, origin]
+    if kind == "questions" and source.extractive:
+        parts.append(source.extractive)
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -394,6 +407,8 @@ class _Writer:
             if isinstance(texts, str):
                 self.broken(where, texts)
                 continue
+            if self.kind == "questions" and not self.source.keeps_answer(texts[0], texts[2]):
+                continue
             self.batch.append((where, row_id.partition("/")[0] if "/" in row_id else "", texts))
             self.characters += sum(map(len, texts))
             if len(self.batch) >= BATCH_ROWS or self.characters >= BATCH_CHARACTERS:
@@ -449,7 +464,9 @@ class _Writer:
     def finish(self, files: list[str]) -> None:
         self.flush()
         if not self.hashes:
-            why = f"the first is broken: {self.broken_first[0]}" if self.broken_first else "check include and exclude"
+            why = "check include, exclude and extractive"
+            if self.broken_first:
+                why = f"the first is broken: {self.broken_first[0]}"
             raise InputError(f"{self.source.path} has no row that can be used ({why}).")
         np.save(self.work / "offsets.npy", np.asarray(self.offsets, np.uint64))
         np.save(self.work / "hashes.npy", np.asarray(self.hashes, np.uint64))

@@ -1,9 +1,10 @@
-"""Cut a model's LoRA to smaller ranks (one shared base): of each pair of matrices the largest singular values are kept.
+"""Give a model's LoRA other ranks (one shared base).
 
-    python scripts/shrink_lora.py MODEL OUT --encoder 4 --decoder 2 [--segment 512] [--rates 512,128]
+    python scripts/lora_rank.py MODEL OUT --encoder 4 --decoder 2 [--segment 512] [--rates 512,128]
 
-Prints how much of the products' energy (sum of squared singular values) is lost. `--segment` and `--rates` are written
-into the configuration where a run goes on with others.
+A smaller rank keeps the largest singular values of each pair of matrices; how much of the products' energy (sum of
+squared singular values) is lost is printed. A larger one adds directions that change nothing yet, as new LoRA does:
+random in A, zero in B. `--segment` and `--rates` are written into the configuration where a run goes on with others.
 """
 
 import argparse
@@ -28,7 +29,7 @@ def main() -> None:
     model = RCCForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
     old = model.config
     if not old.share_base:
-        parser.error(f"{arguments.model} has a base for each side: only models with one base are cut")
+        parser.error(f"{arguments.model} has a base for each side: only models with one base can be given other ranks")
     config = replace(
         old,
         encoder_lora_rank=arguments.encoder,
@@ -36,26 +37,34 @@ def main() -> None:
         segment_length=arguments.segment or old.segment_length,
         rates=parse_counts(arguments.rates, "--rates") if arguments.rates else old.rates,
     )
-    state, small = model.own_state_dict(), {}
+    torch.manual_seed(0)
+    state, resized = model.own_state_dict(), {}
     kept = whole = 0.0
     for name, a in state.items():
         if ".lora_B." in name:
             continue  # with its lora_A
         if ".lora_A." not in name:
-            small[name] = a
+            resized[name] = a
             continue
         side, other = name.split(".")[0], name.replace(".lora_A.", ".lora_B.")
         rank = getattr(config, f"{side}_lora_rank")
         # LoRA adds alpha / rank · B A, of which the factor may change with the rank
-        u, s, v = torch.linalg.svd((_factor(old, side) / _factor(config, side)) * state[other] @ a, full_matrices=False)
+        b = _factor(old, side) / _factor(config, side) * state[other]
+        if rank >= len(a):
+            new = torch.empty(rank - len(a), a.shape[1])
+            if len(new):
+                torch.nn.init.kaiming_uniform_(new, a=5**0.5)
+            resized[name], resized[other] = torch.cat([a, new]), torch.nn.functional.pad(b, (0, len(new)))
+            continue
+        u, s, v = torch.linalg.svd(b @ a, full_matrices=False)
         root = s[:rank].sqrt()
-        small[name], small[other] = root[:, None] * v[:rank], u[:, :rank] * root
+        resized[name], resized[other] = root[:, None] * v[:rank], u[:, :rank] * root
         kept, whole = kept + float(s[:rank].square().sum()), whole + float(s.square().sum())
     base = config.base["decoder"].source
     target = RCCForCausalLM.from_base(base, config=replace(config, base={}), dtype=torch.float32)
-    target.load_own_state_dict(small)
+    target.load_own_state_dict(resized)
     target.save_pretrained(arguments.out, dtype=torch.bfloat16)
-    print(f"{arguments.out}: {1 - kept / whole:.1%} of the energy of LoRA lost")
+    print(f"{arguments.out}: {1 - kept / whole if whole else 0:.1%} of the energy of what was cut is lost")
 
 
 def _factor(config, side: str) -> float:
