@@ -649,8 +649,8 @@ def test_loss_by_hand(tiny, expected, tokens):
 
 
 def test_predictions_are_read_in_place_of_tokens(fresh, tokens, batch):
-    """Loss and gradients are those of the pass that is given the decoder's likeliest tokens; under autocast, too, which
-    keeps the weights that it has converted for the next pass."""
+    """Loss and gradients are those of the pass that is given the decoder's likeliest tokens, also those of a second
+    pass; under autocast, too, which keeps the weights that it has converted for the next pass."""
     model = fresh("llama", lora=4)
     ids, mask = batch([tokens(37), tokens(21, 1)])
     targets = torch.tensor([tokens(12, 2), tokens(12, 3)])
@@ -676,8 +676,14 @@ def test_predictions_are_read_in_place_of_tokens(fresh, tokens, batch):
         logits, plain = go(targets, None, None)
         own = torch.where(predicted.bool(), logits.argmax(-1).roll(1, 1), targets)
         assert (own != targets).sum() > 6
+        # in the first row of two passes, in the second of one
+        twice = predicted * torch.tensor([[2], [1]])
+        again = own.clone()
+        again[0] = torch.where(predicted[0].bool(), go(own, None, None)[0].argmax(-1).roll(1, 1)[0], targets[0])
+        assert not torch.equal(own, again)
         for keep in (None, kept):
-            for read, asked, name in ((own, predicted, "own"), (targets, torch.zeros_like(targets), "none")):
+            nowhere = torch.zeros_like(targets)
+            for read, asked, name in ((own, predicted, "own"), (again, twice, "twice"), (targets, nowhere, "none")):
                 want, got = go(read, keep, None), go(targets, keep, asked)
                 assert torch.equal(want[0], got[0]), name
                 assert want[1].keys() == got[1].keys() == plain.keys(), name

@@ -497,6 +497,12 @@ def test_impossible_values(refusal, shared: Settings, path: str, value: Any, wor
     refusal(changed(full(shared), **{path: value}), words=[words])
 
 
+def test_predictions_are_not_for_shards(refusal, shared: Settings) -> None:
+    tasks = {"reconstruction": {"share": 1, "predicted": 0.5}}
+    wanted = "stages.0.tasks.reconstruction.predicted must be 0 with run.fsdp, not 0.5"
+    refusal(changed(full(shared), stages__0__tasks=tasks, run__fsdp=True), words=[wanted])
+
+
 @pytest.mark.parametrize("text", ["", "[1, 2]", "a: [", "\tname: x", "just words"])
 def test_what_is_no_recipe(refusal, text: str) -> None:
     refusal(text)

@@ -483,6 +483,8 @@ def test_reconstruction_in_spans() -> None:
             assert sample.predicted[(sample.read == sample.target) & sample.learnt].mean() > 0.9
             assert not sample.predicted[sample.read != sample.target].any()
     assert np.mean(kept) == pytest.approx(0.4, abs=0.12)
+    own = Reconstruction(predicted=1, passes=3)
+    assert {n for seed in range(30) for n in sampled(own, np.arange(60), 60, 60, seed).predicted} == {1, 2, 3}
     short = sampled(Reconstruction(spans=9), np.arange(100, 105), 40, 20)
     assert sorted(np.concatenate([short.prompt, short.target])) == list(range(100, 105))
 
@@ -683,8 +685,8 @@ def test_collate_pads_and_labels_targets_only() -> None:
     assert "context_mask" not in collate([sample_of(4), sample_of(4)], pad=9)
     assert "context_mask" in collate([sample_of(4), sample_of(3)], pad=9)
     assert "context_mask" in collate([sample_of(2, 2), sample_of(2, 2)], pad=9)
-    own = replace(sample_of(4), predicted=np.array([True, False, True]))
-    assert collate([sample_of(4, prompt=3), own], pad=9)["predicted"].tolist() == [[0] * 6, [0, 0, 1, 0, 1, 0]]
+    own = replace(sample_of(4), predicted=np.array([2, 0, 2]))
+    assert collate([sample_of(4, prompt=3), own], pad=9)["predicted"].tolist() == [[0] * 6, [0, 0, 2, 0, 2, 0]]
 
 
 def test_loss_falls_on_targets_only(tiny) -> None:

@@ -599,9 +599,9 @@ class RCCForCausalLM(nn.Module):
             labels: [B, Q] as `input_ids`, -100 where there is no loss.
             logits_to_keep: [U] the positions of the prompt to compute logits at, ascending; None: all. With
                 labels, all those before a label.
-            predicted: for `context_ids`: [B, Q], not 0 where the decoder is to read not the token of `input_ids` but
-                the one that it predicts there itself, which costs another pass of the decoder without gradients. Only
-                where there are logits for it.
+            predicted: for `context_ids`: [B, Q], n > 0 where the decoder is to read not the token of `input_ids` but
+                the one that it predicts there itself in the n-th of as many passes without gradients, each behind what
+                the one before predicted. Only where there are logits for it.
             kwargs: go to the decoder.
 
         Returns:
@@ -686,7 +686,7 @@ class RCCForCausalLM(nn.Module):
         states, valid = self._encode_to_train(texts, rate)
         if predicted is not None:
             input_ids = self._predict(
-                states, valid, input_ids, attention_mask, logits_to_keep, _to(predicted, self.device) != 0, **kwargs
+                states, valid, input_ids, attention_mask, logits_to_keep, _to(predicted, self.device), **kwargs
             )
         return self._decode_to_train(states, valid, input_ids, attention_mask, labels, logits_to_keep, **kwargs)
 
@@ -737,13 +737,14 @@ class RCCForCausalLM(nn.Module):
         predicted: Tensor,
         **kwargs: Any,
     ) -> Tensor:
-        """Token ids [B, Q] with the decoder's own likeliest tokens where `predicted` [B, Q] bool says so."""
-        logits = self._decode_to_train(states, valid, input_ids, attention_mask, None, logits_to_keep, **kwargs).logits
+        """Token ids [B, Q] with the decoder's own likeliest tokens of pass n where `predicted` [B, Q] is n > 0."""
         before = torch.arange(input_ids.shape[1], device=self.device) if logits_to_keep is None else logits_to_keep
         inner = before < input_ids.shape[1] - 1
-        places, tokens = before[inner] + 1, logits.argmax(-1)[:, inner]
-        read = input_ids.clone()
-        read[:, places] = torch.where(predicted[:, places], tokens, input_ids[:, places])
+        places, read = before[inner] + 1, input_ids
+        for n in range(int(predicted.max())):
+            logits = self._decode_to_train(states, valid, read, attention_mask, None, logits_to_keep, **kwargs).logits
+            tokens, read = logits.argmax(-1)[:, inner], read.clone()
+            read[:, places] = torch.where(predicted[:, places] > n, tokens, read[:, places])
         return read
 
     def _encode_to_train(self, texts: list[tuple[Tensor, ...]], rate: int) -> tuple[dict[int, Tensor], Tensor | None]:

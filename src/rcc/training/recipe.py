@@ -357,6 +357,9 @@ class Recipe:
                 for rate in rates:
                     _check(rate in self.model.rates, key, rate, f"some of model.rates ({self.model.rates})")
             for name, task in stage.tasks.items():
+                # processes that do not run the same passes wait for each other's shards for ever
+                own = getattr(task, "predicted", 0)
+                _check(not (own and self.run.fsdp), f"stages.{i}.tasks.{name}.predicted", own, "0 with run.fsdp")
                 if task.reads and not getattr(self.data, task.reads):
                     raise InputError(f"stages.{i}.tasks.{name} needs data.{task.reads}, which is empty: add a source.")
 

@@ -65,7 +65,7 @@ class Sample:
             learnt.
         read: [tokens of the target] what the decoder reads in its place, while it learns to write the target. None: the
             target.
-        predicted: [tokens of the target] bool, True where the decoder reads what it predicts there itself. None:
+        predicted: [tokens of the target] n > 0 where the decoder reads what it predicts there itself in n passes. None:
             nowhere.
         plain: what a decoder without compression (a teacher, or the one of a stage that is `plain`) reads in place of
             context and prompt. None: the context's tokens, then the prompt.
@@ -215,11 +215,14 @@ class Reconstruction(_TextTask):
         predicted: how often the decoder reads, in place of all other tokens that it has learnt to write, those that it
             predicts there itself: its own errors, as far as one pass over the text shows them (parallel scheduled
             sampling, Mihaylova and Martins 2019). Costs a pass of the decoder more.
+        passes: these are of 1 to this many passes, each behind the predictions of the one before: errors that follow
+            from errors, as where it writes freely.
     """
 
     spans: int = 1
     wrong: float = 0.0
     predicted: float = 0.0
+    passes: int = 1
     name: ClassVar[str] = "reconstruction"
 
     def __post_init__(self) -> None:
@@ -227,6 +230,7 @@ class Reconstruction(_TextTask):
         self._check(_count(self.spans), "spans", "a positive whole number")
         self._check(_share(self.wrong), "wrong", "a share from 0 to 1")
         self._check(_share(self.predicted), "predicted", "a probability from 0 to 1")
+        self._check(_count(self.passes), "passes", "a positive whole number")
 
     def sample(self, draw: Draw, rng: np.random.Generator, length: int, targets: int, marks: Marks) -> Sample:
         text = _at_least(2, draw.text()[:length], marks)
@@ -248,7 +252,8 @@ class Reconstruction(_TextTask):
             chosen = learnt & (rng.random(len(target)) < self.wrong)
             read = np.where(chosen, rng.choice(text, len(target)), target)
         if self.predicted and rng.random() < self.predicted:
-            predicted = learnt & ~chosen
+            passes = 1 if self.passes == 1 else int(rng.integers(1, self.passes + 1))
+            predicted = passes * (learnt & ~chosen)
         return replace(sample, target=target, learnt=learnt, read=read, predicted=predicted)
 
 
@@ -648,7 +653,7 @@ def collate(samples: Sequence[Sample], pad: int, teacher: bool = False) -> dict[
         input_ids: [B, Q] prompt and target.
         labels: [B, Q] as `input_ids` at targets, elsewhere -100; the model shifts them.
         logits_to_keep: [U] the positions of 0 … Q − 1 behind which a target of any row stands.
-        predicted: [B, Q] 1 where the decoder reads its own prediction; absent where it does so nowhere.
+        predicted: [B, Q] n > 0 where the decoder reads its own prediction of n passes; absent where it does so nowhere.
         teacher_ids, teacher_mask: with `teacher`, [B, E + Q]: what the teacher reads and the target, which stands E
             columns behind its place in `input_ids`; padded on both sides.
     """
