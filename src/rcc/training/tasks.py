@@ -496,20 +496,21 @@ _CLAUSE = re.compile(r"[,;:()—\"“”]| - ")
 _GAP = "____"
 
 
-def cloze(text: str, rng: np.random.Generator, worded: bool = False, quoted: bool = False) -> tuple[str, str]:
-    """A question about a sentence of a text, and its answer, which stands there: a name within a sentence or a number
-    where there is one (in words, four times in ten what follows a "the" instead), else a word.
+def askable(text: str, rng: np.random.Generator, phrases: bool = False) -> tuple[int, int, int, int]:
+    """Something in a text that can be asked for: a name within a sentence or a number where there is one, else a word.
 
     Args:
         text: any; its first and last sentences, which may be cut, and those of fewer than six words are taken only
             where there are no others.
-        worded: ask in words; otherwise the question is the sentence with a gap.
-        quoted: ask in words, and for the whole sentence, where it has as many words as `QUOTED` says.
+        phrases: four times in ten, what follows a "the" or the like instead, where there is such a one.
+
+    Returns:
+        Where its sentence begins, where it begins and ends itself, and where the sentence ends, in characters.
     """
     sentences = [match.span() for match in _SENTENCE.finditer(text)]
     inner = [(a, b) for a, b in sentences[1:-1] if len(text[a:b].split()) >= 6] or sentences or [(0, len(text))]
     some = [re.compile(f"{_NAME.pattern}|{_NUMBER.pattern}"), _WORD, re.compile(r"\S+")]
-    if worded or quoted:
+    if phrases:
         some.insert(int(rng.random() < 0.6), _PHRASE)
     for pattern in some:
         found = [match.span() for low, high in inner for match in pattern.finditer(text, low, high)]
@@ -520,6 +521,18 @@ def cloze(text: str, rng: np.random.Generator, worded: bool = False, quoted: boo
     start, end = found[int(rng.integers(len(found)))]
     low = next((a for a, b in inner if a <= start < b), 0)
     high = next((b for a, b in inner if a <= start < b), len(text))
+    return low, start, end, high
+
+
+def cloze(text: str, rng: np.random.Generator, worded: bool = False, quoted: bool = False) -> tuple[str, str]:
+    """A question about a sentence of a text, and its answer, which stands there.
+
+    Args:
+        text: as :func:`askable` takes it.
+        worded: ask in words; otherwise the question is the sentence with a gap.
+        quoted: ask in words, and for the whole sentence, where it has as many words as `QUOTED` says.
+    """
+    low, start, end, high = askable(text, rng, phrases=worded or quoted)
     before, after = text[low:start], text[end:high]
     sentence = text[low:high].strip()
     quoted = quoted and _quotable(sentence)
