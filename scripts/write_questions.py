@@ -90,12 +90,16 @@ def write(arguments: argparse.Namespace) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     writer = RCCForCausalLM.from_pretrained(arguments.writer, dtype=torch.bfloat16).to(device).eval()
     tokenizer = load_tokenizer(arguments.writer)
-    tokenizer.padding_side = "left"
     end = prompting.token_ids(tokenizer, prompting.END)[0, -1].item()
+
+    def padded(texts: list[str], side: str) -> Any:
+        return tokenizer(texts, return_tensors="pt", padding=True, padding_side=side, add_special_tokens=False).to(
+            device
+        )
 
     def encode(pairs: list[tuple[str, str]]) -> Any:
         asked = [prompting.HEADER + text + prompting.SEPARATOR + question + prompting.TURN for text, question in pairs]
-        return tokenizer(asked, return_tensors="pt", padding=True, add_special_tokens=False).to(device)
+        return padded(asked, "left")
 
     @torch.no_grad()
     def ask(picked: list[tuple[str, str]]) -> list[str]:
@@ -111,10 +115,7 @@ def write(arguments: argparse.Namespace) -> None:
     def found(picked: list[tuple[str, str]], questions: list[str]) -> list[bool]:
         """Whether greedy writing gives just the answer: its tokens are each the likeliest."""
         prompts = encode([(passage, question) for (passage, _), question in zip(picked, questions, strict=True)])
-        tokenizer.padding_side = "right"
-        answers = [answer + prompting.END for _, answer in picked]
-        targets = tokenizer(answers, return_tensors="pt", padding=True, add_special_tokens=False).to(device)
-        tokenizer.padding_side = "left"
+        targets = padded([answer + prompting.END for _, answer in picked], "right")
         ids = torch.cat([prompts.input_ids, targets.input_ids], 1)
         mask = torch.cat([prompts.attention_mask, targets.attention_mask], 1)
         order = (mask.cumsum(1) - 1).clamp(min=0)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import io
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -55,6 +57,16 @@ for decoder in DECODERS:
     for encoder in STATE_SPACE:
         other = {"encoder": encoder, "share": False, "layers": (4, 3), "hidden": (32, 48)}
         SIDES[f"{decoder}-{encoder}"] = {"family": decoder, **other}
+
+
+def load_script(name: str) -> ModuleType:
+    """A file of `scripts/` as a module."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).resolve().parents[1] / "scripts" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 WORKER = "PYTEST_XDIST_WORKER" in os.environ

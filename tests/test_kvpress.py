@@ -5,34 +5,23 @@ Making it takes minutes and 1.4 GB: `python scripts/kvpress_answers.py` does, th
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
-from conftest import make_backbone, tokens
+from conftest import load_script, make_backbone, tokens
 from rcc import FileError, InputError, load_tokenizer
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts/kvpress_answers.py"
 REQUEST = {"id": "a", "context": [5, 6, 7, 8], "question": [9], "keep": 2}
 
 
-def load() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("kvpress_answers", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-kvpress = load()
+kvpress = load_script("kvpress_answers")
 
 # stands for a worker: says what it was started with and asked; of the context [1], nothing more
 WORKER = """#!{python}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from conftest import load_script
 from learning import SPLIT, make_base, passkey_words
 from rcc import RCCConfig, RCCForCausalLM, load_tokenizer
 from rcc.training import tasks
@@ -24,10 +24,7 @@ KEYS = [12345, 90909]
 
 @pytest.fixture(scope="module")
 def script() -> Any:
-    spec = importlib.util.spec_from_file_location("passkey_decoder", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("passkey_decoder")
 
 
 @pytest.fixture(scope="module")

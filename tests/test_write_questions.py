@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -10,7 +9,8 @@ from typing import Any
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "write_questions.py"
+from conftest import load_script
+
 TEXT = "".join(
     f"In {1800 + i} the painter Anna Berg{i} sold the {name} mill to a baker. He had seen it from the road.\n"
     for i, name in enumerate(["old", "red", "lost", "wide", "cold", "high", "dark", "long"] * 5)
@@ -19,10 +19,7 @@ TEXT = "".join(
 
 @pytest.fixture(scope="module")
 def script() -> Any:
-    spec = importlib.util.spec_from_file_location("write_questions", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("write_questions")
 
 
 def run(script: Any, monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> None:

@@ -252,8 +252,7 @@ class Reconstruction(_TextTask):
             chosen = learnt & (rng.random(len(target)) < self.wrong)
             read = np.where(chosen, rng.choice(text, len(target)), target)
         if self.predicted and rng.random() < self.predicted:
-            passes = 1 if self.passes == 1 else int(rng.integers(1, self.passes + 1))
-            predicted = passes * (learnt & ~chosen)
+            predicted = int(rng.integers(1, self.passes + 1)) * (learnt & ~chosen)
         return replace(sample, target=target, learnt=learnt, read=read, predicted=predicted)
 
 
