@@ -33,6 +33,8 @@ from rcc.training.tasks import (
     cloze,
     collate,
     describe,
+    exchange,
+    others,
     passkey_ids,
     passkey_text,
 )
@@ -91,7 +93,7 @@ class Draw:
         return self.given
 
     def other(self, rng: np.random.Generator, not_hash: int) -> Row:
-        assert not_hash == self.given.hash
+        assert not_hash in (self.given.hash, *self.others)
         self.asked.append("passage")
         key = 8 + len(self.others)
         self.others[key] = rng.integers(LOW, HIGH, rng.integers(1, 120))
@@ -332,6 +334,76 @@ def test_a_quotation_is_the_sentence_with_the_answer() -> None:
     assert quotes[asked, "Ada went to Paris in 1843."] / 400 == pytest.approx(0.3, abs=0.07)
 
 
+class Town:
+    """Two passages, one with two questions, as the data has them."""
+
+    segment = 64
+    rows = (
+        Row.of("Then Ada Byron went to Paris in 1843. She saw Byron\u2019s 25 cats.", "When did Ada go?", "in 1843"),
+        Row.of(
+            "Then Ada Byron went to Paris in 1843. She saw Byron\u2019s 25 cats.", "Who had 25 cats in Paris?", "Byron"
+        ),
+    )
+    stranger = replace(Row.of("We met Karl Marx in Bonn, not Wilhelm or Otto.", "Who was met?", "Karl Marx"), hash=8)
+
+    def row(self) -> Row:
+        return self.rows[0]
+
+    def same(self, rng: np.random.Generator, context_hash: int) -> Row:
+        return self.rows[int(rng.integers(2))] if context_hash == 7 else self.stranger
+
+    def other(self, rng: np.random.Generator, not_hash: int) -> Row:
+        return self.stranger if not_hash == 7 else self.rows[0]
+
+    def text(self) -> np.ndarray:
+        raise AssertionError("questions are asked of passages")
+
+    def prose(self, rng: np.random.Generator) -> None:
+        return None
+
+
+def test_names_and_numbers_are_exchanged_alike_in_passage_question_and_answer() -> None:
+    seen = Counter()
+    for seed in range(60):
+        task = only("human", renamed=1.0, turns=4)
+        sample = task.sample(Town(), np.random.default_rng(seed), 128, 128, MARKS)
+        (passage,) = (TOKENIZER.decode(piece) for piece in sample.pieces)
+        found = re.fullmatch(r"Then (\w+) (\w+) went to (\w+) in (\d{4})\. She saw (\w+)\u2019s (\d\d) cats\.", passage)
+        assert found, passage
+        ada, byron, paris, year, again, cats = found.groups()
+        assert again == byron
+        assert len({ada, byron, paris}) == 3
+        assert {ada, byron, paris} < {"Karl", "Marx", "Bonn", "Wilhelm", "Otto"}
+        asked = dict(read(sample))
+        assert asked.pop(f"When did {ada} go?") == f"in {year}"
+        assert set(asked.items()) <= {(f"Who had {cats} cats in {paris}?", byron)}
+        seen[year, cats] += 1
+    assert len(seen) > 50
+    plain = only("human", turns=4).sample(Town(), np.random.default_rng(0), 128, 128, MARKS)
+    assert TOKENIZER.decode(plain.pieces[0]) == TOKENIZER.decode(Town.rows[0].context)
+
+
+def test_names_are_exchanged_in_distracting_passages_too() -> None:
+    sample = only("human", renamed=1.0, distractors=1.0).sample(Town(), np.random.default_rng(0), 64, 64, MARKS)
+    text = TOKENIZER.decode(sample.pieces[0])
+    assert re.search(r"We met (Ada|Byron|Paris) (Ada|Byron|Paris) in (Ada|Byron|Paris), not", text), text
+
+
+def test_what_is_exchanged_keeps_its_form() -> None:
+    rng = np.random.default_rng(0)
+    text = "In May the Smiths paid 1,250.75 to John. The other ones, and Other people, paid 7 in 1999."
+    new = others(text, "He met Olga and Piet, not Jan or the Major.", rng)
+    assert set(new) <= {"May", "Smiths", "John", "1,250.75", "7", "1999"}
+    assert {"1,250.75", "7", "1999"} <= set(new)
+    assert {new[name] for name in ("Smiths", "John") if name in new} < {"Olga", "Piet", "Jan"}
+    assert re.fullmatch(r"[1-9],\d{3}\.\d\d", new["1,250.75"])
+    assert re.fullmatch(r"1[5-9]\d\d|20[01]\d", new["1999"])
+    swapped = exchange("John’s 1999, not 19990 or Johnson", {"John": "Piet", "1999": "1600"})
+    assert swapped == "Piet’s 1600, not 19990 or Johnson"
+    assert others("We know John.", "nobody", rng) == {}  # no other names: he keeps his
+    assert others("We saw the Other man, an other one.", "We saw Karl.", rng) == {}  # also a plain word
+
+
 def read_once(sample: Sample) -> tuple[str, str]:
     """The question and the answer of a sample in `human` mode."""
     question, answer = TOKENIZER.decode(np.concatenate([sample.prompt, sample.target])).split(prompting.TURN)
@@ -506,7 +578,10 @@ def test_continuation_goes_on_where_the_context_ends(tokens: int, context: int) 
 # ---------------------------------------------------------------- sizes
 quick = settings(max_examples=150, deadline=None, derandomize=True)
 options = st.fixed_dictionaries(
-    {k: st.sampled_from([0.0, 0.5, 1.0]) for k in ("before", "own_segment", "distractors", "unanswerable", "quoted")}
+    {
+        k: st.sampled_from([0.0, 0.5, 1.0])
+        for k in ("before", "own_segment", "distractors", "unanswerable", "quoted", "renamed")
+    }
     | {"turns": st.sampled_from([1, 3])}
 )
 
@@ -538,7 +613,7 @@ def same(a: Sample, b: Sample) -> bool:
 )
 @example(
     "compress",
-    dict.fromkeys(("before", "own_segment", "distractors", "unanswerable", "quoted"), 1.0) | {"turns": 1},
+    dict.fromkeys(("before", "own_segment", "distractors", "unanswerable", "quoted", "renamed"), 1.0) | {"turns": 1},
     (1, 200, 9),
     8,
     17,
@@ -554,6 +629,8 @@ def test_instruction_sizes(mode, options, sizes, length, targets, segment, seed)
     sample = sampled(task, row, length, targets, seed, segment=segment)
     check_sizes(sample, length, targets, segment)
     assert same(sample, sampled(task, row, length, targets, seed, segment=segment))
+    if options["renamed"]:
+        return
     prompts = {m: ids(prompting.build(text, m).decoder_text) for m in prompting.MODES}
     assert sample.prompt.tolist() == (prompts[mode] if len(prompts[mode]) < targets else prompts["compress"])
     fits = len(row.context) + len(row.question) <= task.window(length, targets)
@@ -643,6 +720,8 @@ def test_passkey_needs_room() -> None:
         ("instruction", {"unanswerable": None}),
         ("instruction", {"turns": 0}),
         ("instruction", {"quoted": 2}),
+        ("instruction", {"renamed": -1}),
+        ("cloze", {"renamed": 0.5}),
         ("reconstruction", {"spans": 0}),
         ("reconstruction", {"wrong": 1.1}),
         ("cloze", {"worded": 1.5}),

@@ -297,6 +297,8 @@ class Instruction(Task):
         quoted: how often the sentence in which the answer stands is asked for in its place (`QUOTE`), where just one
             sentence of the passage holds it: so a question has the decoder write some thirty tokens of the text and
             not three.
+        renamed: how often names and numbers are exchanged for others, the same ones in passages, questions and answers:
+            so that a question that is seen again can only be answered from its passage, not by heart.
     """
 
     modes: dict[str, float] = field(default_factory=lambda: {"human": 2.0, "reconstruct": 1.0, "compress": 1.0})
@@ -306,6 +308,7 @@ class Instruction(Task):
     unanswerable: float = 0.0
     turns: int = 1
     quoted: float = 0.0
+    renamed: float = 0.0
     name: ClassVar[str] = "instruction"
     reads: ClassVar[str | None] = "questions"
 
@@ -315,7 +318,7 @@ class Instruction(Task):
         good = good and all(_number(w) and 0 <= w < np.inf for w in self.modes.values())
         wanted = f"weights, not all of them 0, of {', '.join(prompting.MODES)}"
         self._check(good and sum(self.modes.values()) > 0, "modes", wanted)
-        for key in ("before", "own_segment", "distractors", "unanswerable", "quoted"):
+        for key in ("before", "own_segment", "distractors", "unanswerable", "quoted", "renamed"):
             self._check(_share(getattr(self, key)), key, "a probability from 0 to 1")
         self._check(_count(self.turns), "turns", "a positive whole number")
 
@@ -323,6 +326,8 @@ class Instruction(Task):
         return max(1, length - ALLOWANCE)
 
     def sample(self, draw: Draw, rng: np.random.Generator, length: int, targets: int, marks: Marks) -> Sample:
+        if self.renamed and rng.random() < self.renamed:
+            draw = _Renamed(draw, rng, marks)
         row = self._row(draw, rng, length, marks)
         weights = np.array(list(self.modes.values()), dtype=float)
         mode = list(self.modes)[rng.choice(len(weights), p=weights / weights.sum())]
@@ -435,6 +440,36 @@ class Instruction(Task):
         return np.concatenate(parts), np.repeat(learnt, [len(part) for part in parts])
 
 
+class _Renamed:
+    """A draw whose rows have other names and numbers, the same ones in all rows of a passage."""
+
+    def __init__(self, draw: Draw, rng: np.random.Generator, marks: Marks):
+        self.segment, self.text, self.prose = draw.segment, draw.text, draw.prose
+        self._draw, self._rng, self._marks = draw, rng, marks
+        self._passages: dict[int, tuple[np.ndarray, dict[str, str]]] = {}
+
+    def row(self) -> Row:
+        return self._rename(self._draw.row())
+
+    def other(self, rng: np.random.Generator, not_hash: int) -> Row:
+        return self._rename(self._draw.other(rng, not_hash))
+
+    def same(self, rng: np.random.Generator, context_hash: int) -> Row:
+        return self._rename(self._draw.same(rng, context_hash))
+
+    def _rename(self, row: Row) -> Row:
+        if row.hash not in self._passages:
+            text = self._marks.decode(row.context)
+            strangers = (self._marks.decode(self._draw.other(self._rng, row.hash).context) for _ in range(3))
+            new = others(text, " ".join(strangers), self._rng)
+            self._passages[row.hash] = self._marks.encode(exchange(text, new)), new
+        context, new = self._passages[row.hash]
+        question, answer = (
+            self._marks.encode(exchange(self._marks.decode(ids), new)) for ids in (row.question, row.answer)
+        )
+        return replace(row, context=context, question=question, answer=answer)
+
+
 @dataclass
 class Cloze(Instruction):
     """Find what is missing in a sentence of the text, a name or a number: by rule, so that any text gives questions
@@ -455,7 +490,7 @@ class Cloze(Instruction):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for key in ("distractors", "unanswerable"):
+        for key in ("distractors", "unanswerable", "renamed"):
             self._check(getattr(self, key) == 0, key, "left out: there are no other passages")
         self._check(_share(self.worded), "worded", "a probability from 0 to 1")
 
@@ -481,6 +516,33 @@ class Cloze(Instruction):
         return row  # see _about, which knows the sentence
 
 
+def others(text: str, strangers: str, rng: np.random.Generator) -> dict[str, str]:
+    """For the words of names in a text those of another text, as far as there are enough, and for numbers ones of the
+    same form. No two names become one."""
+    names, pool = _name_words(text), _name_words(strangers)
+    pool = [word for word in pool if word not in names]
+    new = dict(zip(names, (str(word) for word in rng.permutation(pool)), strict=False))
+    for number in dict.fromkeys(_NUMBER.findall(text)):
+        if _YEAR.fullmatch(number):
+            new[number] = str(rng.integers(1500, 2020))
+        else:
+            new[number] = re.sub(r"\d", lambda _: str(rng.integers(10)), number)
+            new[number] = re.sub(r"^0", "1", new[number])
+    return new
+
+
+def exchange(text: str, new: dict[str, str]) -> str:
+    """A text with other words and numbers in the place of some."""
+    return _EXCHANGED.sub(lambda found: new.get(found[0], found[0]), text)
+
+
+def _name_words(text: str) -> list[str]:
+    """The capitalised words of the names in a text, each once; none that also stands there in lower case."""
+    words = [word for name in _NAME.findall(text) for word in name.split()]
+    plain = set(_WORD_ANY.findall(text))
+    return [word for word in dict.fromkeys(words) if not word.endswith(".") and word.lower() not in plain]
+
+
 _SENTENCE = re.compile(r"[^.!?\n]*[.!?\n]")
 _NAME = re.compile(r"(?<=[a-z,;] )(?:[A-Z][a-z]+\.? )*[A-Z][a-z]{2,}")
 _NUMBER = re.compile(r"\b\d+(?:[.,]\d+)*\b")
@@ -489,6 +551,8 @@ _PHRASE = re.compile(  # a noun with what describes it, as far as can be told wi
     r"(?=[.,;]|\s(?:of|in|on|at|to|that|was|were|is|are|had|with|from|for|by)\b)"
 )
 _WORD = re.compile(r"\b[a-z]{4,}\b")
+_WORD_ANY = re.compile(r"\b[a-z]+\b")
+_EXCHANGED = re.compile(rf"\b[A-Z][a-z]{{2,}}\b|{_NUMBER.pattern}")
 _YEAR = re.compile(r"1\d{3}|20\d\d")
 _PLACE = re.compile(r"\b(?:in|at|from|near|to|into|through)$")
 _CLAUSE = re.compile(r"[,;:()—\"“”]| - ")
