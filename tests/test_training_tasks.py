@@ -20,6 +20,7 @@ from rcc.training.tasks import (
     OPENING,
     QUESTION,
     QUOTE,
+    REPEATED,
     TASKS,
     UNANSWERABLE,
     Cloze,
@@ -557,7 +558,17 @@ def test_reconstruction_in_spans() -> None:
     assert np.mean(kept) == pytest.approx(0.4, abs=0.12)
     own = Reconstruction(predicted=1, passes=3)
     assert {n for seed in range(30) for n in sampled(own, np.arange(60), 60, 60, seed).predicted} == {1, 2, 3}
-    short = sampled(Reconstruction(spans=9), np.arange(100, 105), 40, 20)
+    # in some samples stretches of the text stand in two places, in what is read and in what is written
+    doubled = []
+    for seed in range(100):
+        sample = sampled(Reconstruction(repeated=0.4), np.arange(100, 356), 256, 300, seed)
+        (text,) = sample.pieces
+        assert np.array_equal(np.concatenate([sample.prompt, sample.target]), text)
+        doubled.append(256 - len(set(text)))
+        assert doubled[-1] <= 4 * REPEATED[1]
+    assert np.mean([many > 0 for many in doubled]) == pytest.approx(0.4, abs=0.12)
+    assert np.mean([many for many in doubled if many]) > 15
+    short = sampled(Reconstruction(spans=9, repeated=1), np.arange(100, 105), 40, 20)
     assert sorted(np.concatenate([short.prompt, short.target])) == list(range(100, 105))
 
 
@@ -724,6 +735,7 @@ def test_passkey_needs_room() -> None:
         ("cloze", {"renamed": 0.5}),
         ("reconstruction", {"spans": 0}),
         ("reconstruction", {"wrong": 1.1}),
+        ("reconstruction", {"repeated": 2}),
         ("cloze", {"worded": 1.5}),
     ],
 )

@@ -47,6 +47,7 @@ FILLER = (
 )
 HIDDEN = " The pass key is {key}. Remember it. {key} is the pass key."
 QUESTION = "What is the pass key? The pass key is"
+REPEATED = (3, 12)  # tokens of a stretch that stands in two places
 STRETCH = (60, 260)  # tokens of a distracting stretch of prose, about as long as passages are
 GAP = 96  # tokens of a context that the question of `cloze` may take
 ALLOWANCE = 8  # tokens of a room for passage and question that the separator may take
@@ -217,12 +218,16 @@ class Reconstruction(_TextTask):
             sampling, Mihaylova and Martins 2019). Costs a pass of the decoder more.
         passes: these are of 1 to this many passes, each behind the predictions of the one before: errors that follow
             from errors, as where it writes freely.
+        repeated: how often stretches of the text also stand in a second place, one of 3 to 12 tokens (`REPEATED`) for
+            every 64, in place of what was there. What follows a stretch is then only known to who keeps track of where
+            he is: by the words alone a decoder goes on in the other place, or in circles.
     """
 
     spans: int = 1
     wrong: float = 0.0
     predicted: float = 0.0
     passes: int = 1
+    repeated: float = 0.0
     name: ClassVar[str] = "reconstruction"
 
     def __post_init__(self) -> None:
@@ -231,9 +236,12 @@ class Reconstruction(_TextTask):
         self._check(_share(self.wrong), "wrong", "a share from 0 to 1")
         self._check(_share(self.predicted), "predicted", "a probability from 0 to 1")
         self._check(_count(self.passes), "passes", "a positive whole number")
+        self._check(_share(self.repeated), "repeated", "a probability from 0 to 1")
 
     def sample(self, draw: Draw, rng: np.random.Generator, length: int, targets: int, marks: Marks) -> Sample:
         text = _at_least(2, draw.text()[:length], marks)
+        if self.repeated and rng.random() < self.repeated:
+            text = _repeat(text, rng)
         size = min(targets, len(text))
         start = int(rng.integers(len(text) - size + 1))
         written = text[start : start + size]
@@ -254,6 +262,16 @@ class Reconstruction(_TextTask):
         if self.predicted and rng.random() < self.predicted:
             predicted = int(rng.integers(1, self.passes + 1)) * (learnt & ~chosen)
         return replace(sample, target=target, learnt=learnt, read=read, predicted=predicted)
+
+
+def _repeat(text: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A text some of whose stretches stand in the place of others."""
+    repeated = text.copy()
+    for _ in range(len(text) // 64):
+        size = int(rng.integers(REPEATED[0], REPEATED[1] + 1))
+        source, place = rng.integers(len(text) - size, size=2)
+        repeated[place : place + size] = text[source : source + size]
+    return repeated
 
 
 @dataclass
