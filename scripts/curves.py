@@ -42,21 +42,20 @@ def fitted(rows: list[dict]) -> dict[str, list[float]]:
     return dict(zip(kinds, curves.tolist(), strict=True))
 
 
-def draw_kinds(chains: list[str], kinds: list[str], output: Path) -> None:
-    """A panel a kind; a line a chain of runs."""
+def draw_kinds(chains: list[list[str]], runs: dict[str, list[dict]], kinds: list[str], output: Path) -> None:
+    """A panel a kind; a line a chain of runs, by their names."""
     from matplotlib import pyplot
 
     figure, panels = pyplot.subplots(1, len(kinds), figsize=(4 * len(kinds), 3.6), squeeze=False)
     for number, chain in enumerate(chains):
         before = 0.0
-        for run in map(Path, chain.split(",")):
-            rows = steps(run)
-            curves = fitted(rows)
-            places = [before + row["tokens"] / 1e6 for row in rows]
+        for name in chain:
+            curves = fitted(runs[name])
+            places = [before + row["tokens"] / 1e6 for row in runs[name]]
             before = places[-1]
             for panel, kind in zip(panels[0], kinds, strict=True):
                 if kind in curves:
-                    panel.plot(places, curves[kind], "--" if number % 2 else "-", label=run.name)
+                    panel.plot(places, curves[kind], "--" if number % 2 else "-", label=name)
     for panel, kind in zip(panels[0], kinds, strict=True):
         panel.set_title(kind, fontsize=9)
         panel.set_xlabel("context tokens, millions")
@@ -72,7 +71,8 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path)
     parser.add_argument("--kinds")
     arguments = parser.parse_args()
-    runs = {run.name: steps(run) for chain in arguments.runs for run in map(Path, chain.split(","))}
+    chains = [[Path(run) for run in chain.split(",")] for chain in arguments.runs]
+    runs = {run.name: steps(run) for chain in chains for run in chain}
     first, base = next(iter(runs.items()))
     print("| run | steps | context tokens | batches as in", first, "| loss less that of", first, "|")
     print("|---|---:|---:|---:|---:|")
@@ -93,7 +93,8 @@ def main() -> None:
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "rcc"  # the same runs draw the same file
     if arguments.kinds:
-        draw_kinds(arguments.runs, arguments.kinds.split(","), arguments.output)
+        names = [[run.name for run in chain] for chain in chains]
+        draw_kinds(names, runs, arguments.kinds.split(","), arguments.output)
         return
     from matplotlib import pyplot
 

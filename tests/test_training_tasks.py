@@ -84,6 +84,7 @@ class Draw:
     given: Any = None
     segment: int = 64
     has_prose: bool = True
+    renamed: bool = False  # then names are also drawn for the distracting passages
     asked: list[str] = field(default_factory=list)
     others: dict[int, np.ndarray] = field(default_factory=dict)
 
@@ -94,7 +95,7 @@ class Draw:
         return self.given
 
     def other(self, rng: np.random.Generator, not_hash: int) -> Row:
-        assert not_hash in (self.given.hash, *self.others)
+        assert not_hash == self.given.hash or (self.renamed and not_hash in self.others)
         self.asked.append("passage")
         key = 8 + len(self.others)
         self.others[key] = rng.integers(LOW, HIGH, rng.integers(1, 120))
@@ -339,11 +340,10 @@ class Town:
     """Two passages, one with two questions, as the data has them."""
 
     segment = 64
+    passage = "Then Ada Byron went to Paris in 1843. She saw Byron\u2019s 25 cats."
     rows = (
-        Row.of("Then Ada Byron went to Paris in 1843. She saw Byron\u2019s 25 cats.", "When did Ada go?", "in 1843"),
-        Row.of(
-            "Then Ada Byron went to Paris in 1843. She saw Byron\u2019s 25 cats.", "Who had 25 cats in Paris?", "Byron"
-        ),
+        Row.of(passage, "When did Ada go?", "in 1843"),
+        Row.of(passage, "Who had 25 cats in Paris?", "Byron"),
     )
     stranger = replace(Row.of("We met Karl Marx in Bonn, not Wilhelm or Otto.", "Who was met?", "Karl Marx"), hash=8)
 
@@ -589,10 +589,7 @@ def test_continuation_goes_on_where_the_context_ends(tokens: int, context: int) 
 # ---------------------------------------------------------------- sizes
 quick = settings(max_examples=150, deadline=None, derandomize=True)
 options = st.fixed_dictionaries(
-    {
-        k: st.sampled_from([0.0, 0.5, 1.0])
-        for k in ("before", "own_segment", "distractors", "unanswerable", "quoted", "renamed")
-    }
+    {k: st.sampled_from([0.0, 0.5, 1.0]) for k in ("before", "own_segment", "distractors", "unanswerable", "quoted")}
     | {"turns": st.sampled_from([1, 3])}
 )
 
@@ -624,7 +621,7 @@ def same(a: Sample, b: Sample) -> bool:
 )
 @example(
     "compress",
-    dict.fromkeys(("before", "own_segment", "distractors", "unanswerable", "quoted", "renamed"), 1.0) | {"turns": 1},
+    dict.fromkeys(("before", "own_segment", "distractors", "unanswerable", "quoted"), 1.0) | {"turns": 1},
     (1, 200, 9),
     8,
     17,
@@ -640,13 +637,15 @@ def test_instruction_sizes(mode, options, sizes, length, targets, segment, seed)
     sample = sampled(task, row, length, targets, seed, segment=segment)
     check_sizes(sample, length, targets, segment)
     assert same(sample, sampled(task, row, length, targets, seed, segment=segment))
-    if options["renamed"]:
-        return
     prompts = {m: ids(prompting.build(text, m).decoder_text) for m in prompting.MODES}
     assert sample.prompt.tolist() == (prompts[mode] if len(prompts[mode]) < targets else prompts["compress"])
     fits = len(row.context) + len(row.question) <= task.window(length, targets)
     if fits and len(row.question) + 2 <= length // 2 and not options["unanswerable"]:
         assert sum(within(row.context, piece) for piece in sample.pieces) >= 1
+    task = only(mode, renamed=1.0, **options)
+    sample = sampled(task, row, length, targets, seed, segment=segment, renamed=True)
+    check_sizes(sample, length, targets, segment)
+    assert same(sample, sampled(task, row, length, targets, seed, segment=segment, renamed=True))
 
 
 @quick
