@@ -61,7 +61,7 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     texts = [{"text": f"Chapter {i}. " + WORDS * 30} for i in range(20)]
-    rows = [{"context": f"{WORDS}{i}.", "question": "Who?", "answers": ["the miller"]} for i in range(20)]
+    rows = [{"context": f"{WORDS}{i}.", "question": "Who?", "answers": ["the old miller"]} for i in range(20)]
     (folder / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
     (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
