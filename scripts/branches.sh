@@ -17,7 +17,8 @@ branch() { # NAME SEED [OVERRIDE …]
     --set run.evaluate_minutes=200 "${sets[@]}" > "$out/$1.txt" 2>&1
 }
 qa="data/qa_train_open_*.jsonl.xz"
-branch predicted "$seed" "stages.0.tasks.reconstruction={share: 0.7, rates: [4, 4, 8, 8, 8], spans: 6, wrong: 0.03, predicted: 0.4, passes: 2, repeated: 0.3}" &
+task=stages.0.tasks.reconstruction
+branch predicted "$seed" "$task.rates=[4, 4, 8, 8, 8]" $task.wrong=0.03 $task.predicted=0.4 $task.passes=2 &
 first=$!
 branch true $((seed + 1)) "data.text=[{path: 'data/text_train_[bd]*.jsonl.xz'}, {path: '$qa', text: context, include: [clara_wiki, hotpotqa, musique], weight: 0.3}]" &
 second=$!
