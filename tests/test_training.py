@@ -461,6 +461,11 @@ def test_an_unknown_key_names_the_nearest(refusal, shared: Settings, path: str, 
         ),
         (
             "stages__0__tasks__reconstruction",
+            {"predicted_rates": [2]},
+            "stages.0.tasks.reconstruction.predicted_rates must be some of model.rates ([4, 8]), not 2",
+        ),
+        (
+            "stages__0__tasks__reconstruction",
             {"lengths": [0]},
             "stages.0.tasks.reconstruction.lengths must be positive whole numbers, not [0]",
         ),
@@ -617,6 +622,22 @@ def test_a_task_with_lengths_and_rates_of_its_own(shared: Settings) -> None:
     assert count["instruction@32/8x"] + count["instruction@48/8x"] == 1536
     assert abs(count["instruction@32/8x"] - 512) <= 3  # a block rounds thirds
     assert (built.all_lengths, built.all_rates) == ([32, 48], [4, 8])
+
+
+def test_predictions_at_some_rates_only(samples_of, shared: Settings) -> None:
+    """Elsewhere the batches are those of a task without predictions."""
+
+    def batches(**options: Any) -> list[Settings]:
+        samples = samples_of(changed(shared, stages__0__tasks={"reconstruction": {"share": 1, **options}}))
+        return [samples.batch(i) for i in range(16)]
+
+    none, everywhere = batches(), batches(predicted=1)
+    low = batches(predicted=1, predicted_rates=[4])
+    assert {batch["rate"] for batch in none} == {4, 8}
+    for i, batch in enumerate(low):
+        assert same(batch, (everywhere if batch["rate"] == 4 else none)[i])
+        assert "predicted" in everywhere[i]
+        assert ("predicted" in batch) == (batch["rate"] == 4)
 
 
 def test_a_budget_of_tokens(shared: Settings) -> None:

@@ -352,7 +352,9 @@ class Recipe:
         for i, stage in enumerate(self.stages):
             stage.rates = [1] if stage.plain else stage.rates or list(self.model.rates)
             used = {f"stages.{i}.rates": stage.rates}
-            used |= {f"stages.{i}.tasks.{name}.rates": task.rates for name, task in stage.tasks.items()}
+            for name, task in stage.tasks.items():
+                for field_name in ("rates", "predicted_rates"):
+                    used[f"stages.{i}.tasks.{name}.{field_name}"] = getattr(task, field_name, [])
             for key, rates in {} if stage.plain else used.items():
                 for rate in rates:
                     _check(rate in self.model.rates, key, rate, f"some of model.rates ({self.model.rates})")

@@ -216,6 +216,8 @@ class Reconstruction(_TextTask):
         predicted: how often the decoder reads, in place of all other tokens that it has learnt to write, those that it
             predicts there itself: its own errors, as far as one pass over the text shows them (parallel scheduled
             sampling, Mihaylova and Martins 2019). Costs a pass of the decoder more.
+        predicted_rates: the rates at which it does that; all for none. Where most of what is predicted is wrong,
+            nothing can be learnt from it.
         passes: these are of 1 to this many passes, each behind the predictions of the one before: errors that follow
             from errors, as where it writes freely.
         repeated: how often stretches of the text also stand in a second place, one of 3 to 12 tokens (`REPEATED`) for
@@ -226,6 +228,7 @@ class Reconstruction(_TextTask):
     spans: int = 1
     wrong: float = 0.0
     predicted: float = 0.0
+    predicted_rates: list[int] = field(default_factory=list)
     passes: int = 1
     repeated: float = 0.0
     name: ClassVar[str] = "reconstruction"
