@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains the default recipe in two runs side by side, a core each, from the same weights, and averages what they end with:
 # on two cores more than one run of both brings in the same time (docs/training-notes.md). One reads its own predictions
-# in two of five samples of reconstruction, the other the true text and more of the high rates. 12 GB of memory
+# in seven of ten samples of reconstruction at 4x, the other the true text and more of the high rates. 15 GB of memory
 # in all. Needs data/ (docs/training.md). Interrupted, the same command goes on.
 # usage: scripts/branches.sh OUT [START [MINUTES [SEED [WEIGHTS]]]]    WEIGHTS: of the two in the mean
 set -euo pipefail
@@ -18,7 +18,7 @@ branch() { # NAME SEED [OVERRIDE …]
 }
 qa="data/qa_train_open_*.jsonl.xz"
 task=stages.0.tasks.reconstruction
-branch predicted "$seed" "$task.rates=[4, 4, 8, 8, 8]" $task.wrong=0.03 $task.predicted=0.4 $task.passes=2 &
+branch predicted "$seed" "$task.rates=[4, 4, 4, 8, 8]" $task.wrong=0 $task.predicted=0.7 "$task.predicted_rates=[4]" $task.passes=6 &
 first=$!
 branch true $((seed + 1)) "data.text=[{path: 'data/text_train_[bd]*.jsonl.xz'}, {path: '$qa', text: context, include: [clara_wiki, hotpotqa, musique], weight: 0.3}]" &
 second=$!
