@@ -363,7 +363,7 @@ def runs(shared: Settings, separate: Settings, tmp_path_factory: pytest.TempPath
     once = changed(plain, stages__0__accumulation=1, stages__0__batch_tokens=192)
     whole = changed(separate, run__dtype="float32", run__evaluation_samples=0, run__save_steps=1, run__keep=9)
     whole = changed(whole, stages__0__groups=groups, stages__0__accumulation=1, stages__0__max_steps=8)
-    minutes = {"stages__0__max_steps": None, "stages__0__max_minutes": 0.01}
+    minutes = {"stages__0__max_steps": None, "stages__0__max_minutes": 0.05}
     infinite = {"stages__0__groups__all__learning_rate": 1e30, "run__save_steps": 1, "run__log_steps": 1}
     plan = {
         "shared": (shared, ()),
@@ -914,7 +914,8 @@ def test_a_budget_of_minutes(runs: Runs) -> None:
     output, result = runs["minutes"]
     result.ok()
     seconds = [json.loads(line)["seconds"] for line in (output / "log.jsonl").read_text().splitlines()]
-    assert seconds[-1] >= 0.6  # of one step, where the machine is busy
+    assert len(seconds) > 1
+    assert seconds[-1] >= 3
     RCCForCausalLM.from_pretrained(output)
 
 
