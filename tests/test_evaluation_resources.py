@@ -129,13 +129,17 @@ def allocated(run: Callable[[], Any]) -> int:
 
 @pytest.mark.parametrize("length", [64, 1000, 4096])
 def test_what_is_counted_is_allocated(length: int) -> None:
-    """The peak of `compress`, by counting sizes, is what torch allocates for the real model."""
-    blueprint = small()
+    """The peak of `compress`, by counting sizes, is what torch allocates for the real model.
+
+    In float32: in bfloat16 the CPU's attention allocates buffers of its own, which differ from processor to processor (on
+    one, a sixth of what this small model holds).
+    """
+    blueprint = replace(small(), dtype=torch.float32)
     model = blueprint.build("cpu")
     ids = torch.tensor([tokens(length)])
     real = allocated(lambda: model.compress(ids, batch_tokens=256))
     counted = planning.Reading(blueprint).compress(length, 4, 256)
-    assert counted == pytest.approx(real, rel=0.1)
+    assert counted == pytest.approx(real, rel=0.02)
 
 
 def test_a_state_space_encoder_is_estimated() -> None:
