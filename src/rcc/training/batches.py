@@ -7,7 +7,7 @@ stream; sample number k of a stream is drawn from the k-th item of its source wi
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -203,9 +203,7 @@ class Samples:
             return {**collate_plain(samples, self.marks.eos), "kind": str(kind)}
         distillation = self.stage.distillation
         teacher = distillation is not None and kind.task in distillation.tasks
-        predicting = getattr(self.stage.tasks[kind.task], "predicted_rates", None)
-        if predicting and kind.rate not in predicting:
-            samples = [replace(sample, predicted=None) for sample in samples]
+        samples = [self.stage.tasks[kind.task].at(kind.rate, sample) for sample in samples]
         return {**collate(samples, self.marks.eos, teacher), "rate": kind.rate, "kind": str(kind)}
 
 

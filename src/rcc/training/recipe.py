@@ -353,15 +353,16 @@ class Recipe:
             stage.rates = [1] if stage.plain else stage.rates or list(self.model.rates)
             used = {f"stages.{i}.rates": stage.rates}
             for name, task in stage.tasks.items():
-                for field_name in ("rates", "predicted_rates"):
-                    used[f"stages.{i}.tasks.{name}.{field_name}"] = getattr(task, field_name, [])
+                for option in task.rate_options:
+                    used[f"stages.{i}.tasks.{name}.{option}"] = getattr(task, option)
             for key, rates in {} if stage.plain else used.items():
                 for rate in rates:
                     _check(rate in self.model.rates, key, rate, f"some of model.rates ({self.model.rates})")
             for name, task in stage.tasks.items():
-                # processes that do not run the same passes wait for each other's shards for ever
-                own = getattr(task, "predicted", 0)
-                _check(not (own and self.run.fsdp), f"stages.{i}.tasks.{name}.predicted", own, "0 with run.fsdp")
+                for option in task.pass_options if self.run.fsdp else ():
+                    # processes that do not run the same passes wait for each other's shards for ever
+                    value = getattr(task, option)
+                    _check(not value, f"stages.{i}.tasks.{name}.{option}", value, "0 with run.fsdp")
                 if task.reads and not getattr(self.data, task.reads):
                     raise InputError(f"stages.{i}.tasks.{name} needs data.{task.reads}, which is empty: add a source.")
 

@@ -159,6 +159,10 @@ class Task:
     name: ClassVar[str] = ""
     reads: ClassVar[str | None] = None
     """What it draws from: `text`, `questions` or nothing."""
+    rate_options: ClassVar[tuple[str, ...]] = ("rates",)
+    """Its options that name rates of the model."""
+    pass_options: ClassVar[tuple[str, ...]] = ()
+    """Its options that, unless 0, make batches differ in how many passes of the decoder they take."""
 
     def __post_init__(self) -> None:
         self._check(_number(self.share) and 0 < self.share < np.inf, "share", "a number above 0")
@@ -183,6 +187,10 @@ class Task:
             targets: the most decoder tokens, prompt and target together; more than 16.
         """
         raise NotImplementedError
+
+    def at(self, rate: int, sample: Sample) -> Sample:
+        """What holds of a sample, which is drawn for all rates alike, in a batch of this one."""
+        return sample
 
 
 @dataclass
@@ -232,6 +240,8 @@ class Reconstruction(_TextTask):
     passes: int = 1
     repeated: float = 0.0
     name: ClassVar[str] = "reconstruction"
+    rate_options: ClassVar[tuple[str, ...]] = ("rates", "predicted_rates")
+    pass_options: ClassVar[tuple[str, ...]] = ("predicted",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -265,6 +275,11 @@ class Reconstruction(_TextTask):
         if self.predicted and rng.random() < self.predicted:
             predicted = int(rng.integers(1, self.passes + 1)) * (learnt & ~chosen)
         return replace(sample, target=target, learnt=learnt, read=read, predicted=predicted)
+
+    def at(self, rate: int, sample: Sample) -> Sample:
+        if self.predicted_rates and rate not in self.predicted_rates:
+            return replace(sample, predicted=None)
+        return sample
 
 
 def _repeat(text: np.ndarray, rng: np.random.Generator) -> np.ndarray:
