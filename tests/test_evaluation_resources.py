@@ -131,8 +131,8 @@ def allocated(run: Callable[[], Any]) -> int:
 def test_what_is_counted_is_allocated(length: int) -> None:
     """The peak of `compress`, by counting sizes, is what torch allocates for the real model.
 
-    In float32: in bfloat16 the CPU's attention allocates buffers of its own, which differ from processor to processor (on
-    one, a sixth of what this small model holds).
+    In float32: in bfloat16 the CPU's attention allocates buffers of its own, which differ from processor to processor
+    (on one, a sixth of what this small model holds).
     """
     blueprint = replace(small(), dtype=torch.float32)
     model = blueprint.build("cpu")
