@@ -5,7 +5,7 @@
 With the encoder frozen, a segment's vector never changes, and of a text only the segments around its key are not
 filler. So segments with keys are encoded once, in the beginning, and every step puts some of them among the vectors of
 filler, in texts of any length, where `rcc train` would encode each anew. Half of the keys are drawn from two or three
-different digits, and one in four stands across the edge of two segments: these are what a decoder mistakes.
+different digits, and one in four (--across) stands across the edge of two segments: these are what a decoder mistakes.
 Projections and the decoder's LoRA learn, at the model's highest rate (one vector a segment). A run that is interrupted
 keeps what it encoded, and trains from the beginning.
 """
@@ -22,14 +22,15 @@ from rcc import allocator
 class Vectors:
     """The vectors of segments with keys, and of the filler around them."""
 
-    def __init__(self, model, encode, keys, rng, kept=None):
-        """`kept`: a file for what is encoded; what it holds of these keys and this model is not encoded again."""
+    def __init__(self, model, encode, keys, rng, across=0.25, kept=None):
+        """`across`: share of keys, in fourths, that stand across the edge of two segments.
+        `kept`: a file for what is encoded; what it holds of these keys and this model is not encoded again."""
         import torch
 
         from rcc.training import tasks
 
         self.model, self.rng, self.size = model, rng, model.config.segment_length
-        of = [model.fingerprint, list(keys)]
+        of = [model.fingerprint, list(keys), across]
         if kept is not None and kept.exists() and (found := torch.load(kept))["of"] == of:
             vars(self).update({name: value for name, value in found.items() if name != "of"})
             return
@@ -50,8 +51,8 @@ class Vectors:
         self.first, segments = [], []
         for i, sentence in enumerate(hidden):
             low = high = -1
-            # the text's short end is never the key's; every fourth key stands across the edge of two segments
-            while low < 0 or (high + 1) * self.size > length - around or (i % 4 == 0 and low == high):
+            # the text's short end is never the key's
+            while low < 0 or (high + 1) * self.size > length - around or (i % 4 < 4 * across and low == high):
                 ids, (place,) = tasks.hide(opening, [(rng.random(), sentence)], filler, length)
                 low, high = place // self.size, (place + len(sentence) - 1) // self.size
             self.first.append((low, high - low + 1, len(segments)))
@@ -111,6 +112,7 @@ def main() -> None:
     parser.add_argument("--keys", type=int, default=1500)
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--learning-rate", type=float, default=3e-4)
+    parser.add_argument("--across", type=float, default=0.25, help="share of keys across the edge of two segments")
     parser.add_argument("--positions", type=int, default=2048, help="of a batch, prefix and question together")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
@@ -133,7 +135,7 @@ def main() -> None:
     marks = tasks.Marks.of(load_tokenizer(arguments.model))
     keys = draw_keys(arguments.keys, rng)
     kept = arguments.out / "vectors.pt"  # encoding takes ten minutes for a thousand keys: not to be done twice
-    vectors = Vectors(model, marks.encode, keys, rng, kept)
+    vectors = Vectors(model, marks.encode, keys, rng, arguments.across, kept)
     question = marks.encode(tasks.QUESTION)
     asked = [tasks.Sample((), question, np.append(marks.encode(f" {key}."), marks.eos), "passkey") for key in keys]
     freeze(model, ["encoder"], dtype)
