@@ -1,6 +1,7 @@
 """Teaches a passkey model's decoder to find a key among up to 2,048 vectors, from vectors that are encoded once.
 
     python scripts/passkey_decoder.py MODEL OUT [--keys 1500] [--minutes 60] [--learning-rate 3e-4] [--threads 2]
+    python scripts/passkey_decoder.py MODEL OUT --encoder --keys 20000 --learning-rate 1e-4
 
 With the encoder frozen, a segment's vector never changes, and of a text only the segments around its key are not
 filler. So segments with keys are encoded once, in the beginning, and every step puts some of them among the vectors of
@@ -8,6 +9,9 @@ filler, in texts of any length, where `rcc train` would encode each anew. Half o
 different digits, and one in four (--across) stands across the edge of two segments: these are what a decoder mistakes.
 Projections and the decoder's LoRA learn, at the model's highest rate (one vector a segment). A run that is interrupted
 keeps what it encoded, and trains from the beginning.
+
+With `--encoder` the encoder learns too: of each text the segments with its key are encoded in every step, and those of
+filler again now and then. Keys cost nothing in the beginning then, and many more are worth having.
 """
 
 import argparse
@@ -22,14 +26,15 @@ from rcc import allocator
 class Vectors:
     """The vectors of segments with keys, and of the filler around them."""
 
-    def __init__(self, model, encode, keys, rng, across=0.25, kept=None):
-        """`across`: share of keys, in fourths, that stand across the edge of two segments.
-        `kept`: a file for what is encoded; what it holds of these keys and this model is not encoded again."""
+    def __init__(self, model, encode, keys, rng, kept=None, across=0.25, learning=False):
+        """`kept`: a file for what is encoded; what it holds of these keys and this model is not encoded again.
+        `across`: share of keys, in fourths, that stand across the edge of two segments.
+        `learning`: the encoder will change: the segments with keys are kept as token ids."""
         import torch
 
         from rcc.training import tasks
 
-        self.model, self.rng, self.size = model, rng, model.config.segment_length
+        self.model, self.rng, self.size, self.learning = model, rng, model.config.segment_length, learning
         of = [model.fingerprint, list(keys), across]
         if kept is not None and kept.exists() and (found := torch.load(kept))["of"] == of:
             vars(self).update({name: value for name, value in found.items() if name != "of"})
@@ -44,35 +49,41 @@ class Vectors:
         if (least := len(opening) + len(hidden[0])) > self.size:
             raise SystemExit(f"segments of at least {least} tokens are needed: the model's hold {self.size}")
         plain = tasks.hide(opening, [], filler, length)[0]
-        self.before = self.read([plain[i : i + self.size] for i in range(0, length - self.size, self.size)])
         # the key as the very first sentence: behind it all filler is shifted
         shifted = tasks.hide(opening, [(0.0, hidden[0])], filler, length)[0]
-        self.after = self.read([shifted[i : i + self.size] for i in range(0, length - self.size, self.size)])
-        self.first, segments = [], []
+        cut = range(0, length - self.size, self.size)
+        self.filler = [[text[i : i + self.size] for i in cut] for text in (plain, shifted)]
+        self.read_filler()
+        self.first, self.segments = [], []
         for i, sentence in enumerate(hidden):
             low = high = -1
             # the text's short end is never the key's
             while low < 0 or (high + 1) * self.size > length - around or (i % 4 < 4 * across and low == high):
                 ids, (place,) = tasks.hide(opening, [(rng.random(), sentence)], filler, length)
                 low, high = place // self.size, (place + len(sentence) - 1) // self.size
-            self.first.append((low, high - low + 1, len(segments)))
-            segments += [ids[at * self.size : (at + 1) * self.size] for at in range(low, high + 1)]
-        self.keys = self.read(segments)
+            self.first.append((low, high - low + 1, len(self.segments)))
+            self.segments += [ids[at * self.size : (at + 1) * self.size].copy() for at in range(low, high + 1)]
+        if learning:
+            return
+        self.keys = self.read(self.segments)
         if kept is not None:
             kept.parent.mkdir(parents=True, exist_ok=True)
             names = ("period", "first", "before", "after", "keys")
             torch.save({"of": of, **{name: getattr(self, name) for name in names}}, kept.with_suffix(".part"))
             kept.with_suffix(".part").replace(kept)
 
+    def read_filler(self):
+        """Encode the segments of filler, with the encoder as it is now."""
+        self.before, self.after = map(self.read, self.filler)
+
     def read(self, segments):
-        """Segments [T] of full length → vectors [N, L, H], 8 at a time."""
-        import numpy as np
+        """Segments [T] of full length → vectors [N, L, H] of the states that the projections read, 8 at a time."""
         import torch
 
-        rate, found, start = max(self.model.config.rates), [], time.time()
+        found, start = [], time.time()
         for i in range(0, len(segments), 8):
-            ids = torch.from_numpy(np.stack(segments[i : i + 8]))
-            found.append(self.model.encode(ids, rate=rate).states[:, 0])
+            with torch.set_grad_enabled(self.learning):  # without, autocast leaves norms that learn in two precisions
+                found.append(self.encode(segments[i : i + 8]).detach())
             if i % 160 == 0 and i:
                 print(
                     f"{i} of {len(segments)} segments, {i * self.size / (time.time() - start):,.0f} tokens/s",
@@ -80,18 +91,40 @@ class Vectors:
                 )
         return torch.cat(found)
 
-    def text(self, number, n):
-        """The vectors [n, L, H] of a text of n segments with that key at a random place, None if it has none there."""
+    def encode(self, segments):
+        """As :meth:`read`, all at once, with gradients where the encoder learns."""
         import torch
 
-        low, count, row = self.first[number]
+        texts = [(torch.from_numpy(ids),) for ids in segments]
+        states, _ = self.model._encode_to_train(texts, max(self.model.config.rates))
+        return torch.stack([states[k][:, 0] for k in self.model.projections.states], 1)
+
+    def hidden(self, numbers):
+        """For each of these keys the vectors [1 or 2, L, H] of its segments, encoded now where none are kept."""
+        firsts = [self.first[number] for number in numbers]
+        if not self.learning:
+            return [self.keys[row : row + count] for _, count, row in firsts]
+        segments = [ids for _, count, row in firsts for ids in self.segments[row : row + count]]
+        return self.encode(segments).split([count for _, count, _ in firsts])
+
+    def place(self, number, n):
+        """In a text of n segments with that key at a random place, None if it has none there: which vectors of filler
+        stand before it, and which behind."""
+        low, count, _ = self.first[number]
         places = [0] if low == 0 else list(range((low - 1) % self.period + 1, n - count + 1, self.period))
         if not places or places[0] + count > n:
             return None
         place = int(self.rng.choice(places))
         before = [0, *((p - 1) % self.period + 1 for p in range(1, place))][:place]
         after = [(p - 1) % self.period + 1 for p in range(place + count, n)]
-        return torch.cat([self.before[before], self.keys[row : row + count], self.after[after]])
+        return before, after
+
+    def text(self, place, hidden):
+        """The vectors [n, L, H] of the text that :meth:`place` and :meth:`hidden` describe."""
+        import torch
+
+        before, after = place
+        return torch.cat([self.before[before], hidden, self.after[after]])
 
 
 def draw_keys(count, rng):
@@ -113,7 +146,9 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--across", type=float, default=0.25, help="share of keys across the edge of two segments")
+    parser.add_argument("--encoder", action="store_true", help="the encoder learns too")
     parser.add_argument("--positions", type=int, default=2048, help="of a batch, prefix and question together")
+    parser.add_argument("--texts", type=int, default=64, help="of a batch, at most; with --encoder 12 take some 10 GB")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -134,34 +169,37 @@ def main() -> None:
     model = RCCForCausalLM.from_pretrained(arguments.model, dtype=dtype)
     marks = tasks.Marks.of(load_tokenizer(arguments.model))
     keys = draw_keys(arguments.keys, rng)
-    kept = arguments.out / "vectors.pt"  # encoding takes ten minutes for a thousand keys: not to be done twice
-    vectors = Vectors(model, marks.encode, keys, rng, arguments.across, kept)
+    # encoding takes minutes for a thousand keys: not to be done twice
+    kept = None if arguments.encoder else arguments.out / "vectors.pt"
+    vectors = Vectors(model, marks.encode, keys, rng, kept, arguments.across, arguments.encoder)
     question = marks.encode(tasks.QUESTION)
     asked = [tasks.Sample((), question, np.append(marks.encode(f" {key}."), marks.eos), "passkey") for key in keys]
-    freeze(model, ["encoder"], dtype)
+    freeze(model, [] if arguments.encoder else ["encoder"], dtype)
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     how = Group(arguments.learning_rate, "cosine", warmup_steps=10, floor=0.02)
     optimizer = torch.optim.AdamW(learning, lr=how.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     most = model.window - 64
 
+    def autocast():
+        return torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
+
     def batch():
         """Texts of one length, as many as fit → the training pass's mean loss and how many they are."""
         n = int(2 ** rng.uniform(1, math.log2(min(2048, most))))
-        rows, written = [], []
-        for _ in range(max(1, arguments.positions // (n + 32))):
-            number = int(rng.integers(len(keys)))
-            if (found := vectors.text(number, n)) is not None:
-                rows.append(found)
-                written.append((question, asked[number]))
-        if not rows:
+        texts = max(1, min(arguments.texts, arguments.positions // (n + 32)))
+        drawn = rng.integers(len(keys), size=texts).tolist()
+        placed = {number: found for number in drawn if (found := vectors.place(number, n)) is not None}
+        if not placed:
             return batch()
-        states = torch.stack(rows).to(dtype)  # kept ones may be another machine's
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        with autocast():
+            hidden = vectors.hidden(list(placed))
+            rows = [vectors.text(*of) for of in zip(placed.values(), hidden, strict=True)]
+            states = torch.stack(rows).to(dtype)  # kept ones may be another machine's
             out = model._decode_to_train(
-                {k: states[:, :, k] for k in model.projections.states},
+                {k: states[:, :, i] for i, k in enumerate(model.projections.states)},
                 None,
                 attention_mask=None,
-                **tasks._written(written, marks.eos),
+                **tasks._written([(question, asked[number]) for number in placed], marks.eos),
             )
         return out.loss, len(rows), n
 
@@ -169,6 +207,9 @@ def main() -> None:
     while (done := (time.time() - start) / 60 / arguments.minutes) < 1:
         for group in optimizer.param_groups:
             group["lr"] = how.learning_rate * how.factor(step, done)
+        if arguments.encoder and step % 20 == 0 and step:
+            with autocast():
+                vectors.read_filler()
         parts = []
         for _ in range(3):  # of different lengths; each text counts the same
             loss, texts, n = batch()
@@ -192,7 +233,8 @@ def main() -> None:
             }
             print(f"step {step}, {seen:,} texts, {time.time() - start:.0f} s", shown, flush=True)
     model.to(torch.bfloat16).save_pretrained(arguments.out)
-    kept.unlink()
+    if kept is not None:
+        kept.unlink()
     (arguments.out / "decoder-log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in log))
 
 
