@@ -1,7 +1,7 @@
 """Teaches a passkey model's decoder to find a key among up to 2,048 vectors, from vectors that are encoded once.
 
     python scripts/passkey_decoder.py MODEL OUT [--keys 1500] [--minutes 60] [--learning-rate 3e-4] [--threads 2]
-    python scripts/passkey_decoder.py MODEL OUT --encoder --keys 20000 --learning-rate 1e-4
+    python scripts/passkey_decoder.py MODEL OUT --encoder --texts 12 --keys 20000 --learning-rate 1e-4
 
 With the encoder frozen, a segment's vector never changes, and of a text only the segments around its key are not
 filler. So segments with keys are encoded once, in the beginning, and every step puts some of them among the vectors of
@@ -148,7 +148,7 @@ def main() -> None:
     parser.add_argument("--across", type=float, default=0.25, help="share of keys across the edge of two segments")
     parser.add_argument("--encoder", action="store_true", help="the encoder learns too")
     parser.add_argument("--positions", type=int, default=2048, help="of a batch, prefix and question together")
-    parser.add_argument("--texts", type=int, default=64, help="of a batch, at most; with --encoder 12 take some 10 GB")
+    parser.add_argument("--texts", type=int, default=64, help="of a batch, at most; with --encoder 12 take 14 GB")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -188,18 +188,18 @@ def main() -> None:
         n = int(2 ** rng.uniform(1, math.log2(min(2048, most))))
         texts = max(1, min(arguments.texts, arguments.positions // (n + 32)))
         drawn = rng.integers(len(keys), size=texts).tolist()
-        placed = {number: found for number in drawn if (found := vectors.place(number, n)) is not None}
+        placed = [(number, found) for number in drawn if (found := vectors.place(number, n)) is not None]
         if not placed:
             return batch()
         with autocast():
-            hidden = vectors.hidden(list(placed))
-            rows = [vectors.text(*of) for of in zip(placed.values(), hidden, strict=True)]
+            hidden = vectors.hidden([number for number, _ in placed])
+            rows = [vectors.text(place, found) for (_, place), found in zip(placed, hidden, strict=True)]
             states = torch.stack(rows).to(dtype)  # kept ones may be another machine's
             out = model._decode_to_train(
                 {k: states[:, :, i] for i, k in enumerate(model.projections.states)},
                 None,
                 attention_mask=None,
-                **tasks._written([(question, asked[number]) for number in placed], marks.eos),
+                **tasks._written([(question, asked[number]) for number, _ in placed], marks.eos),
             )
         return out.loss, len(rows), n
 
