@@ -180,6 +180,25 @@ def test_compress(compressed: tuple[Path, Result], length: int) -> None:
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
+@pytest.mark.parametrize(
+    ("cpu", "onednn", "avx512", "avx512_bf16", "wanted"),
+    [
+        ("AVX2", False, False, False, False),
+        ("AVX-512 without bfloat16: oneDNN emulates it", True, True, False, False),
+        ("AVX-512 with it", True, True, True, True),
+        ("ARM with it", True, False, False, True),
+    ],
+)
+def test_bfloat16_counts_where_it_is_not_emulated(
+    monkeypatch: pytest.MonkeyPatch, cpu: str, onednn: bool, avx512: bool, avx512_bf16: bool, wanted: bool
+) -> None:
+    """What torch says of each kind of CPU."""
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: onednn)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: avx512)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
+    assert precision.has_bfloat16() is wanted, cpu
+
+
 @pytest.mark.parametrize(("hardware", "wanted"), [(False, torch.float32), (True, torch.bfloat16)])
 def test_precision_follows_the_cpu(
     call: Callable[..., Result],
