@@ -92,19 +92,23 @@ class Vectors:
         return torch.cat(found)
 
     def encode(self, segments):
-        """As :meth:`read`, all at once, with gradients where the encoder learns."""
+        """As :meth:`read`, all at once, with gradients where the encoder learns; segments may be shorter."""
         import torch
 
         texts = [(torch.from_numpy(ids),) for ids in segments]
         states, _ = self.model._encode_to_train(texts, max(self.model.config.rates))
         return torch.stack([states[k][:, 0] for k in self.model.projections.states], 1)
 
-    def hidden(self, numbers):
-        """For each of these keys the vectors [1 or 2, L, H] of its segments, encoded now where none are kept."""
+    def hidden(self, numbers, length=None):
+        """For each of these keys the vectors [1 or 2, L, H] of its segments, encoded now where none are kept; of two,
+        `length` tokens on either side of the edge, all by default."""
         firsts = [self.first[number] for number in numbers]
         if not self.learning:
             return [self.keys[row : row + count] for _, count, row in firsts]
-        segments = [ids for _, count, row in firsts for ids in self.segments[row : row + count]]
+        length, segments = length or self.size, []
+        for _, count, row in firsts:
+            read = self.segments[row : row + count]
+            segments += read if count == 1 else [read[0][-length:], read[1][:length]]
         return self.encode(segments).split([count for _, count, _ in firsts])
 
     def place(self, number, n):
@@ -147,6 +151,8 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--across", type=float, default=0.25, help="share of keys across the edge of two segments")
     parser.add_argument("--encoder", action="store_true", help="the encoder learns too")
+    parser.add_argument("--shortest", type=int, help="with --encoder: least tokens read beside an edge; all by default")
+    parser.add_argument("--longest", type=int, default=2048, help="most vectors of a text")
     parser.add_argument("--positions", type=int, default=2048, help="of a batch, prefix and question together")
     parser.add_argument("--texts", type=int, default=64, help="of a batch, at most; with --encoder 12 take 14 GB")
     parser.add_argument("--threads", type=int, default=2)
@@ -169,6 +175,10 @@ def main() -> None:
     model = RCCForCausalLM.from_pretrained(arguments.model, dtype=dtype)
     marks = tasks.Marks.of(load_tokenizer(arguments.model))
     keys = draw_keys(arguments.keys, rng)
+    least, size = len(marks.encode(tasks.HIDDEN.format(key=keys[0]))), model.config.segment_length
+    shortest = arguments.shortest or size
+    if not least <= shortest <= size:
+        raise SystemExit(f"--shortest {shortest}: from {least}, what a key's sentences take, to {size}, a segment")
     # encoding takes minutes for a thousand keys: not to be done twice
     kept = None if arguments.encoder else arguments.out / "vectors.pt"
     vectors = Vectors(model, marks.encode, keys, rng, kept, arguments.across, arguments.encoder)
@@ -185,14 +195,15 @@ def main() -> None:
 
     def batch():
         """Texts of one length, as many as fit → the training pass's mean loss and how many they are."""
-        n = int(2 ** rng.uniform(1, math.log2(min(2048, most))))
-        texts = max(1, min(arguments.texts, arguments.positions // (n + 32)))
+        n = int(2 ** rng.uniform(1, math.log2(min(arguments.longest, most))))
+        length = round(2 ** rng.uniform(math.log2(shortest), math.log2(size)))
+        texts = max(1, min(arguments.texts * size // length, arguments.positions // (n + 32)))
         drawn = rng.integers(len(keys), size=texts).tolist()
         placed = [(number, found) for number in drawn if (found := vectors.place(number, n)) is not None]
         if not placed:
             return batch()
         with autocast():
-            hidden = vectors.hidden([number for number, _ in placed])
+            hidden = vectors.hidden([number for number, _ in placed], length)
             rows = [vectors.text(place, found) for (_, place), found in zip(placed, hidden, strict=True)]
             states = torch.stack(rows).to(dtype)  # kept ones may be another machine's
             out = model._decode_to_train(

@@ -62,6 +62,18 @@ def test_texts_from_stored_vectors_are_real_texts(script: Any, folder: Path) -> 
     assert made > 16
 
 
+def test_segments_beside_an_edge_are_cut_far_from_it(script: Any, folder: Path) -> None:
+    """What is read of them is what the encoder makes of that many tokens before the edge, and behind it."""
+    model, marks = RCCForCausalLM.from_pretrained(folder), tasks.Marks.of(load_tokenizer(folder))
+    vectors = script.Vectors(model, marks.encode, KEYS, np.random.default_rng(0), learning=True)
+    assert vectors.first[0][1] == 2  # segments
+    (found,) = vectors.hidden([0], length=40)
+    for vector, ids in zip(found, (vectors.segments[0][-40:], vectors.segments[1][:40]), strict=True):
+        real = model.encode(torch.from_numpy(ids)[None], rate=PART).states[0, 0, model.projections.states]
+        assert (vector - real).abs().max() < 1e-4
+    assert torch.equal(vectors.hidden([0])[0], vectors.hidden([0], PART)[0])
+
+
 def test_what_was_encoded_is_kept(script: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For the same keys and model, and no other."""
     model, marks = RCCForCausalLM.from_pretrained(folder), tasks.Marks.of(load_tokenizer(folder))
@@ -81,7 +93,11 @@ def test_what_was_encoded_is_kept(script: Any, folder: Path, tmp_path: Path, mon
 
 
 @pytest.mark.parametrize(
-    ("more", "changes"), [([], {"decoder", "projections"}), (["--encoder"], {"decoder", "encoder", "projections"})]
+    ("more", "changes"),
+    [
+        ([], {"decoder", "projections"}),
+        (["--encoder", "--shortest", "40"], {"decoder", "encoder", "projections"}),
+    ],
 )
 def test_it_trains_what_it_should(folder: Path, tmp_path: Path, more: list[str], changes: set[str]) -> None:
     command = [sys.executable, SCRIPT, folder, tmp_path / "out", "--keys", "4", "--minutes", "0.15", "--threads", "1"]
