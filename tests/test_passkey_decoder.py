@@ -96,6 +96,7 @@ def test_what_was_encoded_is_kept(script: Any, folder: Path, tmp_path: Path, mon
     ("more", "changes"),
     [
         ([], {"decoder", "projections"}),
+        (["--encoder"], {"decoder", "encoder", "projections"}),
         (["--encoder", "--shortest", "40"], {"decoder", "encoder", "projections"}),
     ],
 )
