@@ -157,7 +157,7 @@ def randomise(model: RCCForCausalLM, seed: int = 0) -> RCCForCausalLM:
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.7 / parameter.shape[1] ** 0.5)
         elif ".lora_" in name:
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.6 / parameter.shape[1] ** 0.5)
-        elif name == "memory":
+        elif name in ("memory", "sink"):
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
     return model
 

@@ -100,6 +100,77 @@ def rotary(config, kind: str, length: int, dtype: torch.dtype) -> tuple[Tensor, 
     return table.cos().to(dtype), table.sin().to(dtype)
 
 
+def direct_terms(model, ids: list[int], rate: int) -> list[Tensor]:
+    """What enters each decoder block at the prefix positions of one text of a direct prefix, [n, H] each.
+
+    Every segment is read after the sink token, whose own states are dropped; at rate 1 the decoder reads the whole text
+    after the learnt sink.
+    """
+    config, depth = model.config, model.decoder.config.num_hidden_layers
+    embed = model.encoder.get_input_embeddings()
+    if rate == 1:
+        own = model.decoder.get_input_embeddings()(torch.tensor(ids))
+        return [states[1:] for states in run_blocks(model.decoder, [row[None] for row in model.sink], own)[0]]
+    kept = []
+    for start in range(0, len(ids), config.segment_length):
+        part = ids[start : start + config.segment_length]
+        inputs = embed(torch.tensor(part))
+        if model.rate_embeddings is not None:
+            inputs = inputs + model.rate_embeddings[config.rates.index(rate)]
+        states = all_states(model.encoder, torch.cat([embed(torch.tensor([config.sink_token])), inputs]))
+        for first in range(0, len(part), rate):
+            last = 1 + min(first + rate, len(part)) - 1
+            kept.append(torch.stack([layer[last] for layer in states]))
+    reads = decoder_inputs(torch.stack(kept), depth, config.layer_map)
+    # the file holds differences from the identity where both sides have one width
+    wide = model.encoder.config.hidden_size == model.decoder.config.hidden_size
+    maps = [p.weight + torch.eye(len(p.weight)) if wide else p.weight for p in model.projections]
+    return [read @ matrix.T for read, matrix in zip(reads, maps, strict=False)]
+
+
+def run_blocks(decoder: nn.Module, fixed: list[Tensor], rest: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Run a decoder's blocks over [fixed; rest], where the first positions enter each block as `fixed` says.
+
+    Args:
+        fixed: [n, H] for each block.
+        rest: [T, H] what enters the first block after them.
+
+    Returns:
+        What entered each block, [n + T, H], and the output of the last one, [T, H].
+    """
+    family = decoder.config.model_type
+    body = decoder.gpt_neox if family == "gpt_neox" else decoder.model
+    n = len(fixed[0])
+    total = n + len(rest)
+    kinds = getattr(decoder.config, "layer_types", None) or ["full_attention"] * len(body.layers)
+    entered = []
+    for i, (block, kind) in enumerate(zip(body.layers, kinds, strict=True)):
+        x = torch.cat([fixed[i].to(rest.dtype), rest])
+        entered.append(x)
+        sees = decoder.config.sliding_window if kind == "sliding_attention" else total
+        past = torch.arange(total)[:, None] - torch.arange(total)[None]
+        hidden = (past < 0) | (past >= sees)
+        mask = torch.zeros(total, total, dtype=x.dtype).masked_fill(hidden, torch.finfo(x.dtype).min)
+        out = block(
+            x[None],
+            attention_mask=mask[None, None],
+            position_ids=torch.arange(total)[None],
+            position_embeddings=rotary(decoder.config, kind, total, x.dtype),
+        )
+        rest = out[0, n:]
+    return entered, rest
+
+
+def direct(model, texts: list[list[int]], rates: list[int], prompt: list[int]) -> Tensor:
+    """Logits [Q, V] of a prompt behind the direct prefix of some texts, one after the other, each read on its own."""
+    terms = [direct_terms(model, ids, rate) for ids, rate in zip(texts, rates, strict=True)]
+    fixed = [torch.cat([model.sink[i][None], *(term[i] for term in terms)]) for i in range(len(model.sink))]
+    family = model.decoder.config.model_type
+    norm = model.decoder.gpt_neox.final_layer_norm if family == "gpt_neox" else model.decoder.model.norm
+    embeds = model.decoder.get_input_embeddings()(torch.tensor(prompt))
+    return model.decoder.lm_head(norm(run_blocks(model.decoder, fixed, embeds)[1]))
+
+
 def decode(decoder: nn.Module, projections: list[Tensor], reads: list[Tensor], prompt: list[int]) -> Tensor:
     """Logits [Q, V] of a prompt behind the prefix that `reads` make; [1, n + Q] in one go."""
     family = decoder.config.model_type

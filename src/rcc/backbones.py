@@ -10,7 +10,8 @@ import inspect
 import sys
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 
 from .errors import ModelError
@@ -34,6 +35,10 @@ others the mixer, or its fused kernel, reads the weights itself and would pass t
 _generation = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
 CACHE = "cache" if "cache" in _generation else "past_key_values"
 """What models and their `generate` call the KV cache: transformers 5.24 renamed it, and warns of the old name."""
+
+
+BLOCK_CACHE = {"gpt_neox": "layer_past"}
+"""model_type → what the family's blocks call the KV cache, where that is not :data:`CACHE`."""
 
 
 def check_family(config: PreTrainedConfig, side: str) -> None:
@@ -85,3 +90,20 @@ def linear_names(body: PreTrainedModel) -> list[str]:
 def window(config: PreTrainedConfig) -> int:
     """Number of positions that a backbone can address; without positions, no limit."""
     return sys.maxsize if config.model_type in STATE_SPACE else config.max_position_embeddings
+
+
+def rotary(body: PreTrainedModel, positions: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Cosines and sines that a decoder's blocks rotate keys with at some positions.
+
+    Args:
+        positions: [B, T] or [1, T].
+
+    Returns:
+        For each block cos and sin, [B or 1, T, rotary dimensions] each, in the model's precision.
+    """
+    like = torch.empty(0, device=positions.device, dtype=body.dtype)
+    if body.config.model_type != "gemma3_text":
+        return [body.rotary_emb(like, positions)] * len(blocks(body))
+    kinds = body.config.layer_types
+    tables = {kind: body.rotary_emb(like, positions, kind) for kind in set(kinds)}
+    return [tables[kind] for kind in kinds]

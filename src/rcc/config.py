@@ -31,6 +31,13 @@ class RCCConfig:
         segment_length: tokens that the encoder reads at once; segments do not see each other.
         rates: compression rates that the model was trained for, the default one first. Any other divisor of
             `segment_length` can be asked for and brings a warning.
+        prefix: how the decoder takes the encoder's states in. `"residual"` (the paper): their projections are added to
+            the decoder's residual stream at the prefix positions, which pass through its blocks. `"direct"`: they
+            become the input of the blocks there, of which only keys and values are made; so no prefix position
+            depends on another segment, and contexts can be joined, cut and reordered.
+        sink_token: with `prefix="direct"`, the token that the encoder reads before each segment, and that the learnt
+            position at the front of the cache starts as: the chat form's first. None: see
+            :meth:`RCCForCausalLM.from_base`.
         states: `"all"` hands over one encoder state per decoder layer (the paper), `"last"` only the
             encoder's last one, as the prefix's input (the paper's ablation, section 4).
         readout: `"strided"` keeps the states of every rate-th token (the paper). `"memory_tokens"` appends learned
@@ -57,6 +64,8 @@ class RCCConfig:
 
     segment_length: int = 2048
     rates: list[int] = field(default_factory=lambda: [32])
+    prefix: str = "residual"
+    sink_token: int | None = None
     states: str = "all"
     readout: str = "strided"
     rate_embeddings: bool = False
@@ -73,6 +82,7 @@ class RCCConfig:
 
     def __post_init__(self) -> None:
         choices = {
+            "prefix": ("residual", "direct"),
             "states": ("all", "last"),
             "readout": ("strided", "memory_tokens"),
             "layer_map": ("duplicate", "average"),
@@ -81,6 +91,16 @@ class RCCConfig:
         for key, allowed in choices.items():
             if getattr(self, key) not in allowed:
                 raise InputError(f"{key}={getattr(self, key)!r} is unknown: use one of {', '.join(allowed)}.")
+        if self.prefix == "direct":
+            for key in ("states", "readout", "segment_padding"):
+                default = getattr(RCCConfig, key)
+                if getattr(self, key) != default:
+                    raise InputError(f'{key}={getattr(self, key)!r} needs prefix="residual": use {default!r}.')
+        elif self.sink_token is not None:
+            raise InputError('sink_token needs prefix="direct": leave it out.')
+        token = self.sink_token
+        if token is not None and (not isinstance(token, int) or isinstance(token, bool) or token < 0):
+            raise InputError(f"sink_token must be a token id, not {token!r}.")
         if not isinstance(self.segment_length, int) or self.segment_length < 1:
             raise InputError(f"segment_length must be a positive whole number, not {self.segment_length!r}.")
         self.rates = list(self.rates)
@@ -128,15 +148,24 @@ class RCCConfig:
         """Memory embeddings of `readout="memory_tokens"`; 0 with another readout."""
         return self.segment_length // min(self.rates) if self.readout == "memory_tokens" else 0
 
+    @property
+    def direct(self) -> bool:
+        """Whether the prefix is made directly of the encoder's states."""
+        return self.prefix == "direct"
+
     def method(self) -> dict[str, Any]:
         """The settings that change what a context holds, for the fingerprint."""
-        keys = ("segment_length", "states", "readout", "layer_map", "segment_padding", "lora_alpha")
+        keys = ["segment_length", "states", "readout", "layer_map", "segment_padding", "lora_alpha"]
         # what is off by default is left out: contexts of before it was there stay valid
+        if self.direct:
+            keys += ["prefix", "sink_token"]
         return {k: getattr(self, k) for k in keys} | ({"rate_embeddings": self.rates} if self.rate_embeddings else {})
 
     def save(self, folder: Path) -> None:
         """Write `config.json` into a folder."""
         data = {"model_type": "rcc", "format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
+        if not self.direct:  # an rcc that knows no other prefix reads the folder as before
+            del data["prefix"], data["sink_token"]
         (folder / "config.json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
     @classmethod

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from . import fileformat
+from . import fileformat, joining
 from .encoder import Piece, pieces_from
 from .errors import ContextError, InputError
 
@@ -125,6 +125,10 @@ class CompressedContext:
         segment_length: tokens a segment.
         mask: [B, n] bool, False where a shorter text of the batch has a gap; None without gaps.
         versions: of the libraries that made it.
+        rotated: whether the keys are rotated to their positions. Those of a direct prefix are not, and have no sink at
+            the front: the model's `place` makes the decoder's cache of them.
+        repeats: the context of one text that this one holds several times (:meth:`expand`).
+        placed: the decoder's cache that the model made of this context, for the next question.
     """
 
     blocks: KVBlocks
@@ -135,6 +139,9 @@ class CompressedContext:
     segment_length: int
     versions: dict[str, str]
     mask: Tensor | None = None
+    rotated: bool = True
+    repeats: CompressedContext | None = field(default=None, init=False)
+    placed: CompressedContext | None = field(default=None, init=False)
 
     # ---------------------------------------------------------------- what it is
     def __len__(self) -> int:
@@ -264,6 +271,25 @@ class CompressedContext:
         return replace(self, blocks=blocks, length=length, pieces=pieces, mask=mask)
 
     # ---------------------------------------------------------------- other forms of it
+    @property
+    def segments(self) -> tuple[joining.Segment, ...]:
+        """The parts of this context that were read on their own; see :func:`rcc.joining.segments`."""
+        return joining.segments(self)
+
+    def select(self, segments: Sequence[int]) -> CompressedContext:
+        """Some of the segments, in any order; see :func:`rcc.joining.select`."""
+        return joining.select(self, segments)
+
+    @classmethod
+    def join(cls, contexts: Sequence[CompressedContext]) -> CompressedContext:
+        """Several contexts of a direct prefix as one, in that order; see :func:`rcc.joining.join`."""
+        return joining.join(contexts)
+
+    def keep_placed(self, blocks: KVBlocks, length: int, mask: Tensor | None) -> None:
+        """Keep the decoder's cache that a model has made of this context, to be found in `placed`."""
+        placed = replace(self, blocks=blocks, length=length, mask=mask, rotated=True)
+        object.__setattr__(self, "placed", placed)  # as computed from the value, not a part of it
+
     def expand(self, n: int) -> CompressedContext:
         """The one text of this context n times over, for n questions in one batch; shares memory until it is used.
 
@@ -277,7 +303,9 @@ class CompressedContext:
         layers = [(k.expand(n, -1, -1, -1), v.expand(n, -1, -1, -1)) for k, v in self.blocks.layers]
         mask = None if self.mask is None else self.mask.expand(n, -1)
         blocks = KVBlocks(layers, self.length, False, self.blocks.release)
-        return replace(self, blocks=blocks, pieces=self.pieces * n, mask=mask)
+        expanded = replace(self, blocks=blocks, pieces=self.pieces * n, mask=mask)
+        object.__setattr__(expanded, "repeats", self)
+        return expanded
 
     def __getitem__(self, i: int) -> CompressedContext:
         """Text i on its own, without the gaps that a batch gives it; copies it out where there are some."""
@@ -303,8 +331,7 @@ class CompressedContext:
         if not contexts:
             raise InputError("contexts is empty: give at least one.")
         first = contexts[0]
-        if any(c.fingerprint != first.fingerprint for c in contexts):
-            raise ContextError("contexts of different models cannot be stacked: ask each with its own model.")
+        cls.check_one_model(contexts, "stacked")
         length = max(map(len, contexts))
 
         def fill(tensors: Sequence[Tensor]) -> Tensor:
@@ -322,6 +349,14 @@ class CompressedContext:
         pieces = tuple(row for c in contexts for row in c.pieces)
         blocks = KVBlocks(layers, length, writable=True)
         return replace(first, blocks=blocks, length=length, pieces=pieces, mask=None if bool(mask.all()) else mask)
+
+    @staticmethod
+    def check_one_model(contexts: Sequence[CompressedContext], what: str) -> None:
+        """Raise ContextError unless one model made all of them."""
+        names = {c.fingerprint: c.model_name for c in contexts}
+        if len(names) > 1:
+            made = " and ".join(f"{name} ({fingerprint[:12]})" for fingerprint, name in list(names.items())[:2])
+            raise ContextError(f"contexts of different models, {made}, cannot be {what}: use those of one model.")
 
     def _mask(self) -> Tensor:
         if self.mask is not None:
@@ -355,6 +390,7 @@ class CompressedContext:
             "layers": len(self.blocks.layers),
             "pieces": [vars(piece) for piece in self.pieces[0]],
             "versions": self.versions,
+            **({} if self.rotated else {"rotated": False}),
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         tensors = {}
@@ -387,6 +423,9 @@ class CompressedContext:
                 raise TypeError("names that are no text")
             layers = [(tensors.pop(f"keys.{i}"), tensors.pop(f"values.{i}")) for i in range(manifest["layers"])]
             versions, segment_length = dict(manifest["versions"]), int(manifest["segment_length"])
+            rotated = manifest.get("rotated", True)
+            if not isinstance(rotated, bool):
+                raise TypeError("rotated is neither true nor false")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ContextError(f"{path} is damaged: its manifest is not whole ({error}).") from None
         length = sum(piece.positions for piece in pieces)
@@ -398,7 +437,7 @@ class CompressedContext:
         if model is not None:
             model.check_fingerprint(fingerprint, name, str(path))
         blocks = KVBlocks(layers, length, False, release)
-        context = cls(blocks, length, (pieces,), fingerprint, name, segment_length, versions)
+        context = cls(blocks, length, (pieces,), fingerprint, name, segment_length, versions, rotated=rotated)
         target = device if device is not None or model is None else model.device
         moved = context.to(target, None if model is None else model.dtype)
         if moved is context and verify == "full":

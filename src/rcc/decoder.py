@@ -1,6 +1,8 @@
-"""A decoder whose blocks accept a residual at prefix positions: one stateless hook, no copied model code."""
+"""A decoder whose blocks let a prefix change what enters them: one stateless hook, no copied model code."""
 
 from __future__ import annotations
+
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +11,15 @@ from transformers import PreTrainedModel
 from . import backbones
 from .projection import Projections
 
-_KEY = "rcc_residuals"  # travels through the model's keyword arguments to every block
+_KEY = "rcc_prefix"  # travels through the model's keyword arguments to every block
+
+
+class Prefix(Protocol):
+    """What a forward pass hands to every block of a prepared decoder."""
+
+    def enter(self, i: int, hidden: Tensor) -> Tensor:
+        """What enters block i (from 0) in place of `hidden` [B, T, H]."""
+        ...
 
 
 class Residuals:
@@ -29,7 +39,7 @@ class Residuals:
         """The prefix's input embeddings P_0 · h_0, [B, n, H]."""
         return self.projections.project(0, self.states)
 
-    def add(self, i: int, hidden: Tensor) -> Tensor:
+    def enter(self, i: int, hidden: Tensor) -> Tensor:
         """`hidden` [B, T, H], the input of block i (from 0), with P_i's term added to its first n ≤ T positions."""
         if not 0 < i < len(self.projections):
             return hidden
@@ -40,18 +50,18 @@ class Residuals:
         return torch.cat([hidden[:, :n] + term, hidden[:, n:]], 1)
 
 
-def accept_residuals(body: PreTrainedModel) -> None:
-    """Make every block of a decoder's base model look for :class:`Residuals` among its keyword arguments.
+def accept_prefix(body: PreTrainedModel) -> None:
+    """Make every block of a decoder's base model look for a :class:`Prefix` among its keyword arguments.
 
     Stateless, hence safe in threads, under activation checkpointing and in a sharded model.
     """
     for i, block in enumerate(backbones.blocks(body)):
 
-        def add(module: nn.Module, args: tuple, kwargs: dict, i: int = i) -> tuple[tuple, dict] | None:
-            residuals = kwargs.pop(_KEY, None)
-            return None if residuals is None else ((residuals.add(i, args[0]), *args[1:]), kwargs)
+        def enter(module: nn.Module, args: tuple, kwargs: dict, i: int = i) -> tuple[tuple, dict] | None:
+            prefix = kwargs.pop(_KEY, None)
+            return None if prefix is None else ((prefix.enter(i, args[0]), *args[1:]), kwargs)
 
-        block.register_forward_pre_hook(add, with_kwargs=True)
+        block.register_forward_pre_hook(enter, with_kwargs=True)
 
 
 def window_by_position(body: PreTrainedModel) -> None:
@@ -84,6 +94,6 @@ def window_by_position(body: PreTrainedModel) -> None:
     body.register_forward_pre_hook(masks, with_kwargs=True)
 
 
-def residual_arguments(residuals: Residuals) -> dict[str, Residuals]:
-    """Keyword arguments that hand `residuals` to a forward pass of a prepared decoder."""
-    return {_KEY: residuals}
+def prefix_arguments(prefix: Prefix) -> dict[str, Prefix]:
+    """Keyword arguments that hand a prefix to a forward pass of a prepared decoder."""
+    return {_KEY: prefix}

@@ -133,8 +133,10 @@ class _Done(Exception):
 class _Capture:
     """Keeps, of each wanted state, the positions to be read out, while the encoder runs."""
 
-    def __init__(self, wanted: list[int], lengths: list[int], rate: int, device: torch.device, memory: bool):
-        self.wanted, self.rate = wanted, rate
+    def __init__(
+        self, wanted: list[int], lengths: list[int], rate: int, device: torch.device, memory: bool, before: int = 0
+    ):
+        self.wanted, self.rate, self.before = wanted, rate, before  # positions that stand before each segment
         self.states: dict[int, Tensor] = {}
         counts = [-(-n // rate) for n in lengths]
         self.valid: Tensor | None = None  # [segments, m], None: all
@@ -142,7 +144,7 @@ class _Capture:
         if memory or len(set(lengths)) > 1 or lengths[0] % rate:
             ends, order = torch.tensor(lengths, device=device)[:, None], torch.arange(max(counts), device=device)
             # a partial group keeps the state of its last token, so no token is dropped
-            index = ends + order if memory else torch.minimum(rate * (order + 1), ends) - 1
+            index = ends + order if memory else torch.minimum(rate * (order + 1), ends) - 1 + before
             self.index = (torch.arange(len(lengths), device=device)[:, None], index)
             if len(set(counts)) > 1:
                 self.valid = torch.arange(max(counts), device=device) < torch.tensor(counts, device=device)[:, None]
@@ -151,7 +153,11 @@ class _Capture:
         """State i [segments, T, H], the input of block i."""
         if i in self.wanted:
             # both forms copy, so that nothing keeps the positions that are dropped
-            kept = hidden[:, self.rate - 1 :: self.rate].clone() if self.index is None else hidden[self.index]
+            kept = (
+                hidden[:, self.before + self.rate - 1 :: self.rate].clone()
+                if self.index is None
+                else hidden[self.index]
+            )
             self.states[i] = kept
         if i == self.wanted[-1]:
             raise _Done
@@ -164,12 +170,13 @@ def _read(
     wanted: list[int],
     memory: Tensor | None,
     offset: Tensor | None = None,
+    sink: int | None = None,
 ) -> tuple[dict[int, Tensor], Tensor | None]:
     """Run the encoder over a batch of segments → {state: [segments, m, H]} and which of the m are real (None: all)."""
     lengths = [len(segment) for segment in batch]
     device = batch[0].device
     inputs = {"input_ids": pad_sequence(batch, batch_first=True)}
-    if memory is not None or offset is not None:
+    if memory is not None or offset is not None or sink is not None:
         embeds = body.get_input_embeddings()(inputs["input_ids"])
         # training keeps what is learned in float32 beside a base that is not
         if offset is not None:
@@ -179,9 +186,12 @@ def _read(
             memory = memory.to(embeds.dtype)
             rows = [torch.cat([row[:n], memory[: -(-n // rate)]]) for row, n in zip(embeds, lengths, strict=True)]
             embeds = pad_sequence(rows, batch_first=True)
+        if sink is not None:
+            first = body.get_input_embeddings()(torch.tensor([[sink]], device=device)).to(embeds.dtype)
+            embeds = torch.cat([first.expand(len(batch), -1, -1), embeds], 1)
         inputs = {"inputs_embeds": embeds}
     order = torch.arange(next(iter(inputs.values())).shape[1], device=device)[None]
-    capture = _Capture(wanted, lengths, rate, device, memory is not None)
+    capture = _Capture(wanted, lengths, rate, device, memory is not None, before=int(sink is not None))
     token = _capture.set(capture)
     try:
         out = body(**inputs, position_ids=order, use_cache=False)  # a family without positions ignores them
@@ -283,6 +293,7 @@ def encode(
     memory: Tensor | None,
     offset: Tensor | None = None,
     pass_tokens: int | None = None,
+    sink: int | None = None,
 ) -> Iterator[tuple[dict[int, Tensor], Tensor | None, int]]:
     """Read rows of texts segment by segment, all rows in step, a bounded number of segments at a time; what repeats is
     read once (:class:`_Reader`).
@@ -294,6 +305,7 @@ def encode(
         batch_tokens: about how many tokens are read for each set of states that is yielded (at least one segment of
             every text that has one left); None: all at once.
         pass_tokens: about how many of those a forward pass takes; None: all.
+        sink: the token that is read before each segment and not kept (`prefix="direct"`); None: none is.
         memory: [M, H] the memory embeddings of `readout="memory_tokens"`, of which a segment of T tokens is followed
             by the first ceil(T / rate); None: `"strided"`.
         offset: [H] what is added to the tokens' embeddings (`rate_embeddings`); None: nothing.
@@ -310,7 +322,7 @@ def encode(
     size = step * len(rows) if pass_tokens is None else max(1, pass_tokens // config.segment_length)
     kept = _remembered.get()
     remembered = None if kept is None else kept.setdefault((body, rate, *wanted), {})
-    learned = memory, offset
+    learned = memory, offset, sink
     read = _Reader(lambda some: _read(body, some, rate, wanted, *learned), size, config.segment_length, remembered)
     for start in range(0, longest, step):
         parts = [row[start : start + step] for row in split]

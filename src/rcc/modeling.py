@@ -12,13 +12,14 @@ import copy
 import hashlib
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -27,15 +28,17 @@ from . import backbones, checkpoints, fileformat
 from . import encoder as encoding
 from .config import BaseReference, RCCConfig
 from .context import SPARE, BlockLayer, CompressedContext, KVBlocks
-from .decoder import Residuals, accept_residuals, residual_arguments, window_by_position
+from .decoder import Prefix, Residuals, accept_prefix, prefix_arguments, window_by_position
 from .encoder import CompressedVectors, piece_of
 from .errors import ContextError, FileError, InputError, ModelError, WindowError
+from .prefix import BlockInputs, DirectPrefix, ProjectedStates, RecordedStates, place, read_exactly, store
 from .projection import Projections, layer_map
 from .provenance import libraries
 
 logger = logging.getLogger(__name__)
 
 WEIGHTS = "model.safetensors"
+CHAT_START = "<|im_start|>system"
 BATCH_TOKENS = 4096
 """Tokens that the encoder reads in one forward pass, unless told otherwise."""
 CPU_BATCH_TOKENS = 512
@@ -79,23 +82,27 @@ class RCCForCausalLM(nn.Module):
             encoder = copy.deepcopy(decoder.base_model, memo=shared)
         self.encoder = encoder
         readable = backbones.window(self.encoder.config)
-        if config.segment_length + config.memory_length > readable:
+        if config.direct and config.sink_token is None:
+            config.sink_token = 0
+        if config.segment_length + config.memory_length + config.direct > readable:
             behind = f" with its {config.memory_length} memory tokens" if config.memory_length else ""
+            behind = " with the sink before it" if config.direct else behind
             raise InputError(
                 f"segment_length={config.segment_length}{behind} is more than the {readable} positions that the encoder"
                 " can address: use a shorter segment."
             )
         encoding.capture_states(self.encoder)
-        accept_residuals(self.decoder.base_model)
+        accept_prefix(self.decoder.base_model)
         window_by_position(self.decoder.base_model)
         sizes = self.encoder.config.hidden_size, self.decoder.config.hidden_size
         sources = layer_map(self._encoder_depth, len(backbones.blocks(self.decoder.base_model)), config)
-        self.projections = Projections(sources, *sizes).to(self.decoder.device, self.decoder.dtype)
+        self.projections = Projections(sources, *sizes, config.direct).to(self.decoder.device, self.decoder.dtype)
         self.memory = self._new_memory() if config.memory_length else None
         # 0: as long as nothing is learned, no rate differs from any other
         embeds = self.encoder.get_input_embeddings().weight
         rates = embeds.new_zeros(len(config.rates), embeds.shape[1])
         self.rate_embeddings = nn.Parameter(rates) if config.rate_embeddings else None
+        self.sink = self._new_sink() if config.direct else None
         self._add_lora()
         self._freeze()
         self._recorded: tuple[str, tuple[int, ...]] | None = None
@@ -135,6 +142,8 @@ class RCCForCausalLM(nn.Module):
             raise InputError("share_base needs one base for both sides: leave out the decoder, or set it to False.")
         load = {"dtype": dtype or "auto", "attn_implementation": attn_implementation, **kwargs}
         config.base = {}
+        if config.direct and config.sink_token is None:
+            config.sink_token = _first_token(decoder if decoder is not None else encoder)
         lower = _load_base(decoder if decoder is not None else encoder, "decoder", config, load)
         upper = None if config.share_base else _load_base(encoder, "encoder", config, load)
         model = cls(config, upper, lower)
@@ -243,7 +252,7 @@ class RCCForCausalLM(nn.Module):
         return {
             name.replace(".default.", "."): tensor.contiguous()  # "default" is what peft calls our only adapter
             for name, tensor in self.state_dict().items()
-            if name.startswith("projections.") or ".lora_" in name or name in ("memory", "rate_embeddings")
+            if name.startswith("projections.") or ".lora_" in name or name in ("memory", "rate_embeddings", "sink")
         }
 
     def load_own_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -279,6 +288,14 @@ class RCCForCausalLM(nn.Module):
         spread, mean = torch.std_mean(table.float(), 0)
         noise = torch.randn(self.config.memory_length, len(mean), generator=torch.Generator().manual_seed(0))
         return nn.Parameter((mean + 0.1 * spread * noise.to(table.device)).to(table.dtype))
+
+    @torch.no_grad()
+    def _new_sink(self) -> nn.Parameter:
+        """What enters each of the decoder's blocks at the first token of a text, [L, H]: attention rests there."""
+        recorded = RecordedStates()
+        ids = torch.tensor([[self.config.sink_token]], device=self.decoder.device)
+        self.decoder.base_model(input_ids=ids, use_cache=False, **prefix_arguments(recorded))
+        return nn.Parameter(torch.cat([recorded.states[i][0] for i in range(len(recorded.states))]).clone())
 
     def _offset(self, rate: int) -> Tensor | None:
         """What the encoder's token embeddings are shifted by at a rate, [H_encoder]; None: by nothing."""
@@ -437,16 +454,52 @@ class RCCForCausalLM(nn.Module):
 
         def chunks() -> Any:
             wanted = self.projections.states
-            texts = encoding.texts_of(rows, None)
-            for states, valid, done in encoding.encode(
-                self.encoder, texts, rate, self.config, wanted, step, self.memory, self._offset(rate)
-            ):
+            if self._reads_exactly(rate):
+                assert self.sink is not None
+                read: Iterator[tuple[Any, Tensor | None, int]] = read_exactly(
+                    self.decoder.base_model, self.sink, rows, step
+                )
+            else:
+                texts = encoding.texts_of(rows, None)
+                learned = self.memory, self._offset(rate), None, self._sink_token
+                read = encoding.encode(self.encoder, texts, rate, self.config, wanted, step, *learned)
+            for states, valid, done in read:
                 yield states, valid
                 del states, valid  # before the next batch is read
                 if progress is not None:
                     progress(min(done, total), total)
 
         return self._extend(context, pieces, chunks())
+
+    def _reads_exactly(self, rate: int) -> bool:
+        """Whether a text is read by the decoder itself, as it is: a direct prefix at rate 1."""
+        return self.config.direct and rate == 1
+
+    @property
+    def _sink_token(self) -> int | None:
+        return self.config.sink_token if self.config.direct else None
+
+    @torch.no_grad()
+    def place(self, context: CompressedContext) -> CompressedContext:
+        """A context as the decoder's KV cache: the sink, then the keys of a direct prefix rotated to their positions.
+
+        A context of this model that is a cache already, as with a residual prefix, is returned as it is. The result is
+        kept with the context, so that further questions find it.
+        """
+        if context.rotated:
+            return context
+        if context.repeats is not None:
+            return self.place(context.repeats).expand(context.batch_size)
+        if context.placed is None:
+            assert self.sink is not None
+            mask = None if context.mask is None else nn.functional.pad(context.mask, (1, 0), value=True)
+            placed = place(self.decoder.base_model, self.sink, context, mask, SPARE)
+            context.keep_placed(KVBlocks(placed, 1 + len(context), writable=True), 1 + len(context), mask)
+        assert context.placed is not None
+        return context.placed
+
+    def _new_cache(self, capacity: int) -> Cache:
+        return Cache(layers=[BlockLayer(capacity) for _ in backbones.blocks(self.decoder.base_model)])
 
     @torch.no_grad()
     def encode(
@@ -463,13 +516,14 @@ class RCCForCausalLM(nn.Module):
             InputError: an unusable argument.
         """
         rate = self._check_rate(rate)
+        if self._reads_exactly(rate):
+            raise InputError("rate=1 is read by the decoder itself, and there are no vectors of it: use compress.")
         rows = encoding.rows_of(_to(input_ids, self.device), _to(attention_mask, self.device), self._vocabulary)
         wanted = list(range(self._encoder_depth + 1)) if self.config.states == "all" else self.projections.states
         chunks = []
         texts = encoding.texts_of(rows, None)
-        for states, valid, _ in encoding.encode(
-            self.encoder, texts, rate, self.config, wanted, batch_tokens, self.memory, self._offset(rate)
-        ):
+        learned = self.memory, self._offset(rate), None, self._sink_token
+        for states, valid, _ in encoding.encode(self.encoder, texts, rate, self.config, wanted, batch_tokens, *learned):
             block = torch.stack([states[k] for k in wanted], 2)
             chunks.append(block if valid is None else block.masked_fill(~valid[:, :, None, None], 0))
         pieces = tuple(piece_of(row, rate, self.config) for row in rows)
@@ -508,9 +562,7 @@ class RCCForCausalLM(nn.Module):
             context = self._check_context(context, len(pieces))
         self._check_window([piece.positions for piece in pieces], [0] * len(pieces), context)
         if context is None:
-            capacity = min(new + SPARE, max(new, self.window))
-            depth = len(backbones.blocks(self.decoder.base_model))
-            cache = Cache(layers=[BlockLayer(capacity) for _ in range(depth)])
+            cache = self._new_cache(min(new + SPARE, max(new, self.window)))
             mask = self._prefix_pass(cache, None, chunks)
             return CompressedContext(
                 KVBlocks([layer.block for layer in cache.layers], cache.get_seq_length(), writable=True),
@@ -521,6 +573,7 @@ class RCCForCausalLM(nn.Module):
                 self.config.segment_length,
                 libraries(),
                 mask,
+                rotated=not self.config.direct,
             )
         with context.borrow(new, SPARE) as cache:
             mask = self._prefix_pass(cache, context, chunks)
@@ -530,21 +583,39 @@ class RCCForCausalLM(nn.Module):
     def _prefix_pass(self, cache: Cache, context: CompressedContext | None, chunks: Any) -> Tensor | None:
         """Feed prefix vectors to the decoder, chunk by chunk → the mask [B, n] of all entries (None: no gaps)."""
         seen = None if context is None else context.mask
+        feed = self._store_direct if self.config.direct else self._pass_residuals
         for states, valid in chunks:
-            residuals = Residuals(self.projections, states)
-            inputs = residuals.inputs()
-            mask, order = self._order(cache.get_seq_length(), seen, inputs.shape[1], valid, inputs)
-            self.decoder.base_model(
-                inputs_embeds=inputs,
-                attention_mask=mask,
-                position_ids=order,
-                **{backbones.CACHE: cache},
-                use_cache=True,
-                **residual_arguments(residuals),
-            )
+            mask = feed(cache, seen, states, valid)
             seen = None if mask is None else mask.bool()
-            del states, valid, residuals, inputs  # before the next batch is read
+            del states, valid  # before the next batch is read
         return seen
+
+    def _pass_residuals(
+        self, cache: Cache, seen: Tensor | None, states: dict[int, Tensor], valid: Tensor | None
+    ) -> Tensor | None:
+        """Append prefix positions to a cache by a pass through the decoder → the mask of all of its entries."""
+        residuals = Residuals(self.projections, states)
+        inputs = residuals.inputs()
+        mask, order = self._order(cache.get_seq_length(), seen, inputs.shape[1], valid, inputs)
+        self.decoder.base_model(
+            inputs_embeds=inputs,
+            attention_mask=mask,
+            position_ids=order,
+            **{backbones.CACHE: cache},
+            use_cache=True,
+            **prefix_arguments(residuals),
+        )
+        return mask
+
+    def _store_direct(
+        self, cache: Cache, seen: Tensor | None, states: dict[int, Tensor] | RecordedStates, valid: Tensor | None
+    ) -> Tensor | None:
+        """Append prefix positions, keys before rotation, to a cache → the mask of all of its entries."""
+        inputs: BlockInputs = ProjectedStates(self.projections, states) if isinstance(states, dict) else states
+        like = next(iter(states.values() if isinstance(states, dict) else states.states.values()))
+        mask, _ = self._order(cache.get_seq_length(), seen, like.shape[1], valid, like)
+        store(self.decoder.base_model, inputs, cache)
+        return mask
 
     @staticmethod
     def _order(
@@ -649,6 +720,7 @@ class RCCForCausalLM(nn.Module):
             return self._output(logits, labels, logits_to_keep)
         context = self._check_context(context, len(input_ids))
         self._check_window([0] * len(prompts), prompts, context)
+        context = self.place(context)
         mask, order = self._order(len(context), context.mask, new, attention_mask, input_ids)
         with torch.no_grad(), context.borrow(new) as cache:
             logits = self.decoder(
@@ -683,6 +755,10 @@ class RCCForCausalLM(nn.Module):
         texts = encoding.texts_of(rows, mask)
         new = [sum(encoding.positions(len(text), rate, self.config) for text in row) for row in texts]
         self._check_window(new, prompts, None)
+        if self._reads_exactly(rate):
+            if predicted is not None or any(len(row) > 1 for row in texts):
+                raise InputError("rate=1 is read by the decoder itself: without predicted, and one text in each row.")
+            return self._read_to_train(rows, input_ids, attention_mask, labels, logits_to_keep, **kwargs)
         states, valid = self._encode_to_train(texts, rate)
         if predicted is not None:
             input_ids = self._predict(
@@ -701,10 +777,58 @@ class RCCForCausalLM(nn.Module):
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """The decoder's part of a training pass, behind what :meth:`_encode_to_train` gave."""
+        if self.config.direct:
+            assert self.sink is not None
+            direct = DirectPrefix(self.sink, ProjectedStates(self.projections, states), len(input_ids))
+            valid = None if valid is None else nn.functional.pad(valid, (1, 0), value=True)
+            return self._prefixed(
+                direct, direct.block_input(0), valid, input_ids, attention_mask, labels, logits_to_keep, **kwargs
+            )
         residuals = Residuals(self.projections, states)
-        prefix = residuals.inputs()
+        return self._prefixed(
+            residuals, residuals.inputs(), valid, input_ids, attention_mask, labels, logits_to_keep, **kwargs
+        )
+
+    def _read_to_train(
+        self,
+        rows: list[Tensor],
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        labels: Tensor | None,
+        logits_to_keep: Tensor | None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """A training pass at rate 1: the decoder reads the sink, each row's text and its prompt."""
+        assert self.sink is not None
+        sink = DirectPrefix(self.sink, None, len(rows))
+        embed = self.decoder.get_input_embeddings()
+        text = embed(pad_sequence(rows, batch_first=True))
+        front = torch.cat([sink.block_input(0).to(text.dtype), text], 1)
+        lengths = torch.tensor([1 + len(row) for row in rows], device=self.device)
+        valid = torch.arange(front.shape[1], device=self.device) < lengths[:, None]
+        gaps = None if bool(valid.all()) else valid
+        return self._prefixed(sink, front, gaps, input_ids, attention_mask, labels, logits_to_keep, **kwargs)
+
+    def _prefixed(
+        self,
+        blocks: Prefix,
+        prefix: Tensor,
+        valid: Tensor | None,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        labels: Tensor | None,
+        logits_to_keep: Tensor | None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """One pass of the decoder without a cache over a prefix and prompts.
+
+        Args:
+            blocks: what changes the inputs of the blocks.
+            prefix: [B, n, H] the input of the first one, before the prompts'; `valid` [B, n] which of it are real.
+        """
         n = prefix.shape[1]
-        inputs = torch.cat([prefix, self.decoder.get_input_embeddings()(input_ids).to(prefix.dtype)], 1)
+        embeds = self.decoder.get_input_embeddings()(input_ids)
+        inputs = torch.cat([prefix, embeds.to(prefix.dtype)], 1)
         everything = None
         if valid is not None or attention_mask is not None:
             everything = torch.cat(
@@ -721,7 +845,7 @@ class RCCForCausalLM(nn.Module):
             position_ids=order,
             use_cache=False,
             logits_to_keep=input_ids.shape[1] if logits_to_keep is None else n + logits_to_keep,
-            **residual_arguments(residuals),
+            **prefix_arguments(blocks),
             **kwargs,
         ).logits
         return self._output(logits, labels, logits_to_keep)
@@ -756,8 +880,8 @@ class RCCForCausalLM(nn.Module):
         frozen = not any(parameter.requires_grad for parameter in learning if parameter is not None)
         wanted, pass_tokens = self.projections.states, BATCH_TOKENS if frozen else None
         with torch.no_grad() if frozen else contextlib.nullcontext():
-            learned = self.memory, self._offset(rate)
-            read = encoding.encode(self.encoder, texts, rate, self.config, wanted, None, *learned, pass_tokens)
+            learned = self.memory, self._offset(rate), pass_tokens, self._sink_token
+            read = encoding.encode(self.encoder, texts, rate, self.config, wanted, None, *learned)
             ((states, valid, _),) = read
         return states, valid
 
@@ -810,6 +934,7 @@ class RCCForCausalLM(nn.Module):
             if attention_mask is None:  # or transformers takes what looks like padding for padding
                 attention_mask = torch.ones_like(input_ids)
             return self.decoder.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        context = self.place(context)
         mask = self._order(len(context), context.mask, length, attention_mask, input_ids)[0]
         if mask is None:
             mask = torch.ones(len(input_ids), len(context) + length, dtype=torch.long, device=self.device)
@@ -842,7 +967,7 @@ class RCCForCausalLM(nn.Module):
 
     def room(self, reserve: int = SPARE) -> int:
         """Positions of the window for a prefix, beside `reserve` for a question and its answer (at most half of it)."""
-        return self.window - min(reserve, self.window // 2)
+        return self.window - min(reserve, self.window // 2) - self.config.direct
 
     def fitting_rate(self, tokens: list[int], context: CompressedContext | None = None, reserve: int = SPARE) -> int:
         """The lowest trained rate at which texts of these lengths, one behind the other, leave room in the window.
@@ -876,9 +1001,11 @@ class RCCForCausalLM(nn.Module):
     def _check_window(self, new: list[int], prompts: list[int], context: CompressedContext | None) -> None:
         """Raise WindowError if some row's context, new prefix positions and tokens exceed the window."""
         before = [0] * len(new) if context is None else context.lengths
+        sink = int(self.config.direct and (context is not None or max(new) > 0))
         held, positions, tokens = max(zip(before, new, prompts, strict=True), key=sum)
-        if held + positions + tokens > self.window:
-            parts = [f"{held:,} positions of the context"] if held else []
+        if sink + held + positions + tokens > self.window:
+            parts = ["The sink"] if sink else []
+            parts += [f"{held:,} positions of the context"] if held else []
             parts += [f"{positions:,} new prefix positions"] if positions else []
             parts += [f"{tokens:,} tokens of prompt and answer"] if tokens else []
             remedy = (
@@ -932,6 +1059,16 @@ def _load_base(
     named = str(source) in checkpoints.BASES or not Path(source).expanduser().is_dir()
     config.base[side] = BaseReference(str(source if named else path), checkpoints.weights_sha256(path))
     return model
+
+
+def _first_token(source: str | Path | PreTrainedModel) -> int:
+    """The token that a chat begins with, which the base rests its attention on: the chat form's first, by the base's
+    tokenizer; else the model's beginning of text; else 0."""
+    if isinstance(source, PreTrainedModel):
+        token = source.config.bos_token_id
+        return token if isinstance(token, int) else 0
+    tokenizer = checkpoints.load_tokenizer(checkpoints.resolve_base(source))
+    return int(tokenizer(CHAT_START, add_special_tokens=False)["input_ids"][0])
 
 
 def _load_backbone(path: Path, side: str, load: dict[str, Any]) -> PreTrainedModel:

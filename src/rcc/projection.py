@@ -32,20 +32,23 @@ def layer_map(encoder_layers: int, decoder_layers: int, config: RCCConfig) -> li
 class Projections(nn.ModuleList):
     """P_0, P_1, …: one bias-free linear map per fed decoder state.
 
-    P_0 starts as the identity (padded with zeros where widths differ), the others at zero: better everywhere
-    than starting them all at the identity in the runs that made
-    the default model's first weights.
+    Of a residual prefix P_0 starts as the identity (padded with zeros where widths differ), the others at zero: better
+    everywhere than starting them all at the identity in the runs that made the default model's first weights. Of a
+    direct prefix all start as the identity; there, where widths are equal, the weights are the *differences* from it,
+    which 8 bits or bfloat16 hold far better than a matrix with ones in it.
     """
 
-    def __init__(self, sources: list[list[int]], encoder_size: int, decoder_size: int):
+    def __init__(self, sources: list[list[int]], encoder_size: int, decoder_size: int, direct: bool = False):
         super().__init__(nn.Linear(encoder_size, decoder_size, bias=False) for _ in sources)
         self.sources = sources
+        self.from_identity = direct and encoder_size == decoder_size
         with torch.no_grad():
             for i in range(len(sources)):
-                nn.init.eye_(self.weight(i)) if i == 0 else nn.init.zeros_(self.weight(i))
+                identity = (direct or i == 0) and not self.from_identity
+                nn.init.eye_(self.weight(i)) if identity else nn.init.zeros_(self.weight(i))
 
     def weight(self, i: int) -> Tensor:
-        """P_i, [H_decoder, H_encoder]."""
+        """P_i, [H_decoder, H_encoder], or its difference from the identity."""
         return self.get_parameter(f"{i}.weight")
 
     @property
@@ -57,4 +60,5 @@ class Projections(nn.ModuleList):
         """What decoder state i receives: {state number: [B, n, H_encoder]} → [B, n, H_decoder]."""
         source = self.sources[i]
         vectors = states[source[0]] if len(source) == 1 else torch.stack([states[k] for k in source]).mean(0)
-        return self[i](vectors.to(self.weight(i).dtype))
+        vectors = vectors.to(self.weight(i).dtype)
+        return vectors + self[i](vectors) if self.from_identity else self[i](vectors)
