@@ -21,7 +21,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import __version__, allocator
-from .console import Device, Dtype, Json, Model, err, load_model, out, print_json, progress, read_text, status
+from .console import (
+    BUDGET,
+    Budget,
+    Device,
+    Dtype,
+    Json,
+    Model,
+    err,
+    load_model,
+    out,
+    print_json,
+    progress,
+    read_text,
+    status,
+)
 from .errors import FileError, InputError, RCCError
 from .evaluation.cli import app as evaluation
 
@@ -145,7 +159,10 @@ def compress(
     sources: Annotated[list[str], typer.Argument(help="Text files in UTF-8, one after another; - is standard input.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The context file to write.")],
     model: Model = None,
-    rate: Annotated[str, typer.Option(help="Tokens a position, or auto: the lowest trained rate that fits.")] = "auto",
+    rate: Annotated[
+        str, typer.Option(help="Tokens a position, or auto: the lowest trained rate that stays within the budget.")
+    ] = "auto",
+    budget: Budget = BUDGET,
     context: Annotated[Path | None, typer.Option(help="A context file to append to (it stays as it is).")] = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -158,8 +175,27 @@ def compress(
     before = _context_info(context) if context is not None else None
     rcc, tokenizer = load_model(model, device, dtype, before)
     grown = _load_context(context, rcc) if context is not None else None
-    result = _compress(rcc, tokenizer, texts, number, grown)
+    result = _compress(rcc, tokenizer, texts, number, grown, budget)
     result.save(target)
+    err.print(f"{output}: {_describe(result)}", markup=False)
+
+
+@app.command()
+def join(
+    contexts: Annotated[list[Path], typer.Argument(help="Context files of one model with a direct prefix, in order.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The context file to write.")],
+    force: Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")] = False,
+) -> None:
+    """Put contexts together, one after another, without reading any text again."""
+    target = _check_output(output, force)
+    for context in contexts:
+        if os.path.realpath(context) == str(target):
+            raise FileError(f"{output} is one of the contexts to join: name another file for the output.")
+    with status("joining"):
+        from .context import CompressedContext
+
+        result = CompressedContext.join([CompressedContext.load(context) for context in contexts])
+        result.save(target)
     err.print(f"{output}: {_describe(result)}", markup=False)
 
 
@@ -170,6 +206,7 @@ def ask(
     mode: Annotated[str, typer.Option(help="human, reconstruct or compress.")] = "human",
     model: Model = None,
     rate: Annotated[str | None, typer.Option(help="For a text file: as in `rcc compress`.")] = None,
+    budget: Budget = BUDGET,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 128,
     device: Device = None,
     dtype: Dtype = None,
@@ -181,13 +218,13 @@ def ask(
     prompts = [prompting.build(question, mode) for question in questions]
     rcc, tokenizer, source = _open(context, model, rate, device, dtype)
     joined = isinstance(source, str) and prompting.joins(rcc.config, prompts[0])
-    value = None if joined else _context(rcc, tokenizer, source, rate)
+    value = None if joined else _context(rcc, tokenizer, source, rate, budget)
     rows = []
     for question, prompt in zip(questions, prompts, strict=True):
         if len(questions) > 1 and not as_json:
             out.print(question, style="bold", markup=False)
         if joined:  # of use for this question only, so not kept
-            value = _compress(rcc, tokenizer, [f"{source}{prompt.encoder_text}"], _parse_rate(rate), None)
+            value = _compress(rcc, tokenizer, [f"{source}{prompt.encoder_text}"], _parse_rate(rate), None, budget)
             prompt = replace(prompt, encoder_text="")
         streamer = None if as_json else _streamer(tokenizer, prompt)
         instruction, answer = prompting.ask(rcc, tokenizer, value, prompt, max_new_tokens, streamer=streamer)
@@ -202,6 +239,7 @@ def chat(
     context: Annotated[str, typer.Argument(help="A context file, or a text file.")],
     model: Model = None,
     rate: Annotated[str | None, typer.Option(help="For a text file: as in `rcc compress`.")] = None,
+    budget: Budget = BUDGET,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 256,
     device: Device = None,
     dtype: Dtype = None,
@@ -212,7 +250,7 @@ def chat(
     if context == "-":
         raise InputError("a chat reads its questions from standard input: name a file for the text.")
     rcc, tokenizer, source = _open(context, model, rate, device, dtype)
-    value = _context(rcc, tokenizer, source, rate)
+    value = _context(rcc, tokenizer, source, rate, budget)
     typed = sys.stdin.isatty()
     if typed:
         with contextlib.suppress(ImportError):  # input() then edits lines and remembers them
@@ -581,21 +619,26 @@ def _open(
 
 
 def _context(
-    rcc: RCCForCausalLM, tokenizer: PreTrainedTokenizerBase, source: CompressedContext | str, rate: str | None
+    rcc: RCCForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    source: CompressedContext | str,
+    rate: str | None,
+    budget: int,
 ) -> CompressedContext:
     """What :func:`_open` found, as a context: that of a text from the cache, if it was asked before."""
     if not isinstance(source, str):
         return source
     from . import checkpoints
 
-    key = hashlib.sha256(f"{rcc.fingerprint} {rate or 'auto'} {rcc.dtype}\n{source}".encode()).hexdigest()
+    chosen = rate or f"auto {budget}"
+    key = hashlib.sha256(f"{rcc.fingerprint} {chosen} {rcc.dtype}\n{source}".encode()).hexdigest()
     kept = checkpoints.home() / "contexts" / f"{key[:32]}.rcc"
     if kept.exists():
         with contextlib.suppress(RCCError):  # a damaged one is made again
             context = _load_context(kept, rcc)
             err.print(f"read {kept}: {_describe(context)}", markup=False)
             return context
-    context = _compress(rcc, tokenizer, [source], _parse_rate(rate), None)
+    context = _compress(rcc, tokenizer, [source], _parse_rate(rate), None, budget)
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
         context.save(kept)
@@ -611,6 +654,7 @@ def _compress(
     texts: list[str],
     rate: int | None,
     context: CompressedContext | None,
+    budget: int,
 ) -> CompressedContext:
     """Compress texts one after another, each from a segment of its own, at one rate that fits them all."""
     from . import prompting
@@ -619,7 +663,7 @@ def _compress(
         rows = [prompting.token_ids(tokenizer, text) for text in texts]
     lengths = [row.shape[1] for row in rows]
     if rate is None:
-        rate = rcc.fitting_rate(lengths, context)
+        rate = rcc.fitting_rate(lengths, context, budget=budget)
     done, total = 0, sum(lengths)
     with progress("compressing", total) as advance:
         for ids in rows:

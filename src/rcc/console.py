@@ -24,11 +24,16 @@ if TYPE_CHECKING:
 
 DEFAULT_MODEL = "rcc-smollm2-135m"
 PASSKEY_MODEL = "rcc-smollm2-135m-passkey"
+BUDGET = 4096
+"""Positions that a context takes at most where the rate is chosen for it: a first token within a second or so."""
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 Model = Annotated[str | None, typer.Option("--model", help="A shipped model (`rcc models`), a folder, or a hub id.")]
+Budget = Annotated[
+    int, typer.Option(min=1, help="Positions that --rate auto lets a context take, if a trained rate allows it.")
+]
 Device = Annotated[str | None, typer.Option(help="Where to compute: cpu, cuda, … (default: a GPU if there is one).")]
 Dtype = Annotated[
     str | None,

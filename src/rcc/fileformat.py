@@ -36,6 +36,7 @@ _DTYPES = {
     torch.float16: "F16",
     torch.bfloat16: "BF16",
     torch.int64: "I64",
+    torch.int8: "I8",
 }
 
 _NAMES = {name: dtype for dtype, name in _DTYPES.items()}

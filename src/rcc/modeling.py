@@ -12,7 +12,7 @@ import copy
 import hashlib
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig, PreT
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from . import backbones, checkpoints, fileformat
+from . import backbones, checkpoints, fileformat, packing
 from . import encoder as encoding
 from .config import BaseReference, RCCConfig
 from .context import SPARE, BlockLayer, CompressedContext, KVBlocks
@@ -196,7 +196,13 @@ class RCCForCausalLM(nn.Module):
         model._record(config.fingerprint)
         return model
 
-    def save_pretrained(self, folder: str | Path, full: bool = False, dtype: torch.dtype | None = None) -> None:
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        full: bool = False,
+        dtype: torch.dtype | None = None,
+        eight_bits: Collection[str] = (),
+    ) -> None:
         """Write the model: config.json and the weights that are its own (LoRA, projections, embeddings).
 
         A side whose base is frozen is written as a reference to it with its SHA-256; with `full=True`, or where
@@ -204,11 +210,16 @@ class RCCForCausalLM(nn.Module):
 
         Args:
             dtype: of the weights that are written; None: as they are.
+            eight_bits: parts of the model whose matrices are written in 8 bits, `"projections"` or `"lora"` (see
+                :mod:`rcc.packing`); the model takes on what is written.
 
         Raises:
-            FileError: the folder cannot be written.
+            InputError: an unknown part. FileError: the folder cannot be written.
         """
         folder = Path(folder)
+        packed = packing.pack(self.own_state_dict(), eight_bits)
+        if eight_bits:
+            self.load_own_state_dict(packing.unpack(packed))
         config = copy.deepcopy(self.config)
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -217,7 +228,7 @@ class RCCForCausalLM(nn.Module):
                 if full or not frozen or side not in config.base:
                     self._save_base(side, folder / side, dtype)
                     config.base[side] = BaseReference(side, checkpoints.weights_sha256(folder / side))
-            _write_weights({name: tensor.to(dtype=dtype) for name, tensor in self.own_state_dict().items()}, folder)
+            _write_weights({k: t if packing.is_packed(k) else t.to(dtype=dtype) for k, t in packed.items()}, folder)
             config.weights_sha256 = checkpoints.weights_sha256(folder)
             config.fingerprint = self.fingerprint if dtype is None else self._compute_fingerprint(dtype)
             config.save(folder)
@@ -279,7 +290,7 @@ class RCCForCausalLM(nn.Module):
 
         if checkpoints.weights_sha256(folder) != self.config.weights_sha256:
             raise ModelError(f"{folder / WEIGHTS} was changed: its SHA-256 is not the one in config.json.")
-        self.load_own_state_dict(load_file(folder / WEIGHTS))
+        self.load_own_state_dict(packing.unpack(load_file(folder / WEIGHTS)))
 
     def _new_memory(self) -> nn.Parameter:
         """Memory embeddings [M, H_encoder]: the mean of the encoder's embeddings, and a tenth of their spread around
@@ -969,20 +980,30 @@ class RCCForCausalLM(nn.Module):
         """Positions of the window for a prefix, beside `reserve` for a question and its answer (at most half of it)."""
         return self.window - min(reserve, self.window // 2) - self.config.direct
 
-    def fitting_rate(self, tokens: list[int], context: CompressedContext | None = None, reserve: int = SPARE) -> int:
-        """The lowest trained rate at which texts of these lengths, one behind the other, leave room in the window.
+    def fitting_rate(
+        self,
+        tokens: list[int],
+        context: CompressedContext | None = None,
+        reserve: int = SPARE,
+        budget: int | None = None,
+    ) -> int:
+        """The lowest trained rate at which texts of these lengths, one after the other, stay within a budget of
+        positions; where there is none, the lowest at which they leave room in the window.
 
         Args:
             context: to append to.
             reserve: positions to leave for a question and its answer (at most half the window).
+            budget: positions that all of the context may take; None: the window alone decides.
 
         Raises:
             WindowError: they fit at no trained rate.
         """
-        room = self.room(reserve) - (max(context.lengths) if context is not None else 0)
-        for rate in sorted(self.config.rates):
-            if sum(encoding.positions(n, rate, self.config) for n in tokens) <= room:
-                return rate
+        held = max(context.lengths) if context is not None else 0
+        room = self.room(reserve) - held
+        for limit in (room,) if budget is None else (min(room, budget - held), room):
+            for rate in sorted(self.config.rates):
+                if sum(encoding.positions(n, rate, self.config) for n in tokens) <= limit:
+                    return rate
         top = max(self.config.rates)
         raise WindowError(
             f"{sum(tokens):,} tokens do not fit: at the highest trained rate, {top}, they take"
