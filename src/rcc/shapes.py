@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import checkpoints
 from .config import RCCConfig
-from .errors import InputError, ModelError
+from .errors import InputError, ModelError, brief
 
 if TYPE_CHECKING:  # transformers takes seconds to import
     from transformers import PreTrainedConfig
@@ -232,5 +232,5 @@ def _made(keywords: Mapping[str, Any], source: str) -> PreTrainedConfig:
     try:
         return AutoConfig.for_model(family, **settings)
     except Exception as error:  # transformers' own, of values that make no sense
-        why = checkpoints._short(" ".join(str(error).split()))
+        why = brief(" ".join(str(error).split()))
         raise ModelError(f"{source} does not describe a {family} model ({why}).") from error
