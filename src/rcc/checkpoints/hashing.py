@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,19 +54,6 @@ def add_tensor(digest: hashlib._Hash, name: str, tensor: Tensor) -> None:
 
     digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
     digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-
-
-def tensor_hash(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 over a state dict as bfloat16: in name order, each name (UTF-8), then its values' bytes."""
-    import torch
-
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        digest.update(name.encode())
-        # numpy has no bfloat16, hence the view; hashlib takes one dimension only
-        values = state[name].detach().to("cpu", torch.bfloat16).contiguous().view(-1)
-        digest.update(values.view(torch.int16).numpy().data)
-    return digest.hexdigest()
 
 
 def file_sha256(path: Path) -> str:

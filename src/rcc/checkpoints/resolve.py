@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 from ..config import RCCConfig
 from ..errors import ModelError, brief
-from .bases import BASES, ensure_base
+from .bases import BASES
 from .hashing import weight_files
+from .making import ensure_base
 
 if TYPE_CHECKING:  # transformers takes seconds to import: each function imports what it needs
     from transformers import PreTrainedTokenizerBase
