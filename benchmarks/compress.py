@@ -10,7 +10,8 @@ it held once the model was loaded: weights and libraries are not in it, the KV p
 - encoder: the encoder alone over the same segments in the same batches, all layers, nothing kept.
 - prefill: the base reads the text as it is, in one pass with a KV cache, up to its window.
 
-The prefix pass reads one position for every `rate` tokens, so the goal is compress ≥ 0.95 / (1 + 1 / rate) of encoder.
+The prefix pass of a residual prefix reads one position for every `rate` tokens, so its goal is compress ≥ 0.95 /
+(1 + 1 / rate) of encoder. A direct prefix has no such pass: there the goal is 0.95.
 """
 
 import argparse
@@ -99,7 +100,7 @@ def machine() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="rcc-smollm2-135m")
+    parser.add_argument("--model", default="rcc-qwen2.5-0.5b")
     parser.add_argument("--rate", type=int, default=8)
     parser.add_argument("--lengths", default="2048,4096,8192,16384,32768,65536")
     parser.add_argument("--repeats", type=int, default=2)
@@ -113,7 +114,10 @@ def main() -> None:
         print(json.dumps(measure(arguments)))
         return
 
-    goal = 0.95 / (1 + 1 / arguments.rate)
+    from rcc import RCCConfig, checkpoints
+
+    direct = RCCConfig.load(checkpoints.resolve_model(arguments.model)).direct
+    goal = 0.95 if direct else 0.95 / (1 + 1 / arguments.rate)
     rows = [
         "| tokens | encoder, tokens/s | compress, tokens/s | prefill, tokens/s | compress / encoder (goal"
         f" {goal:.2f}) | compress / prefill | compress, peak MB | prefill, peak MB |",

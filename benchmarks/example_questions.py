@@ -1,69 +1,89 @@
-"""Ten questions about the example text, asked with its context, with another text's, and with none.
+"""Ten questions about the example book, asked of the part around each answer, of its chapter, and of the whole book.
 
-    python benchmarks/example_questions.py [--model M] [--rate R] [--modes human,compress] [--markdown OUT.md]
+    python benchmarks/example_questions.py [--model M] [--scopes 1900,chapter,book] [--rates 1,2,4,8] [--controls]
+                                           [--markdown OUT.md]
 
-Prints the mean F1 of each (greedy answers) and every answer. The wrong context is this repository's LICENSE; "none" is
-the same decoder, LoRA included, that reads the question alone.
+Prints how many of ten answers (greedy, mode `human`) are right, that is reach F1 0.5, their mean F1, and every answer.
+A scope is a number of tokens around the answer, `chapter` or `book`. A rate at which a scope does not fit the window
+is left out. `--controls` asks the wrong text (this repository's LICENSE) and no text too.
 """
 
 import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
-from rcc import RCCForCausalLM, allocator, load_tokenizer, prompting
+from rcc import RCCForCausalLM, WindowError, allocator, load_tokenizer, prompting
 from rcc.evaluation.metrics import f1
+from rcc.precision import computing
 
 ROOT = Path(__file__).resolve().parent.parent
+RIGHT = 0.5
+
+
+def part(text: str, row: dict, scope: str, tokenizer) -> str:
+    """The part of the book that a question is asked of."""
+    at = text.index(row["where"])
+    if scope == "book":
+        return text
+    if scope == "chapter":
+        second = text.index("CHAPTER II")
+        return text[:second] if at < second else text[second:]
+    before = prompting.token_ids(tokenizer, text[:at])[0]
+    after = prompting.token_ids(tokenizer, text[at:])[0]
+    half = int(scope) // 2
+    return tokenizer.decode(before[-half:]) + tokenizer.decode(after[: int(scope) - min(half, len(before))])
+
+
+def answers(model, tokenizer, rows: list[dict], texts: list[str | None], rate: int) -> Iterator[str]:
+    """The answer to each question, asked of its own text."""
+    contexts = {}
+    for row, text in zip(rows, texts, strict=True):
+        if text is not None and text not in contexts:
+            contexts = {text: model.compress(prompting.token_ids(tokenizer, text), rate=rate)}
+        context = None if text is None else contexts[text]
+        yield prompting.ask(model, tokenizer, context, prompting.build(row["question"], "human"), max_new_tokens=48)[1]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="rcc-smollm2-135m")
-    parser.add_argument("--rate", type=int, help="default: the lowest trained one that fits")
-    parser.add_argument("--modes", default="human,reconstruct,compress")
+    parser.add_argument("--model", default="rcc-qwen2.5-0.5b")
+    parser.add_argument("--scopes", default="1900,chapter,book")
+    parser.add_argument("--rates", default="1,2,4,8")
+    parser.add_argument("--controls", action="store_true")
     parser.add_argument("--markdown", type=Path, help="also write the tables here")
     arguments = parser.parse_args()
     allocator.configure()
     model = RCCForCausalLM.from_pretrained(arguments.model)
+    model.to(computing(model.dtype, "cpu"))
     tokenizer = load_tokenizer(arguments.model)
     text = (ROOT / "examples/simple-susan.txt").read_text(encoding="utf-8")
     lines = (ROOT / "examples/simple-susan.questions.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
-    ids = prompting.token_ids(tokenizer, text)
-    rate = arguments.rate or model.fitting_rate([ids.shape[1]])
-    contexts = {
-        "right": model.compress(ids, rate=rate),
-        "wrong": model.compress(prompting.token_ids(tokenizer, (ROOT / "LICENSE").read_text()), rate=rate),
-        "none": None,
-    }
-    modes = arguments.modes.split(",")
-    table = [
-        f"| context (rate {rate}) | {' | '.join(f'F1, {mode}' for mode in modes)} |",
-        "|---|" + "---:|" * len(modes),
-    ]
-    answers = ["| question | accepted | " + " | ".join(f"{mode}, right context" for mode in modes) + " |"]
-    answers.append("|---|---|" + "---|" * len(modes))
-    given: dict[str, list[str]] = {}
-    for name, context in contexts.items():
-        cells = []
-        for mode in modes:
-            if context is None and mode != "human":  # without a context only the decoder can be asked
-                cells.append("–")
-                continue
-            score = 0.0
-            for row in rows:
-                prompt = prompting.build(row["question"], mode)
-                answer = prompting.ask(model, tokenizer, context, prompt, max_new_tokens=64)[1]
-                score += f1(answer, row["answers"]) / len(rows)
-                if name == "right":
-                    given.setdefault(row["question"], []).append(answer)
-            cells.append(f"{score:.3f}")
-        table.append(f"| {name} | {' | '.join(cells)} |")
+    table = ["| asked of | rate | right | mean F1 |", "|---|---:|---:|---:|"]
+    details = ["| question | accepted | asked of | answer |", "|---|---|---|---|"]
+
+    def measure(scope: str, rate: int, texts: list[str | None]) -> None:
+        try:
+            given = list(answers(model, tokenizer, rows, texts, rate))
+        except WindowError:
+            return
+        scores = [f1(answer, row["answers"]) for answer, row in zip(given, rows, strict=True)]
+        right = sum(score >= RIGHT for score in scores)
+        table.append(f"| {scope} | {rate if texts[0] else '–'} | {right} | {sum(scores) / len(rows):.3f} |")
         print(table[-1], flush=True)
-    for row in rows:
-        cells = [row["question"], row["answers"][0], *given[row["question"]]]
-        answers.append("| " + " | ".join(cell.replace("\n", " ").replace("|", "\\|") for cell in cells) + " |")
-    result = "\n".join([*table, "", *answers]) + "\n"
+        for row, answer in zip(rows, given, strict=True):
+            cells = [row["question"], row["answers"][0], f"{scope}, {rate}×", answer]
+            details.append("| " + " | ".join(cell.replace("\n", " ").replace("|", "\\|") for cell in cells) + " |")
+
+    for scope in arguments.scopes.split(","):
+        name = f"{scope} tokens around the answer" if scope.isdigit() else f"its {scope}"
+        for rate in map(int, arguments.rates.split(",")):
+            measure(name, rate, [part(text, row, scope, tokenizer) for row in rows])
+    if arguments.controls:
+        measure("another text", 4, [(ROOT / "LICENSE").read_text()] * len(rows))
+        measure("no text", 4, [None] * len(rows))
+    result = "\n".join([*table, "", *details[:2], *sorted(details[2:])]) + "\n"
     print(f"\n{result}")
     if arguments.markdown:
         arguments.markdown.write_text(result, encoding="utf-8")

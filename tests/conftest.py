@@ -78,8 +78,10 @@ THREADS = 1 if WORKER else 2
 def threads() -> Iterator[None]:
     """Whatever a test did with torch's threads does not slow down the next one."""
     torch.set_num_threads(THREADS)
+    os.environ["RCC_MODEL"] = "rcc-smollm2-135m"  # the default is four times as large; test_default_model.py has it
     yield
     torch.set_num_threads(THREADS)
+    os.environ["RCC_MODEL"] = "rcc-smollm2-135m"  # the default is four times as large; test_default_model.py has it
 
 
 @pytest.fixture(autouse=True)
@@ -109,6 +111,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(THREADS)
+    os.environ["RCC_MODEL"] = "rcc-smollm2-135m"  # the default is four times as large; test_default_model.py has it
     if WORKER:
         os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The trainer's state → a model folder.
 
-    export.py STATE BASE OUT [--rates 4,1,2,8,16] [--segment 1024] [--name rcc-qwen2.5-0.5b] [--eight-bits projections,lora]
+export.py STATE BASE OUT [--rates 4,1,2,8,16] [--segment 1024] [--name rcc-qwen2.5-0.5b] [--eight-bits projections,lora]
 """
 
 import argparse

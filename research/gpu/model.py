@@ -11,6 +11,7 @@ is causal; the loss never holds all logits.
 
 Shapes: B texts of N tokens in segments of T, n = N / rate prefix positions, X decoder tokens, H hidden size, L blocks.
 """
+
 from __future__ import annotations
 
 import math
@@ -80,12 +81,15 @@ def compile_ops(device, shape) -> str:
         with torch.no_grad():
             for m in (48, 96, 160):  # the second size makes rows dynamic, widths stay fixed
                 w, h, gu = new(shape.hidden), new(m, shape.hidden), new(m, 2 * shape.inner)
-                y, r = made["_rms"](h, w, shape.eps); made["_rms_back"](y, h, w, r)
-                y = made["_swiglu"](gu); made["_swiglu_back"](y, gu)
+                y, r = made["_rms"](h, w, shape.eps)
+                made["_rms_back"](y, h, w, r)
+                y = made["_swiglu"](gu)
+                made["_swiglu_back"](y, gu)
                 for heads in (shape.heads, shape.kv_heads):
                     angle = torch.randn(m, 1, shape.head // 2, device=device).to(torch.bfloat16)
                     made["_rotate"](new(m // 16, m, heads, shape.head), angle, angle)
-        if device.type == "cuda": torch.cuda.synchronize()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
         OPS.update(made)
         return "compiled"
     except Exception as error:  # a missing compiler, a driver: eager is slower and right
@@ -188,7 +192,9 @@ class WideLinear(nn.Module):
         total, into = weight.shape
         self.A = nn.Parameter(torch.randn(rank * len(outs), into) / math.sqrt(into))
         self.B = nn.Parameter(torch.zeros(total, rank))
-        self.register_buffer("wide", torch.cat([weight, weight.new_zeros(total, rank * len(outs))], 1), persistent=False)
+        self.register_buffer(
+            "wide", torch.cat([weight, weight.new_zeros(total, rank * len(outs))], 1), persistent=False
+        )
         self.register_buffer("a", torch.zeros_like(self.A, dtype=weight.dtype), persistent=False)
         self.register_buffer("bias", bias, persistent=False)
 
@@ -235,7 +241,9 @@ class Block(nn.Module):
         bias = torch.cat([w[f"self_attn.{x}_proj.bias"] for x in "qkv"]) if "self_attn.q_proj.bias" in w else None
         self.qkv = WideLinear(torch.cat([w[f"self_attn.{x}_proj.weight"] for x in "qkv"]), bias, shape.qkv, rank)
         self.o = WideLinear(w["self_attn.o_proj.weight"], None, (shape.hidden,), rank)
-        self.gu = WideLinear(torch.cat([w["mlp.gate_proj.weight"], w["mlp.up_proj.weight"]]), None, (shape.inner, shape.inner), rank)
+        self.gu = WideLinear(
+            torch.cat([w["mlp.gate_proj.weight"], w["mlp.up_proj.weight"]]), None, (shape.inner, shape.inner), rank
+        )
         self.down = WideLinear(w["mlp.down_proj.weight"], None, (shape.hidden,), rank)
 
     def forward(self, h, cos, sin, before=None):
@@ -256,7 +264,11 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, h, head, y, w, chunk):
-        total, hits, seen = h.new_zeros((), dtype=torch.float32), h.new_zeros((), dtype=torch.float32), w.sum().clamp(min=1e-6)
+        total, hits, seen = (
+            h.new_zeros((), dtype=torch.float32),
+            h.new_zeros((), dtype=torch.float32),
+            w.sum().clamp(min=1e-6),
+        )
         grad = torch.empty_like(h)
         for i in range(0, len(h), chunk):
             hc, yc, wc = h[i : i + chunk], y[i : i + chunk], w[i : i + chunk]
@@ -289,8 +301,12 @@ class RCC(nn.Module):
     def __init__(self, base: dict, shape: Shape, rates: list[int], sink: int, rank: int = 16):
         super().__init__()
         self.shape, self.rates, self.first = shape, rates, sink
-        block = lambda i: {k[len(f"model.layers.{i}.") :]: v for k, v in base.items() if k.startswith(f"model.layers.{i}.")}
-        self.encoder = nn.ModuleList(Block(block(i), shape, rank) for i in range(shape.layers - 1))  # the last one feeds nothing
+        block = lambda i: {
+            k[len(f"model.layers.{i}.") :]: v for k, v in base.items() if k.startswith(f"model.layers.{i}.")
+        }
+        self.encoder = nn.ModuleList(
+            Block(block(i), shape, rank) for i in range(shape.layers - 1)
+        )  # the last one feeds nothing
         self.decoder = nn.ModuleList(Block(block(i), shape, rank) for i in range(shape.layers))
         self.register_buffer("embed", base["model.embed_tokens.weight"], persistent=False)
         self.register_buffer("norm", base["model.norm.weight"], persistent=False)
@@ -299,8 +315,12 @@ class RCC(nn.Module):
         self.angles = {}
         self.refresh()
         with torch.no_grad():  # what the base makes of its first token alone: attention rests there
-            h = self.embed[self.first][None, None]; cos, sin = self.rotary(1); states = [h]
-            for block in self.encoder: h = block(h, cos, sin); states.append(h)
+            h = self.embed[self.first][None, None]
+            cos, sin = self.rotary(1)
+            states = [h]
+            for block in self.encoder:
+                h = block(h, cos, sin)
+                states.append(h)
             self.sink = nn.Parameter(torch.stack([t[0, 0].float() for t in states]))
 
     @property
@@ -309,7 +329,8 @@ class RCC(nn.Module):
 
     def refresh(self):
         for m in self.modules():
-            if isinstance(m, WideLinear): m.refresh()
+            if isinstance(m, WideLinear):
+                m.refresh()
 
     def rotary(self, T):
         if T not in self.angles:
@@ -326,7 +347,10 @@ class RCC(nn.Module):
         rate: one for all segments, or a list of S.
         """
         B, S, T = ids.shape
-        if not S: return [p.to(self.dtype).expand(B, 1, -1) for p in self.sink[:, None]]  # the text is among what the decoder reads
+        if not S:
+            return [
+                p.to(self.dtype).expand(B, 1, -1) for p in self.sink[:, None]
+            ]  # the text is among what the decoder reads
         each = rate if isinstance(rate, list) else [rate] * S
         at = torch.cat([s * (T + 1) + torch.arange(r, T + 1, r) for s, r in enumerate(each)]).to(ids.device)
         h = self.embed[ids] + self.rate_embeddings[[self.rates.index(r) for r in each]].to(self.dtype)[:, None]
@@ -334,9 +358,14 @@ class RCC(nn.Module):
         cos, sin = self.rotary(T + 1)
         out = []
         for i, p in enumerate(self.P):
-            kept = h[:, rate::rate].reshape(B, -1, h.shape[-1]) if rate is not each else h.view(B, -1, h.shape[-1]).index_select(1, at)
+            kept = (
+                h[:, rate::rate].reshape(B, -1, h.shape[-1])
+                if rate is not each
+                else h.view(B, -1, h.shape[-1]).index_select(1, at)
+            )
             out.append(torch.cat([self.sink[i].to(h.dtype).expand(B, 1, -1), F.linear(kept, p.to(h.dtype))], 1))
-            if i < len(self.encoder): h = self.encoder[i](h, cos, sin)
+            if i < len(self.encoder):
+                h = self.encoder[i](h, cos, sin)
         return out
 
     def decode(self, prefix, x):
@@ -354,8 +383,12 @@ class RCC(nn.Module):
         return _Loss.apply(h.reshape(-1, h.shape[-1]).index_select(0, at), self.embed, y, w, chunk)
 
     # ------------------------------------------------------------ as the project names them
-    NAMES = {"qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "o": ("self_attn.o_proj",),
-             "gu": ("mlp.gate_proj", "mlp.up_proj"), "down": ("mlp.down_proj",)}
+    NAMES = {
+        "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        "o": ("self_attn.o_proj",),
+        "gu": ("mlp.gate_proj", "mlp.up_proj"),
+        "down": ("mlp.down_proj",),
+    }
 
     def tensors(self):
         """Every learnt tensor by a name of its own, as views of the parameters."""
@@ -378,7 +411,8 @@ class RCC(nn.Module):
     def load(self, state):
         mine = dict(self.tensors())
         assert set(mine) == set(state), sorted(set(mine) ^ set(state))[:4]
-        for k, v in mine.items(): v.copy_(state[k].to(v.device))
+        for k, v in mine.items():
+            v.copy_(state[k].to(v.device))
         self.refresh()
 
     def flops(self, context, n, targets, decoder):
@@ -387,4 +421,9 @@ class RCC(nn.Module):
         s = self.shape
         body = 2 * (sum(s.qkv) * s.hidden + s.hidden * s.hidden + 3 * s.inner * s.hidden)
         enc = context * (s.layers - 1) if n else 0
-        return 2 * body * (enc + decoder * s.layers) + 2 * 2 * sum(s.qkv) * s.hidden * n * s.layers + 3 * 2 * s.hidden**2 * n * s.layers + 2 * 2 * targets * self.embed.shape[0] * s.hidden
+        return (
+            2 * body * (enc + decoder * s.layers)
+            + 2 * 2 * sum(s.qkv) * s.hidden * n * s.layers
+            + 3 * 2 * s.hidden**2 * n * s.layers
+            + 2 * 2 * targets * self.embed.shape[0] * s.hidden
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Collection, Iterator
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
     from .modeling import RCCForCausalLM
 
-DEFAULT_MODEL = "rcc-smollm2-135m"
+DEFAULT_MODEL = "rcc-qwen2.5-0.5b"
 PASSKEY_MODEL = "rcc-smollm2-135m-passkey"
 BUDGET = 4096
 """Positions that a context takes at most where the rate is chosen for it: a first token within a second or so."""
@@ -130,11 +131,16 @@ def load_model(
         quiet.set_verbosity_error()
         quiet.disable_progress_bar()
         device, kind = check_device(device), check_dtype(dtype)
-        name = DEFAULT_MODEL if name is None else name
+        name = default_model() if name is None else name
         rcc = RCCForCausalLM.from_pretrained(name, device=device, dtype=kind, progress=say)
         if kind is None:
             rcc.to(computing(rcc.dtype, device))
         return rcc, checkpoints.load_tokenizer(name)
+
+
+def default_model() -> str:
+    """The model that is used where none is named: $RCC_MODEL, else :data:`DEFAULT_MODEL`."""
+    return os.environ.get("RCC_MODEL") or DEFAULT_MODEL
 
 
 def check_device(name: str | None) -> str:

@@ -12,7 +12,6 @@ from typing import Annotated, Any
 import typer
 
 from ..console import (
-    DEFAULT_MODEL,
     PASSKEY_MODEL,
     Device,
     Dtype,
@@ -20,6 +19,7 @@ from ..console import (
     Model,
     check_device,
     check_dtype,
+    default_model,
     err,
     load_model,
     out,
@@ -359,11 +359,11 @@ def resources(
             **({} if kind is None else {"dtype": kind}),
         )
     else:
-        subject = task.trained(model or DEFAULT_MODEL, kind)
+        subject = task.trained(model or default_model(), kind)
     place = check_device(device) if shape is None or random else "cpu"
     ids = None
     if text is not None:
-        tokenizer = checkpoints.load_tokenizer(model or DEFAULT_MODEL)
+        tokenizer = checkpoints.load_tokenizer(model or default_model())
         ids = prompting.token_ids(tokenizer, text)[0].numpy()
     with progress("cells", 1, "cells") as advance:
         results = task.resources(
