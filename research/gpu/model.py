@@ -376,11 +376,13 @@ class RCC(nn.Module):
             h = block(h, cos, sin, None if prefix is None else prefix[i])
         return RMSNorm.apply(h, self.norm, self.shape.eps)
 
-    def forward(self, ids, rate, x, at, y, w, chunk=4096):
+    def forward(self, ids, rate, x, at, y, w, chunk=None):
         """ids [B, S, T] (None: plain), x [B, X], at [M] the places in [B · X] with a target, y, w [M] the token that
         follows and its weight → loss, accuracy."""
         h = self.decode(None if ids is None else self.encode(ids, rate), x)
-        return _Loss.apply(h.reshape(-1, h.shape[-1]).index_select(0, at), self.embed, y, w, chunk)
+        return _Loss.apply(
+            h.reshape(-1, h.shape[-1]).index_select(0, at), self.embed, y, w, chunk or (4096 if x.is_cuda else 512)
+        )
 
     # ------------------------------------------------------------ as the project names them
     NAMES = {
