@@ -37,11 +37,12 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.timeout(1800)  # an installation, and the model for every command
-def test_readme(copy: Path, tmp_path: Path, default_base: Path) -> None:
-    """One shell runs the blocks from top to bottom, as a reader would; the base is there already, contexts are not."""
+def test_readme(copy: Path, tmp_path: Path) -> None:
+    """One shell runs the blocks from top to bottom, as a reader would; only the bases are there already."""
     home = tmp_path / "home"
     (home / "bases").mkdir(parents=True)
-    (home / "bases" / default_base.name).symlink_to(default_base)
+    for name in checkpoints.BASES:
+        (home / "bases" / name).symlink_to(checkpoints.ensure_base(name))
     script, programs = ["set -e"], []
     for language, block in BLOCKS:
         if language == "python":
@@ -51,7 +52,7 @@ def test_readme(copy: Path, tmp_path: Path, default_base: Path) -> None:
     (copy / "readme.py").write_text("\n".join(programs), encoding="utf-8")
     script.append("python readme.py")
     # this is the longest test: it may take all cores, also where tests run side by side
-    outside = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    outside = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "RCC_MODEL")}
     done = subprocess.run(
         ["bash", "-c", "\n".join(script)],
         cwd=copy,
@@ -83,4 +84,4 @@ def test_links() -> None:
 
 
 def test_shipped_models_are_in_the_package() -> None:
-    assert "rcc-smollm2-135m" in checkpoints.shipped_models()
+    assert {"rcc-qwen2.5-0.5b", "rcc-smollm2-135m"} <= set(checkpoints.shipped_models())

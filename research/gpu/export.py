@@ -45,7 +45,7 @@ def main():
     parser.add_argument("--segment", type=int, default=1024)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--name", default="rcc-qwen2.5-0.5b")
-    parser.add_argument("--eight-bits", default="projections")
+    parser.add_argument("--eight-bits", default="projections,lora")
     args = parser.parse_args()
     rates = [int(rate) for rate in args.rates.split(",")]
     config = RCCConfig(

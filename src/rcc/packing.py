@@ -1,4 +1,4 @@
-"""Matrices in 8 bits, in a model's file: a row's values as whole numbers of a step of its own.
+"""Matrices in 8 bits, in a model's file: the values of a row, or of a column, as whole numbers of a step of its own.
 
 What is stored of a direct prefix's projections is their difference from the identity, so that the steps are small. The
 weights in memory are ordinary again; this is about the size of a file.
@@ -19,7 +19,9 @@ PARTS = {"projections": lambda name: name.startswith("projections."), "lora": la
 
 
 def pack(state: Mapping[str, Tensor], parts: Collection[str]) -> dict[str, Tensor]:
-    """A state with the matrices of some parts in 8 bits: for each its whole numbers and a step a row, in float32.
+    """A state with the matrices of some parts in 8 bits: for each its whole numbers and its steps, in float32.
+
+    A step belongs to a row, or to a column where there are fewer of these: so one belongs to each rank of LoRA.
 
     Raises:
         InputError: an unknown part.
@@ -33,7 +35,8 @@ def pack(state: Mapping[str, Tensor], parts: Collection[str]) -> dict[str, Tenso
             packed[name] = tensor
             continue
         values = tensor.detach().float()
-        step = (values.abs().amax(1, keepdim=True) / 127).clamp(min=1e-30)
+        across = int(values.shape[0] <= values.shape[1])
+        step = (values.abs().amax(across, keepdim=True) / 127).clamp(min=1e-30)
         packed[name + _NUMBERS], packed[name + _STEPS] = (values / step).round().to(torch.int8), step
     return packed
 
@@ -48,7 +51,7 @@ def unpack(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in state.items():
         if name.endswith(_NUMBERS):
             step = state.get(name.removesuffix(_NUMBERS) + _STEPS)
-            if step is None or step.shape != (len(tensor), 1):
+            if step is None or step.shape not in ((len(tensor), 1), (1, tensor.shape[1])):
                 raise ModelError(f"the model's weights lack the steps of {name}: get the model again.")
             plain[name.removesuffix(_NUMBERS)] = tensor.float() * step
         elif not name.endswith(_STEPS):
