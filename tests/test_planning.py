@@ -269,6 +269,24 @@ def test_activations(way: tuple[int, list[str], bool, torch.dtype, str]) -> None
     assert real < (found.checkpointed if recompute else found.kept) < 1.5 * real
 
 
+@pytest.mark.parametrize("rate", [1, 8])
+def test_activations_of_a_direct_prefix(rate: int) -> None:
+    """As of any other; at rate 1 the decoder reads what the encoder would."""
+    shape = make_backbone("qwen2", 6, 64, vocab_size=512).config
+    config = RCCConfig(
+        segment_length=64, rates=[8, 1], prefix="direct", share_base=True, encoder_lora_rank=4, decoder_lora_rank=4
+    )
+    batch = Batch(4, 192, rate, 96)
+    found = planning.activations(Blueprint(config, shape, None, torch.float32), batch)
+    model = RCCForCausalLM.from_base(make_backbone("qwen2", 6, 64, vocab_size=512), config=config)
+    freeze(model, (), torch.float32)
+    real = allocated(model, batch, torch.float32)
+    assert real < found.kept < 1.5 * real
+    built = Blueprint(config, shape, None, torch.float32).build()
+    assert planning._added(built)["sink"] == 6 * 64
+    assert planning.position_bytes(built) == model.compress(torch.tensor([tokens(40)]), rate=8).nbytes // 5
+
+
 @pytest.mark.parametrize("depths", [(5, 5), (4, 6), (6, 4)])
 def test_three_blocks_stand_for_all(depths: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     upper, lower = make_backbone("gpt_neox", depths[0], 32).config, make_backbone("gpt_neox", depths[1]).config

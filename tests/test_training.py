@@ -42,9 +42,10 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from conftest import VOCABULARY, make_backbone, randomise
-from rcc import RCCForCausalLM, allocator, cli, modeling
+from rcc import InputError, RCCForCausalLM, allocator, cli, modeling
 from rcc.training import checkpointing, trainer
 from rcc.training.batches import Batches, Corpora, Samples, Schedule
+from rcc.training.groups import freeze, group_of, learned
 from rcc.training.objective import Objective, divergence
 from rcc.training.recipe import Distillation, Group, Recipe, build
 
@@ -162,6 +163,15 @@ def separate(world: Path, shared: Settings) -> Settings:
     stage = {**shared["stages"][0], "gradient_checkpointing": True}
     run = {**shared["run"], "dtype": "bfloat16"}
     return {**shared, "model": model, "stages": [stage], "run": run}
+
+
+@pytest.fixture(scope="module")
+def direct(shared: Settings) -> Settings:
+    """The first stage of `shared` with a direct prefix: some batches are read exactly, others in tasks that could hand
+    over several texts or read predictions."""
+    tasks = {"reconstruction": {"share": 2, "predicted": 0.5}, "instruction": {"share": 2, "own_segment": 1.0}}
+    recipe = changed(shared, stages=shared["stages"][:1], stages__0__tasks=tasks)
+    return changed(recipe, model__prefix="direct", model__rates=[4, 1], model__rate_embeddings=True)
 
 
 # ---------------------------------------------------------------- running it
@@ -640,6 +650,28 @@ def test_predictions_at_some_rates_only(samples_of, shared: Settings) -> None:
         assert ("predicted" in batch) == (batch["rate"] == 4)
 
 
+def test_what_is_read_exactly_is_one_text_without_predictions(samples_of, direct: Settings) -> None:
+    """At rate 1 of a direct prefix: the same tokens otherwise, and at 4x what the task made of them."""
+    tasks = {"reconstruction": {"share": 1, "predicted": 1}, "instruction": {"share": 1, "modes": {"compress": 1}}}
+    tasks["instruction"] |= {"own_segment": 1, "distractors": 0}
+    recipe = changed(direct, stages__0__tasks=tasks, stages__0__lengths=[48])
+    exact, whole = samples_of(recipe), samples_of(changed(recipe, model__prefix="residual"))
+    apart = set()
+    for i in range(32):
+        got, wanted = exact.batch(i), whole.batch(i)
+        parts = int(wanted.get("context_mask", torch.ones(1)).max())
+        if got["rate"] == 1:
+            assert "predicted" not in got
+            assert int(got.get("context_mask", torch.ones(1)).max()) == 1
+            wanted.pop("predicted", None)
+            keys = [key for key in wanted if key != "context_mask"]
+            assert same({k: got[k] for k in keys}, {k: wanted[k] for k in keys})
+            apart.add((got["kind"].partition("@")[0], parts))
+        else:
+            assert same(got, wanted)
+    assert apart == {("reconstruction", 1), ("instruction", 2)}
+
+
 def test_a_budget_of_tokens(shared: Settings) -> None:
     """As many steps as bring the context tokens of all processes to the budget."""
     for lengths, world in (([32], 1), ([32, 40], 1), ([32, 40], 3)):
@@ -974,6 +1006,16 @@ def test_ask_works_on_a_trained_model(runs: Runs, world: Path, tmp_path: Path) -
         assert (said["model"], said["answers"][0]["question"]) == ("tiny", "which?")
 
 
+def test_the_sink_learns_with_the_projections(fresh) -> None:
+    """And is frozen with them."""
+    model = fresh(prefix="direct", rate_embeddings=True)
+    groups = {name.partition(".")[0]: group_of(name) for name in learned(model)}
+    assert groups["sink"] == groups["projections"] == "projections"
+    assert groups["rate_embeddings"] == "encoder"
+    freeze(model, ["projections"], torch.float32)
+    assert not model.sink.requires_grad
+
+
 # ---------------------------------------------------------------- going on after an end
 POINTS: dict[str, tuple[str, int]] = {
     "while the first checkpoint is written": ("rcc.training.checkpointing:_flush", 2),
@@ -1008,9 +1050,10 @@ def test_a_run_that_is_killed_goes_on_to_the_same_digits(killed, finished: Path,
     assert not list(output.rglob("*.tmp"))
 
 
-def test_a_run_that_is_killed_again_and_again(separate: Settings, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["separate", "direct"])
+def test_a_run_that_is_killed_again_and_again(separate: Settings, direct: Settings, tmp_path: Path, kind: str) -> None:
     """At any moment, wherever it is."""
-    recipe = changed(separate, stages__0__max_steps=24, run__save_steps=3)
+    recipe = changed({"separate": separate, "direct": direct}[kind], stages__0__max_steps=24, run__save_steps=3)
     random.seed(5)
     whole, output = start(recipe, tmp_path / "whole"), tmp_path / "run"
     for moment in [random.uniform(0, 0.3) for _ in range(4)]:
@@ -1198,6 +1241,16 @@ def test_a_model_of_another_make_is_refused(refusal, shared: Settings, finished:
     refusal(states, "--init", finished, words=words, output=tmp_path / "states")
 
 
+@pytest.mark.parametrize(("prefix", "other"), [("direct", "residual"), ("residual", "direct")])
+def test_a_model_with_another_prefix_is_refused(direct: Settings, tmp_path: Path, prefix: str, other: str) -> None:
+    place = trainer.Place(torch.device("cpu"), 0, 1)
+    made, wanted = (build(Recipe, changed(direct, model__prefix=p), "") for p in (other, prefix))
+    trainer.make_model(made, None, place).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=f"model.prefix is '{prefix}', but .* was made with '{other}'"):
+        trainer.make_model(wanted, str(tmp_path), place)
+    assert trainer.make_model(made, str(tmp_path), place).config.prefix == other
+
+
 def test_what_cannot_begin_leaves_no_folder(refusal, shared: Settings, finished: Path) -> None:
     """Otherwise the corrected command would be told that there is a run already."""
     refusal(changed(shared, model__states="last"), "--init", finished)
@@ -1277,9 +1330,28 @@ def several(shared: Settings, separate: Settings, tmp_path_factory: pytest.TempP
 @pytest.mark.parametrize("kind", ["lora", "whole"])
 def test_two_processes_learn_what_one_learns(several: Several, kind: str, how: str) -> None:
     """With twice the batch: the same losses, steps and weights, but for rounding."""
-    outputs = several.two[f"{kind}-{how}"], several.one[kind]
-    two, one = (losses(output) for output in outputs)
-    assert len(one) == len(two) == 5 + 4 + 4
+    assert len(losses(several.one[kind])) == 5 + 4 + 4
+    assert_close(several.two[f"{kind}-{how}"], several.one[kind])
+
+
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_two_processes_read_exactly(direct: Settings, tmp_path: Path, fsdp: bool) -> None:
+    """Batches that reach neither encoder nor projections, among others that do."""
+    tasks = {"reconstruction": {"share": 1}, "continuation": {"share": 1}}
+    recipe = changed(direct, stages__0__tasks=tasks, stages__0__lengths=[32], run__fsdp=fsdp)
+    begun = pair(recipe, tmp_path / "two")
+    begun.append(start(changed(recipe, stages__0__batch_tokens=192, run__fsdp=False), tmp_path / "one"))
+    for process in begun:
+        process.end().ok()
+    kinds = {kind.partition("/")[2] for row in losses(tmp_path / "one") for kind in row.get("kind", "").split()}
+    assert kinds == {"1x", "4x"}
+    assert_close(tmp_path / "two", tmp_path / "one")
+
+
+def assert_close(output: Path, reference: Path) -> None:
+    """The same losses, steps and weights, but for rounding."""
+    outputs = output, reference
+    two, one = (losses(folder) for folder in outputs)
     for a, b in zip(two, one, strict=True):
         assert (a["stage"], a["step"], a["tokens"], a.get("kind")) == (
             b["stage"],

@@ -303,6 +303,9 @@ class RCCForCausalLM(nn.Module):
     @torch.no_grad()
     def _new_sink(self) -> nn.Parameter:
         """What enters each of the decoder's blocks at the first token of a text, [L, H]: attention rests there."""
+        if self.decoder.device.type == "meta":  # a plan: shapes alone, and transformers' masks look at values
+            size = len(backbones.blocks(self.decoder.base_model)), self.decoder.config.hidden_size
+            return nn.Parameter(torch.empty(size, dtype=self.dtype))
         recorded = RecordedStates()
         ids = torch.tensor([[self.config.sink_token]], device=self.decoder.device)
         self.decoder.base_model(input_ids=ids, use_cache=False, **prefix_arguments(recorded))
@@ -815,10 +818,11 @@ class RCCForCausalLM(nn.Module):
         embed = self.decoder.get_input_embeddings()
         text = embed(pad_sequence(rows, batch_first=True))
         front = torch.cat([sink.block_input(0).to(text.dtype), text], 1)
-        lengths = torch.tensor([1 + len(row) for row in rows], device=self.device)
-        valid = torch.arange(front.shape[1], device=self.device) < lengths[:, None]
-        gaps = None if bool(valid.all()) else valid
-        return self._prefixed(sink, front, gaps, input_ids, attention_mask, labels, logits_to_keep, **kwargs)
+        lengths, valid = [1 + len(row) for row in rows], None
+        if min(lengths) < front.shape[1]:
+            ends = torch.tensor(lengths, device=self.device)[:, None]
+            valid = torch.arange(front.shape[1], device=self.device) < ends
+        return self._prefixed(sink, front, valid, input_ids, attention_mask, labels, logits_to_keep, **kwargs)
 
     def _prefixed(
         self,

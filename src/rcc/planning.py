@@ -211,7 +211,9 @@ def _run(blueprint: Blueprint, batch: Batch, frozen: Collection[str], recompute:
     width = model.encoder.config.hidden_size
     shape = batch.rows, segments // batch.rows * -(-length // batch.rate), width
     learning = any(p.requires_grad for name, p in model.named_parameters() if name.startswith(("encoder", "memory")))
-    scans = learning and model.encoder.config.model_type in backbones.STATE_SPACE
+    exactly = blueprint.config.direct and batch.rate == 1  # by the decoder itself
+    scans = learning and not exactly and model.encoder.config.model_type in backbones.STATE_SPACE
+    state = 0
     live = _Live()
     live.adopt(model)
     marks: dict[str, list[tuple[int, int]]] = {"encoder": [], "decoder": []}
@@ -223,16 +225,21 @@ def _run(blueprint: Blueprint, batch: Batch, frozen: Collection[str], recompute:
         for block in backbones.blocks(body):  # before our other hooks, so that what they keep is the block's
             block.register_forward_pre_hook(partial(note, side), prepend=True)
     with live, torch.autocast("cpu", blueprint.dtype, enabled=blueprint.dtype != torch.float32):
-        if learning and not scans:
-            ids = [torch.zeros(length, dtype=torch.long)] * segments
-            read, _ = encoding._read(model.encoder, ids, batch.rate, wanted, model.memory)
-            states = {k: h.reshape(shape) for k, h in read.items()}
-            del read
-        else:
-            states = {k: torch.empty(shape, dtype=blueprint.dtype, requires_grad=learning) for k in wanted}
-        state = next(iter(states.values())).nbytes
         prompt = torch.zeros(batch.rows, batch.target, dtype=torch.long)
-        out = model._decode_to_train(states, None, prompt, None, prompt, None)
+        if exactly:
+            texts = [torch.zeros(batch.tokens, dtype=torch.long)] * batch.rows
+            out = model._read_to_train(texts, prompt, None, prompt, None)
+        else:
+            if learning and not scans:
+                ids = [torch.zeros(length, dtype=torch.long)] * segments
+                sink = blueprint.config.sink_token
+                read, _ = encoding._read(model.encoder, ids, batch.rate, wanted, model.memory, sink=sink)
+                states = {k: h.reshape(shape) for k, h in read.items()}
+                del read
+            else:
+                states = {k: torch.empty(shape, dtype=blueprint.dtype, requires_grad=learning) for k in wanted}
+            state = next(iter(states.values())).nbytes
+            out = model._decode_to_train(states, None, prompt, None, prompt, None)
     after = live.now
     with live:
         torch.autograd.grad(out.loss, out.logits)  # logits are in memory most often on the way back
@@ -333,7 +340,9 @@ class Reading:
                     states = {k: torch.empty(1, batch, width, dtype=model.dtype) for k in model.projections.states}
                 else:
                     ids = [torch.zeros(length, dtype=torch.long)] * segments
-                    read, _ = encoding._read(model.encoder, ids, rate, model.projections.states, model.memory)
+                    read, _ = encoding._read(
+                        model.encoder, ids, rate, model.projections.states, model.memory, sink=config.sink_token
+                    )
                     states = {k: h.reshape(1, -1, width)[:, :batch] for k, h in read.items()}
                 yield states, None
                 del states
@@ -451,6 +460,8 @@ def _added(model: RCCForCausalLM) -> dict[str, int]:
     """Parameters beside the decoder's base, by what they are."""
     base = {id(p) for p in model.decoder.parameters()}
     added = {"projections": sum(p.numel() for p in model.projections.parameters())}
+    if model.sink is not None:
+        added["sink"] = model.sink.numel()
     for side, body in (("encoder", model.encoder), ("decoder", model.decoder)):
         lora = [p for name, p in body.named_parameters() if ".lora_" in name]
         adapters = {id(p) for p in lora}
@@ -508,6 +519,7 @@ def lines(data: dict[str, Any]) -> Iterator[str]:
     base = data["backbone"]["parameters"]
     names = {
         "projections": "projections",
+        "sink": "sink",
         "encoder": f"encoder, {'a second copy' if data['encoder'] is None else data['encoder']['name']}",
         "lora_encoder": f"{data['learns']}, encoder",
         "lora_decoder": f"{data['learns']}, decoder",

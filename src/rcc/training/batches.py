@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from ..errors import InputError
 from .data import Corpus, Interleave, QuestionStream, Row, TextStream, open_questions, open_text, split
 from .recipe import Recipe, Stage
-from .tasks import Marks, Sample, collate, collate_plain
+from .tasks import Marks, Sample, collate, collate_plain, read_exactly
 
 
 @dataclass(frozen=True)
@@ -204,6 +204,8 @@ class Samples:
         distillation = self.stage.distillation
         teacher = distillation is not None and kind.task in distillation.tasks
         samples = [self.stage.tasks[kind.task].at(kind.rate, sample) for sample in samples]
+        if self.recipe.reads_exactly(kind.rate):
+            samples = [read_exactly(sample) for sample in samples]
         return {**collate(samples, self.marks.eos, teacher), "rate": kind.rate, "kind": str(kind)}
 
 

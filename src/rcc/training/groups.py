@@ -11,10 +11,14 @@ if TYPE_CHECKING:
     from ..modeling import RCCForCausalLM
 
 
+OF_GROUP = {"memory": "encoder", "rate_embeddings": "encoder", "sink": "projections"}
+"""Parameters that stand alone, and their groups: the sink enters the decoder's blocks, as what is projected."""
+
+
 def group_of(name: str) -> str:
-    """The group of a parameter, by its name in the model."""
+    """Return the group of a parameter, by its name in the model."""
     part = name.partition(".")[0]
-    return "encoder" if part in ("memory", "rate_embeddings") else part
+    return OF_GROUP.get(part, part)
 
 
 def learned(model: RCCForCausalLM) -> dict[str, nn.Parameter]:

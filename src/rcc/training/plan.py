@@ -96,13 +96,15 @@ def flops(model: RCCForCausalLM, stage: Stage) -> float:
     A forward pass takes 2 FLOP a weight and token, the way back 2 more for the activations and 2 for weights that
     learn.
     """
-    rows = read = prefix = 0.0
+    rows = read = prefix = projected = 0.0
     for (_, length, compression), share in stage.kinds().items():
         samples = stage.rows(length)
         rows += share * samples
-        read += share * samples * length
         prefix += share * samples * length / compression
-    tokens = {"encoder": 0.0 if stage.plain else read, "decoder": prefix + rows * stage.target_tokens}
+        if not stage.plain and not (model.config.direct and compression == 1):  # else the decoder itself reads
+            read += share * samples * length
+            projected += share * samples * length / compression
+    tokens = {"encoder": read, "decoder": prefix + rows * stage.target_tokens}
     total = 0.0
     for side, body in (("encoder", model.encoder), ("decoder", model.decoder.base_model)):
         weights = learning = 0
@@ -115,7 +117,7 @@ def flops(model: RCCForCausalLM, stage: Stage) -> float:
         total += tokens[side] * passes
     head = model.decoder.config.vocab_size * model.decoder.config.hidden_size
     projections = sum(p.numel() for p in model.projections.parameters())
-    return total + rows * stage.target_tokens * 4 * head + (0 if stage.plain else prefix * 4 * projections)
+    return total + rows * stage.target_tokens * 4 * head + projected * 4 * projections
 
 
 def stage_activations(model: Blueprint, stage: Stage) -> int:

@@ -30,7 +30,8 @@ from .tasks import TASKS, Task
 
 BUDGETS = ("max_tokens", "max_steps", "max_minutes")
 GROUPS = ("encoder", "projections", "decoder")
-"""Groups of parameters, each with a learning rate and a schedule of its own; memory tokens belong to the encoder."""
+"""Groups of parameters, each with a learning rate and a schedule of its own: memory tokens and rate embeddings belong
+to the encoder, the sink of a direct prefix to the projections."""
 
 
 @dataclass
@@ -49,6 +50,8 @@ class ModelSettings:
     decoder: str | None = None
     segment_length: int = 2048
     rates: list[int] = field(default_factory=lambda: [32])
+    prefix: str = "residual"
+    sink_token: int | None = None
     states: str = "all"
     readout: str = "strided"
     rate_embeddings: bool = False
@@ -365,6 +368,10 @@ class Recipe:
                     _check(not value, f"stages.{i}.tasks.{name}.{option}", value, "0 with run.fsdp")
                 if task.reads and not getattr(self.data, task.reads):
                     raise InputError(f"stages.{i}.tasks.{name} needs data.{task.reads}, which is empty: add a source.")
+
+    def reads_exactly(self, rate: int) -> bool:
+        """Whether contexts at a rate are read by the decoder itself, as they are: 1 with a direct prefix."""
+        return self.model.prefix == "direct" and rate == 1
 
     @classmethod
     def load(cls, path: str | Path, overrides: list[str] | None = None) -> Recipe:

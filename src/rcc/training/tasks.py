@@ -821,6 +821,14 @@ def _written(rows: Sequence[tuple[np.ndarray, Sample]], pad: int) -> dict[str, T
     }
 
 
+def read_exactly(sample: Sample) -> Sample:
+    """Return a sample as a decoder learns from it that reads the context itself, at rate 1 of a direct prefix.
+
+    Its pieces become one text, the form in which a question at hand is given; and there are no predictions of its own.
+    """
+    return replace(sample, pieces=(np.concatenate(sample.pieces),), predicted=None)
+
+
 def describe(sample: Sample, tokenizer: PreTrainedTokenizerBase, most: int = 160) -> str:
     """A sample to be read by people: its parts as text, pieces longer than `most` tokens without their middle."""
     lines = [sample.task]

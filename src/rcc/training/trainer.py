@@ -123,9 +123,9 @@ def make_model(recipe: Recipe, init: str | None, place: Place) -> RCCForCausalLM
         model = RCCForCausalLM.from_base(settings.encoder, settings.decoder, config, **load)
     else:
         model = RCCForCausalLM.from_pretrained(init, **load)
-        for key in ("states", "readout", "layer_map", "segment_padding"):
+        for key in ("prefix", "states", "readout", "layer_map", "segment_padding"):
             _same(key, getattr(config, key), getattr(model.config, key), init)
-        for key in ("share_base", "encoder_lora_rank", "decoder_lora_rank", "lora_alpha"):
+        for key in ("share_base", "encoder_lora_rank", "decoder_lora_rank", "lora_alpha", "sink_token"):
             if getattr(config, key) is not None:  # not set: as it is there
                 _same(key, getattr(config, key), getattr(model.config, key), init)
         model.config.name, model.config.segment_length = config.name, config.segment_length
@@ -255,7 +255,8 @@ class StageTrainer(Trainer):
             seed=recipe.seed,
             use_cpu=device.type == "cpu",
             ddp_backend=None if place.world == 1 else "nccl" if device.type == "cuda" else "gloo",
-            ddp_find_unused_parameters=False,
+            # a batch that is read exactly reaches neither encoder nor projections
+            ddp_find_unused_parameters=any(recipe.reads_exactly(rate) for rate in stage.all_rates),
         )
         super().__init__(model=objective, args=settings, callbacks=[_Steps(self)])
         self.remove_callback(transformers.PrinterCallback)
