@@ -194,6 +194,29 @@ def test_every_context_is_what_it_says(tiny, backbone, expected, documents, meas
                 assert row["bleu"] == metrics.bleu(words(new), words(span[10:]))
 
 
+def test_every_context_of_a_direct_prefix_is_what_it_says(tiny, documents, measuring):
+    """Accuracy behind the real and the shuffled context, computed once more without a cache; at rate 1, too."""
+    model = tiny(prefix="direct")
+    run = measuring(model, rates=[4, 1], batch=3)
+    texts = [ids[:LENGTH] for ids in documents]
+    with torch.no_grad():
+        for row in collect(run).rows:
+            key = row["key"]
+            if key["context"] not in ("real", "shuffled"):
+                continue
+            text, start = texts[key["document"]], key["start"]
+            terms = ref.direct_terms(model, text, key["rate"])
+            order = torch.arange(len(terms[0]))
+            if key["context"] == "shuffled":
+                order = torch.randperm(len(order), generator=torch.Generator().manual_seed(0))
+            span = text[start : start + 10 + TARGET]
+            fixed = [torch.cat([sink[None], term[order]]) for sink, term in zip(model.sink, terms, strict=True)]
+            embeds = model.decoder.get_input_embeddings()(torch.tensor(span))
+            hidden = model.decoder.model.norm(ref.run_blocks(model.decoder, fixed, embeds)[1])
+            logits = model.decoder.lm_head(hidden)[9:-1]
+            assert row["loss"] == pytest.approx(F.cross_entropy(logits, torch.tensor(span[10:])).item(), rel=1e-4)
+
+
 def test_a_base_is_read_without_a_trace(fresh, backbone):
     """Within `base_decoder` the decoder is its base; behind it all is as before: results, fingerprint, what learns."""
     model, base = fresh(), backbone("llama", seed=1)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from .encoder import Piece
 from .errors import ContextError, InputError
@@ -74,14 +75,28 @@ def select(context: CompressedContext, chosen: Sequence[int]) -> CompressedConte
     for number in chosen:
         if not isinstance(number, int) or not 0 <= number < len(parts):
             raise InputError(f"segments has {number!r}, but the context's segments are 0 to {len(parts) - 1}.")
-    index = torch.cat([torch.arange(parts[k].start, parts[k].stop) for k in chosen]).to(context.device)
-    layers = []
+    index = torch.cat([torch.arange(parts[k].start, parts[k].stop) for k in chosen])
+    pieces = tuple(_pieces([parts[k] for k in chosen], context))
+    return replace(positions(context, index), pieces=(pieces,))
+
+
+def positions(context: CompressedContext, index: Tensor) -> CompressedContext:
+    """A context of some positions of another, in any order; its pieces are the other's.
+
+    Args:
+        context: of one text.
+        index: [n], numbers of positions.
+
+    Raises:
+        InputError: a context of several texts. ContextError: its positions depend on one another.
+    """
+    _check(context, "cut")
+    index, layers = index.to(context.device), []
     for i in range(len(context.blocks.layers)):
         keys, values = (t.index_select(2, index) for t in context.layer(i))
         layers.append((keys, values))
         context.blocks.release()
-    pieces = tuple(_pieces([parts[k] for k in chosen], context))
-    return replace(context, blocks=_blocks(layers, len(index)), length=len(index), pieces=(pieces,), mask=None)
+    return replace(context, blocks=_blocks(layers, len(index)), length=len(index), mask=None)
 
 
 def join(contexts: Sequence[CompressedContext]) -> CompressedContext:
@@ -109,7 +124,7 @@ def join(contexts: Sequence[CompressedContext]) -> CompressedContext:
     return replace(first, blocks=_blocks(layers, length), length=length, pieces=(pieces,), mask=None)
 
 
-def _blocks(layers: list[tuple[torch.Tensor, torch.Tensor]], length: int) -> KVBlocks:
+def _blocks(layers: list[tuple[Tensor, Tensor]], length: int) -> KVBlocks:
     from .context import KVBlocks
 
     return KVBlocks(layers, length, writable=True)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import encoder as encoding
-from .. import prompting
+from .. import joining, prompting
 from ..config import RCCConfig
 from ..context import CompressedContext
 from ..encoder import CompressedVectors
@@ -321,8 +321,12 @@ class Reconstruction:
             return "there is no other document"
         return None
 
-    def _compress(self, length: int, number: int, rate: int) -> tuple[CompressedVectors, CompressedContext]:
-        vectors = self.model.encode(self.documents[length][number][None], rate=rate)
+    def _compress(self, length: int, number: int, rate: int) -> tuple[CompressedVectors | None, CompressedContext]:
+        """A document's vectors, where the order of its positions matters to their making, and its context."""
+        ids = self.documents[length][number][None]
+        if self.model.config.direct:
+            return None, self.model.compress(ids, rate=rate)
+        vectors = self.model.encode(ids, rate=rate)
         return vectors, self.model.prefix(vectors)
 
     def _context(self, kind: str, length: int, number: int, rate: int | None) -> CompressedContext | None:
@@ -334,7 +338,10 @@ class Reconstruction:
         if kind == "wrong":
             number = self.documents[length].another(number)
         vectors, context = self._compressed(length, number, rate)
-        return shuffled(self.model, vectors, self.protocol.seed) if kind == "shuffled" else context
+        if kind != "shuffled":
+            return context
+        order = another_order(len(context), self.protocol.seed)
+        return joining.positions(context, order) if vectors is None else reordered(self.model, vectors, order)
 
     def _measure(
         self, length: int, number: int, rate: int | None, kinds: list[str]
@@ -409,17 +416,18 @@ class Reconstruction:
         return notes
 
 
-def shuffled(model: RCCForCausalLM, vectors: CompressedVectors, seed: int) -> CompressedContext:
-    """The context of one text's compressed vectors in a random order that is not their own: position j of the prefix
-    reads another one's states, of all layers together.
-
-    Args:
-        vectors: at least two.
-    """
-    generator, own = torch.Generator().manual_seed(seed), torch.arange(vectors.states.shape[1])
+def another_order(count: int, seed: int) -> Tensor:
+    """A random order of at least two positions, [count], that is not their own."""
+    generator, own = torch.Generator().manual_seed(seed), torch.arange(count)
     order = own
     while torch.equal(order, own):
         order = torch.randperm(len(own), generator=generator)
+    return order
+
+
+def reordered(model: RCCForCausalLM, vectors: CompressedVectors, order: Tensor) -> CompressedContext:
+    """The context of one text's compressed vectors in another order: position j reads the states of vector
+    order[j], of all layers together."""
     states = vectors.states[:, order.to(vectors.states.device)]
     return model.prefix(replace(vectors, states=states))
 
