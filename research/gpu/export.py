@@ -15,9 +15,8 @@ TRAINED = [1, 2, 4, 8, 16, 32]
 """The trainer's rates, in the order of the rows of its rate embeddings."""
 
 
-def renamed(state, model, rates):
-    """The state by the names of the project's model, which has adapters on the encoder's last block too: at zero, as
-    it feeds nothing."""
+def renamed(state, rates):
+    """The state by the names of the project's model."""
     mine = {}
     for name, tensor in state.items():
         if name.startswith("projections."):
@@ -29,10 +28,6 @@ def renamed(state, model, rates):
         elif name == "rate_embeddings":
             tensor = tensor[[TRAINED.index(rate) for rate in rates]]
         mine[name] = tensor
-    last = f"encoder.layers.{len(model.encoder.layers) - 1}."
-    for name, tensor in model.own_state_dict().items():
-        if name not in mine and name.startswith(last):
-            mine[name] = torch.zeros_like(tensor)
     return mine
 
 
@@ -59,7 +54,7 @@ def main():
         lora_alpha=args.rank,
     )
     model = RCCForCausalLM.from_base(args.base, config=config, dtype=torch.bfloat16)
-    model.load_own_state_dict(renamed(load_file(args.state), model, rates))
+    model.load_own_state_dict(renamed(load_file(args.state), rates))
     model.save_pretrained(args.out, eight_bits=[part for part in args.eight_bits.split(",") if part])
     print(args.out)
 

@@ -17,11 +17,8 @@ def main():
     parser.add_argument("out")
     args = parser.parse_args()
     model = RCCForCausalLM.from_pretrained(args.model, dtype=torch.float32)
-    last = f"encoder.layers.{len(model.encoder.layers) - 1}."
     state = {}
     for name, tensor in model.own_state_dict().items():
-        if name.startswith(last):  # feeds nothing, and the trainer does not have it
-            continue
         name = name.removesuffix(".weight").replace("decoder.model.layers.", "decoder.layers.")
         if name.startswith("projections."):
             tensor = tensor + torch.eye(len(tensor))

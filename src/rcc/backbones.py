@@ -78,12 +78,12 @@ def blocks(body: PreTrainedModel) -> Any:
     return getattr(body, BLOCKS[body.config.model_type])
 
 
-def linear_names(body: PreTrainedModel) -> list[str]:
+def linear_names(body: PreTrainedModel, depth: int | None = None) -> list[str]:
     """Names of the linear layers in the blocks that LoRA goes on (all, but see :data:`STATE_SPACE`), relative to the
-    base model."""
+    base model; with a depth, those of as many first blocks."""
     family = body.config.model_type
     ends = STATE_SPACE.get(family, ("",))
-    linear = [name for name, m in blocks(body).named_modules() if isinstance(m, nn.Linear)]
+    linear = [name for name, m in blocks(body)[:depth].named_modules() if isinstance(m, nn.Linear)]
     return [f"{BLOCKS[family]}.{name}" for name in linear if name.endswith(ends)]
 
 

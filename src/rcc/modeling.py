@@ -349,7 +349,9 @@ class RCCForCausalLM(nn.Module):
             rank = getattr(self.config, f"{side}_lora_rank") or 0
             if rank:
                 alpha = self.config.lora_alpha or rank
-                names = backbones.linear_names(body)
+                # a direct prefix is made of the inputs of blocks: the last of an encoder's feed nothing
+                used = max(self.projections.states) if side == "encoder" and self.config.direct else None
+                names = backbones.linear_names(body, used)
                 settings = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=names)
                 inject_adapter_in_model(settings, body)
 
