@@ -12,6 +12,17 @@ first four, and the process's peak memory.
 - warmstart: the model and samples of that script in a bare loop, with the same sizes (where it is at hand; FOLDER as
   its `tokens` command makes it).
 
+    python benchmarks/train.py --parts [--blocks 6] [--steps 12] [--threads 1]
+
+takes the step of a direct model apart instead: random weights of Qwen2.5-0.5B's shape, with so many of its 24 blocks,
+which read 1,024 context tokens at 4x and learn 511 targets. The head is the whole model's, so its part of a step is
+larger than there.
+
+- all logits: the decoder's own head and torch's cross_entropy, as where the head learns.
+- in chunks: the head for losses, as `rcc train` computes them where the head is frozen.
+- in chunks, cut: with 48,000 of the 151,936 tokens (`run.vocabulary: data`).
+- the same without LoRA: projections, sink and rate embeddings alone learn; the difference is LoRA's.
+
 Text: `--text FILE` (default: examples/simple-susan.txt), reconstruction only, so that all do the same work.
 """
 
@@ -118,6 +129,52 @@ def warmstart(arguments: argparse.Namespace) -> None:
     print(json.dumps({"speed": tokens / (time.perf_counter() - start)}))
 
 
+PARTS = ("all logits", "in chunks", "in chunks, cut", "in chunks, cut, no LoRA")
+
+
+def part(arguments: argparse.Namespace) -> None:
+    """Steps of a direct model in this process, as `arguments.part` says; prints JSON."""
+    from rcc import allocator
+
+    allocator.configure()
+    import torch
+
+    from rcc import RCCConfig, shapes
+    from rcc.planning import Blueprint
+    from rcc.precision import computing
+    from rcc.training.groups import freeze
+    from rcc.training.head import FrozenHead
+    from rcc.training.objective import Objective
+
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    shape, dtype = shapes.find("qwen2.5-coder-0.5b"), computing(torch.bfloat16, torch.device("cpu"))
+    shape.num_hidden_layers = arguments.blocks
+    shape.layer_types = shape.layer_types[: arguments.blocks]
+    rank = 0 if "no LoRA" in arguments.part else 16
+    config = RCCConfig(1024, [4], "direct", rate_embeddings=True)
+    config.share_base, config.encoder_lora_rank, config.decoder_lora_rank = True, rank, rank
+    model = Blueprint(config, shape, None, dtype).build("cpu")
+    freeze(model, (), dtype)
+    used = torch.arange(0, 144_000, 3)
+    if "chunks" in arguments.part:
+        head = model.decoder.get_output_embeddings().weight
+        model.loss_head = FrozenHead(head, used if "cut" in arguments.part else None)
+    objective = Objective(model, dtype).train()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+    start = 0.0
+    for step in range(arguments.steps):
+        if step == WARM:
+            start = time.perf_counter()
+        context, prompt = (used[torch.randint(len(used), (1, n))] for n in (1024, 512))
+        objective(prompt, prompt, torch.arange(511), context, 4)["loss"].backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    print(json.dumps({"speed": 1024 * (arguments.steps - WARM) / (time.perf_counter() - start)}))
+
+
 def train(arguments: argparse.Namespace, processes: int) -> dict[str, float]:
     """`rcc train` in a process, or several, of its own."""
     with tempfile.TemporaryDirectory() as folder:
@@ -161,23 +218,31 @@ def main() -> None:
     parser.add_argument("--warmstart")
     parser.add_argument("--warmstart-data")
     parser.add_argument("--markdown", type=Path, help="also write the table here")
-    parser.add_argument("--kind", choices=["loop", "warmstart"], help=argparse.SUPPRESS)
+    parser.add_argument("--parts", action="store_true", help="take the step of a direct model apart")
+    parser.add_argument("--blocks", type=int, default=6, help="with --parts: of the base")
+    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
+    parser.add_argument("--kind", choices=["loop", "warmstart", "part"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.kind:
-        {"loop": loop, "warmstart": warmstart}[arguments.kind](arguments)
+        {"loop": loop, "warmstart": warmstart, "part": part}[arguments.kind](arguments)
         return
 
-    def own(kind: str) -> dict[str, float]:
-        output, memory = child([sys.executable, __file__, *sys.argv[1:], "--kind", kind])
+    def own(kind: str, *more: str) -> dict[str, float]:
+        output, memory = child([sys.executable, __file__, *sys.argv[1:], "--kind", kind, *more])
         return {**json.loads(output.splitlines()[-2]), "bytes": memory}
 
-    rows = ["| | context tokens/s | of the loop | peak memory, GB |", "|---|---:|---:|---:|"]
+    rows = [
+        f"| | context tokens/s | of {PARTS[0] if arguments.parts else 'the loop'} | peak memory, GB |",
+        "|---|---:|---:|---:|",
+    ]
     print(*rows, sep="\n", flush=True)
     kinds: dict[str, Callable[[], dict[str, float]]] = {
         "loop": lambda: own("loop"),
         "train": lambda: train(arguments, 1),
     }
-    for processes in map(int, filter(str.isdigit, arguments.processes.split(","))):
+    if arguments.parts:
+        kinds = {name: partial(own, "part", "--part", name) for name in PARTS}
+    for processes in map(int, filter(str.isdigit, "" if arguments.parts else arguments.processes.split(","))):
         kinds[f"train, {processes} processes (memory of one)"] = partial(train, arguments, processes)
     if arguments.warmstart:
         kinds["warmstart"] = lambda: own("warmstart")

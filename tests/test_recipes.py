@@ -38,11 +38,12 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Any:
         tokenizer.save_pretrained(folder)
         shape = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
         if family not in STATE_SPACE:
-            shape |= {"num_attention_heads": 4, "max_position_embeddings": 1024, "pad_token_id": 0}
+            shape |= {"num_attention_heads": 4, "max_position_embeddings": 4096, "pad_token_id": 0}
         shape |= {
             "mamba": {"state_size": 4, "time_step_rank": 4},
             "mamba2": {"state_size": 4, "num_heads": 8, "head_dim": 8, "n_groups": 2, "chunk_size": 16},
             "llama": {"num_key_value_heads": 2},
+            "qwen2": {"num_key_value_heads": 2},
             "qwen3": {"num_key_value_heads": 2},
             "gemma3_text": {
                 "num_key_value_heads": 2,
@@ -78,7 +79,8 @@ def test_recipe(path: Path, backbone: Any, data: Path, tmp_path: Path) -> None:
     sides = [side for side in ("encoder", "decoder") if recipe["model"].get(side)]
     sets = [f"model.{side}={backbone(_family(recipe, side))}" for side in sides]
     rates = recipe["model"]["rates"]
-    small = {rate: 4 * 2**i for i, rate in enumerate(rates)}
+    direct = recipe["model"].get("prefix") == "direct"  # whose rate 1 is another way to read
+    small = {rate: rate if direct else 4 * 2**i for i, rate in enumerate(rates)}
     sets += ["model.segment_length=32", f"model.rates={list(small.values())}"]
     if "max_position_embeddings" in recipe["model"]:
         sets.append("model.max_position_embeddings=2048")
@@ -95,7 +97,7 @@ def test_recipe(path: Path, backbone: Any, data: Path, tmp_path: Path) -> None:
     for i, stage in enumerate(recipe["stages"]):
         sets += [
             f"stages.{i}.max_steps=2",
-            f"stages.{i}.lengths={[384 * 2**n for n in range(len(stage['lengths']))]}",
+            f"stages.{i}.lengths={[384 * 2 ** min(n, 2) for n in range(len(stage['lengths']))]}",
             f"stages.{i}.target_tokens=200",
             f"stages.{i}.batch_tokens=768",
             f"stages.{i}.rates={[small[rate] for rate in stage.get('rates', rates)]}",
@@ -119,6 +121,7 @@ def test_recipe(path: Path, backbone: Any, data: Path, tmp_path: Path) -> None:
         assert all(0 < loss < 20 for loss in losses)
     model = RCCForCausalLM.from_pretrained(tmp_path / "run")
     assert model.config.states == recipe["model"].get("states", "all")
+    assert model.config.direct == direct
     assert recipe["stages"][-1]["name"] in (tmp_path / "run/README.md").read_text()
 
 

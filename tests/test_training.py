@@ -42,12 +42,13 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from conftest import VOCABULARY, make_backbone, randomise
-from rcc import InputError, RCCForCausalLM, allocator, cli, modeling
+from rcc import InputError, RCCForCausalLM, allocator, cli, modeling, prompting
 from rcc.training import checkpointing, trainer
-from rcc.training.batches import Batches, Corpora, Samples, Schedule
+from rcc.training.batches import Batches, Corpora, Samples, Schedule, used_tokens
 from rcc.training.groups import freeze, group_of, learned
 from rcc.training.objective import Objective, divergence
 from rcc.training.recipe import Distillation, Group, Recipe, build
+from rcc.training.tasks import Marks
 
 HERE = Path(__file__).resolve().parent.parent
 EXAMPLE = HERE / "examples" / "simple-susan.txt"
@@ -171,7 +172,8 @@ def direct(shared: Settings) -> Settings:
     over several texts or read predictions."""
     tasks = {"reconstruction": {"share": 2, "predicted": 0.5}, "instruction": {"share": 2, "own_segment": 1.0}}
     recipe = changed(shared, stages=shared["stages"][:1], stages__0__tasks=tasks)
-    return changed(recipe, model__prefix="direct", model__rates=[4, 1], model__rate_embeddings=True)
+    recipe = changed(recipe, model__prefix="direct", model__rates=[4, 1], model__rate_embeddings=True)
+    return changed(recipe, run__vocabulary="data")
 
 
 # ---------------------------------------------------------------- running it
@@ -794,6 +796,21 @@ def test_the_teacher_is_the_base_reading_the_plain_text(samples_of, world, share
     assert [p for p in rest.values() if p.grad is not None and not p.requires_grad] == []
     taught = {id(p) for p in objective._teacher[0].parameters()}
     assert not taught & {id(p) for p in learning.values()}
+
+
+def test_tokens_of_the_data(corpora: Corpora, tokenizer: Any) -> None:
+    """All that any row holds, the chat marks, and no more than the tasks' own words beside."""
+    used = used_tokens(corpora, Marks.of(tokenizer))
+    there = {int(t) for group in corpora.sources.values() for corpus in group for t in np.unique(corpus._tokens)}
+    marks = {int(t) for text in (prompting.HEADER, prompting.TURN, prompting.END) for t in tokenizer.encode(text)}
+    assert there | marks <= set(used.tolist())
+    assert list(used) == sorted(set(used.tolist()))
+
+
+def test_a_cut_head_needs_lora_and_no_teacher(refusal, shared: Settings, separate: Settings, tmp_path: Path) -> None:
+    recipe = changed(separate, run__vocabulary="data")
+    refusal(recipe, words=["run.vocabulary=data needs LoRA on the decoder"], output=tmp_path / "run")
+    refusal(changed(shared, run__vocabulary="data"), words=["run.vocabulary=data", "leave out distillation"])
 
 
 # ---------------------------------------------------------------- the training pass

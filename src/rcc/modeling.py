@@ -14,7 +14,7 @@ import logging
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import transformers
@@ -108,6 +108,7 @@ class RCCForCausalLM(nn.Module):
         self._recorded: tuple[str, tuple[int, ...]] | None = None
         self._warned: set[int] = set()  # of which untrained rates
         self.token_loss = token_loss  # training may compile it
+        self.loss_head: LossHead | None = None  # training may put one in: then a pass gives no logits
         self.eval()
 
     # ---------------------------------------------------------------- making one
@@ -725,15 +726,8 @@ class RCCForCausalLM(nn.Module):
         if context is None:
             self._check_window([0] * len(prompts), prompts, None)
             mask, order = self._order(0, None, new, attention_mask, input_ids)
-            logits = self.decoder(
-                input_ids=input_ids,
-                attention_mask=mask,
-                position_ids=order,
-                use_cache=False,
-                logits_to_keep=keep,
-                **kwargs,
-            ).logits
-            return self._output(logits, labels, logits_to_keep)
+            inputs = {"input_ids": input_ids, "attention_mask": mask, "position_ids": order}
+            return self._decode(keep, labels, logits_to_keep, **inputs, **kwargs)
         context = self._check_context(context, len(input_ids))
         self._check_window([0] * len(prompts), prompts, context)
         context = self.place(context)
@@ -856,16 +850,40 @@ class RCCForCausalLM(nn.Module):
                 1,
             )
         mask, order = self._order(0, None, inputs.shape[1], everything, inputs)
-        logits = self.decoder(
+        return self._decode(
+            input_ids.shape[1] if logits_to_keep is None else n + logits_to_keep,
+            labels,
+            logits_to_keep,
             inputs_embeds=inputs,
             attention_mask=mask,
             position_ids=order,
-            use_cache=False,
-            logits_to_keep=input_ids.shape[1] if logits_to_keep is None else n + logits_to_keep,
             **prefix_arguments(blocks),
             **kwargs,
-        ).logits
-        return self._output(logits, labels, logits_to_keep)
+        )
+
+    def _decode(
+        self, keep: int | Tensor, labels: Tensor | None, logits_to_keep: Tensor | None, **inputs: Any
+    ) -> CausalLMOutputWithPast:
+        """Run the decoder without a cache and compute the loss, by its own head or by the one for losses.
+
+        Args:
+            keep: the positions of `inputs` to compute logits at; a number: so many at the end, 0: all.
+            labels, logits_to_keep: as of :meth:`forward`, positions of the prompt.
+
+        Returns:
+            logits, or where there is a head for losses the hidden states [B, U, H] they would be made of; and the loss.
+        """
+        if self.loss_head is None:
+            logits = self.decoder(use_cache=False, logits_to_keep=keep, **inputs).logits
+            return self._output(logits, labels, logits_to_keep)
+        states = self.decoder.base_model(use_cache=False, **inputs).last_hidden_state
+        states = states[:, slice(-keep, None) if isinstance(keep, int) else keep]
+        if labels is None:
+            return CausalLMOutputWithPast(hidden_states=(states,))
+        targets = _targets(labels.to(states.device), logits_to_keep)
+        return CausalLMOutputWithPast(
+            loss=self.loss_head.loss(states[:, : targets.shape[1]], targets), hidden_states=(states,)
+        )
 
     @torch.no_grad()
     def _predict(
@@ -883,8 +901,8 @@ class RCCForCausalLM(nn.Module):
         inner = before < input_ids.shape[1] - 1
         places, read = before[inner] + 1, input_ids
         for n in range(int(predicted.max())):
-            logits = self._decode_to_train(states, valid, read, attention_mask, None, logits_to_keep, **kwargs).logits
-            tokens, read = logits.argmax(-1)[:, inner], read.clone()
+            out = self._decode_to_train(states, valid, read, attention_mask, None, logits_to_keep, **kwargs)
+            tokens, read = self.likeliest(out)[:, inner], read.clone()
             read[:, places] = torch.where(predicted[:, places] > n, tokens, read[:, places])
         return read
 
@@ -902,11 +920,18 @@ class RCCForCausalLM(nn.Module):
             ((states, valid, _),) = read
         return states, valid
 
+    def likeliest(self, out: CausalLMOutputWithPast) -> Tensor:
+        """Return the likeliest tokens [B, U] behind the positions that a pass of this model was computed at."""
+        if out.logits is not None:
+            return out.logits.argmax(-1)
+        assert self.loss_head is not None
+        assert out.hidden_states is not None
+        return self.loss_head.likeliest(out.hidden_states[0])
+
     def _output(self, logits: Tensor, labels: Tensor | None, kept: Tensor | None) -> CausalLMOutputWithPast:
         loss = None
         if labels is not None:
-            labels = labels.to(logits.device)
-            targets = labels[:, 1:] if kept is None else nn.functional.pad(labels, (0, 1), value=-100)[:, kept + 1]
+            targets = _targets(labels.to(logits.device), kept)
             loss = self.token_loss(logits[:, : targets.shape[1]], targets)
         return CausalLMOutputWithPast(loss=loss, logits=logits)
 
@@ -1041,6 +1066,23 @@ class RCCForCausalLM(nn.Module):
             raise WindowError(
                 f"{' and '.join(parts)} are more than the decoder's window of {self.window:,} positions: {remedy}."
             )
+
+
+class LossHead(Protocol):
+    """What takes the place of the decoder's head in training, so that all logits are never in memory."""
+
+    def loss(self, states: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy in nats of hidden states [B, U, H] and token ids [B, U] (-100: none)."""
+        ...
+
+    def likeliest(self, states: Tensor) -> Tensor:
+        """The likeliest token ids [B, U] behind hidden states [B, U, H]."""
+        ...
+
+
+def _targets(labels: Tensor, kept: Tensor | None) -> Tensor:
+    """What follows each position that logits are computed at, [B, U], of labels [B, Q]; kept None: all but the last."""
+    return labels[:, 1:] if kept is None else nn.functional.pad(labels, (0, 1), value=-100)[:, kept + 1]
 
 
 def token_loss(logits: Tensor, targets: Tensor) -> Tensor:

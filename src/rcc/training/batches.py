@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from ..errors import InputError
 from .data import Corpus, Interleave, QuestionStream, Row, TextStream, open_questions, open_text, split
 from .recipe import Recipe, Stage
-from .tasks import Marks, Sample, collate, collate_plain, read_exactly
+from .tasks import FIXED_TEXTS, Marks, Sample, collate, collate_plain, read_exactly
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,21 @@ class Corpora:
         if reads == "text":
             return TextStream(corpora, rows, seed, window, minimum, self.weights[key])
         return QuestionStream(corpora, rows, seed, window, self.weights[key])
+
+
+def used_tokens(corpora: Corpora, marks: Marks) -> np.ndarray:
+    """Return the token ids, ascending, that occur in a recipe's sources, held out or not, and in what tasks add.
+
+    Some tasks write words anew (`renamed`, `cloze`), and may need a token that nothing else does: it has no loss.
+    """
+    used = np.zeros(len(marks.tokenizer), dtype=bool)
+    for fixed in (marks.header, marks.turn, marks.end, marks.following, marks.separator, marks.eos):
+        used[fixed] = True
+    for text in FIXED_TEXTS:
+        used[marks.encode(text)] = True
+    for corpus in {id(c): c for group in corpora.sources.values() for c in group}.values():
+        used[corpus.token_ids()] = True
+    return np.flatnonzero(used)
 
 
 class _Draw:

@@ -585,6 +585,13 @@ class Corpus:
         self._check_questions()
         return self._lengths(1)
 
+    def token_ids(self) -> np.ndarray:
+        """Return the token ids that occur in it, ascending."""
+        seen = np.zeros(1 + int(self._tokens.max(initial=0)), dtype=bool)
+        for start in range(0, len(self._tokens), 2**24):  # an index array is eight bytes a token
+            seen[self._tokens[start : start + 2**24]] = True
+        return np.flatnonzero(seen)
+
     def _lengths(self, run: int) -> np.ndarray:
         return np.diff(self._offsets.astype(np.int64))[run :: self._runs]
 

@@ -41,8 +41,13 @@ class Objective(nn.Module):
         teacher_ids: Tensor | None = None,
         teacher_mask: Tensor | None = None,
         predicted: Tensor | None = None,
-    ) -> dict[str, Tensor]:
-        """A batch as :mod:`rcc.training.tasks` collates it → loss, and the logits [B, U, V] it came from."""
+    ) -> dict[str, Any]:
+        """Compute the loss of a batch as :mod:`rcc.training.tasks` collates it.
+
+        Returns:
+            `loss`; the `logits` [B, U, V] that it came from, None where the model has a head for losses; and outside
+            training the likeliest `tokens` [B, U].
+        """
         with torch.autocast(input_ids.device.type, self.dtype, enabled=self.dtype != torch.float32):
             out = self.model(
                 input_ids=input_ids,
@@ -70,7 +75,7 @@ class Objective(nn.Module):
                 real = nn.functional.pad(labels, (0, 1), value=-100)[:, logits_to_keep + 1] != -100
                 distance = divergence(out.logits[real], wanted[real], self.distillation)
                 loss = (1 - self.distillation.weight) * loss + self.distillation.weight * distance
-        return {"loss": loss, "logits": out.logits}
+        return {"loss": loss, "logits": out.logits, "tokens": None if self.training else self.model.likeliest(out)}
 
 
 def divergence(student: Tensor, teacher: Tensor, settings: Distillation) -> Tensor:

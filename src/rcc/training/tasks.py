@@ -47,6 +47,12 @@ FILLER = (
 )
 HIDDEN = " The pass key is {key}. Remember it. {key} is the pass key."
 QUESTION = "What is the pass key? The pass key is"
+FIXED_TEXTS = (
+    *(UNANSWERABLE, QUOTE.format(question="x"), OPENING, *FILLER, HIDDEN.format(key="0123456789"), QUESTION),
+    *(f" {digit}" for digit in "0123456789"),
+    *("What is missing here? ____", "When", "In what year", "How many", "What number", "What", "Which", "Where", "Who"),
+)
+"""What tasks write that need not stand in any source."""
 REPEATED = (3, 12)  # tokens of a stretch that stands in two places
 STRETCH = (60, 260)  # tokens of a distracting stretch of prose, about as long as passages are
 GAP = 96  # tokens of a context that the question of `cloze` may take

@@ -35,9 +35,10 @@ from ..modeling import RCCForCausalLM, token_loss
 from ..precision import computing
 from ..provenance import commit, libraries
 from . import checkpointing
-from .batches import Batches, Corpora, Kind, Samples
+from .batches import Batches, Corpora, Kind, Samples, used_tokens
 from .card import card
 from .groups import freeze, group_of, learned
+from .head import FrozenHead, chunk_loss
 from .objective import Objective
 from .progress import Log, Progress
 from .recipe import GROUPS, Recipe, Stage
@@ -152,19 +153,33 @@ def precision(recipe: Recipe, device: torch.device) -> torch.dtype:
     return computing(getattr(torch, recipe.run.dtype), device)
 
 
-def prepare(model: RCCForCausalLM, stage: Stage, recipe: Recipe, device: torch.device) -> None:
-    """Set a model up for a stage: frozen, checkpointed and compiled as it says."""
+def prepare(
+    model: RCCForCausalLM, stage: Stage, recipe: Recipe, device: torch.device, vocabulary: Tensor | None = None
+) -> None:
+    """Set a model up for a stage: frozen, checkpointed and compiled as it says.
+
+    Args:
+        vocabulary: token ids, ascending, that can be targets, where a head for losses is to know no others.
+
+    Raises:
+        InputError: there is no such head, because the decoder's learns or a teacher's logits are compared with its.
+    """
     freeze(model, stage.frozen, precision(recipe, device))
     if stage.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    wanted = recipe.run.compile
-    if wanted or (wanted is None and device.type == "cuda"):
+    compiled = device.type == "cuda" if recipe.run.compile is None else recipe.run.compile
+    if compiled:
         for block in (*backbones.blocks(model.encoder), *backbones.blocks(model.decoder.base_model)):
             # only the block's own code: the hooks around it take objects that dynamo need not see; batches have
             # many shapes, more than dynamo would make a graph for each
             block.forward = torch.compile(block.forward, dynamic=True)
         # in one piece it never holds a vocabulary of float32 for every target: at 1,000 targets 0.2 instead of 1.2 GB
         model.token_loss = torch.compile(token_loss, dynamic=True)
+    if FrozenHead.fits(model) and stage.distillation is None:
+        step = torch.compile(chunk_loss, dynamic=True) if compiled else chunk_loss
+        model.loss_head = FrozenHead(model.decoder.get_output_embeddings().weight, vocabulary, step)
+    elif vocabulary is not None:
+        raise InputError("run.vocabulary=data needs LoRA on the decoder: use all.")
 
 
 def shard(objective: Objective, place: Place) -> None:
@@ -552,7 +567,7 @@ def measure(objective: Objective, samples: Samples, count: int, device: torch.de
                 real = targets != -100
                 n = int(real.sum())
                 loss += n * float(out["loss"])
-                correct += float((out["logits"].argmax(-1) == targets)[real].sum())
+                correct += float((out["tokens"] == targets)[real].sum())
                 tokens += n
             figures[str(kind)] = {"loss": round(loss / tokens, 4), "accuracy": round(correct / tokens, 4)}
     objective.train(was_training)
@@ -664,7 +679,11 @@ class Run:
             put(weights, load_state(source)["weights"], source)
         elif before is not None:
             raise FileError(f"{before / 'checkpoints'} holds no whole checkpoint to go on from: start a new run.")
-        prepare(model, stage, self.recipe, place.device)
+        vocabulary = None
+        if self.recipe.run.vocabulary == "data":
+            vocabulary = torch.from_numpy(used_tokens(samples.corpora, samples.marks))
+            display.say(f"{len(vocabulary):,} of the vocabulary's tokens can be targets")
+        prepare(model, stage, self.recipe, place.device, vocabulary)
         objective = Objective(model, precision(self.recipe, self.place.device), stage.distillation)
         if self.recipe.run.fsdp and place.world > 1:
             shard(objective, place)
