@@ -232,7 +232,8 @@ def _wanted(source: Path, config: RCCConfig, settings: Any) -> dict[str, tuple[i
     """Names and shapes in the state dict of our model, in order."""
     try:
         with torch.device("meta"):  # without storage
-            model = RCCForCausalLM(config, AutoModel.from_config(settings), AutoModelForCausalLM.from_config(settings))
+            kinds = AutoModel, AutoModelForCausalLM
+            model = RCCForCausalLM(config, *(kind.from_config(settings, trust_remote_code=False) for kind in kinds))
     except RCCError:
         raise
     except Exception as error:  # a setting that transformers first looks at here
@@ -265,7 +266,7 @@ def _load_tokenizer(folder: Path, settings: Any) -> Any:
     # what transformers picks for GPT-NeoX replaces the splitting rules that a tokenizer.json has by its own
     kind = PreTrainedTokenizerFast if (folder / "tokenizer.json").is_file() else AutoTokenizer
     try:
-        tokenizer = kind.from_pretrained(folder, local_files_only=True)
+        tokenizer = kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         most = max(tokenizer.get_vocab().values(), default=-1)
     except Exception as error:  # OSError, ValueError, and plain Exception from the Rust side
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

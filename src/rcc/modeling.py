@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -286,11 +285,9 @@ class RCCForCausalLM(nn.Module):
                 target.copy_(state[name])
 
     def _load_weights(self, folder: Path) -> None:
-        from safetensors.torch import load_file
-
         if checkpoints.weights_sha256(folder) != self.config.weights_sha256:
             raise ModelError(f"{folder / WEIGHTS} was changed: its SHA-256 is not the one in config.json.")
-        self.load_own_state_dict(packing.unpack(load_file(folder / WEIGHTS)))
+        self.load_own_state_dict(packing.unpack(checkpoints.read_weights(folder)))
 
     def _new_memory(self) -> nn.Parameter:
         """Memory embeddings [M, H_encoder]: the mean of the encoder's embeddings, and a tenth of their spread around
@@ -1093,15 +1090,8 @@ def _first_token(source: str | Path | PreTrainedModel) -> int:
 
 
 def _load_backbone(path: Path, side: str, load: dict[str, Any]) -> PreTrainedModel:
-    auto = AutoModelForCausalLM if side == "decoder" else AutoModel
-    try:
-        config = transformers.AutoConfig.from_pretrained(path)
-        backbones.check_family(config, side)
-        if config.model_type in backbones.STATE_SPACE:  # there is no attention to implement
-            load = {**load, "attn_implementation": None}
-        return auto.from_pretrained(path, **load)
-    except (OSError, ValueError) as error:
-        if isinstance(error, ModelError):
-            raise
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(f"{path} cannot be loaded as a {side}: {reason}") from error
+    config, _ = checkpoints.load_config(path)
+    backbones.check_family(config, side)
+    if config.model_type in backbones.STATE_SPACE:  # there is no attention to implement
+        load = {**load, "attn_implementation": None}
+    return checkpoints.load_backbone(path, side == "decoder", **load)
