@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import InputError, ModelError
+from .runtime import atomic
 
 FORMAT_VERSION = 1
 """Version of the model folder's config.json; a folder with a higher one is refused."""
@@ -166,7 +167,7 @@ class RCCConfig:
         data = {"model_type": "rcc", "format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
         if not self.direct:  # an rcc that knows no other prefix reads the folder as before
             del data["prefix"], data["sink_token"]
-        (folder / "config.json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+        atomic.write_text(folder / "config.json", json.dumps(data, indent=2) + "\n")
 
     @classmethod
     def load(cls, folder: Path) -> RCCConfig:

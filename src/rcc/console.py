@@ -181,7 +181,13 @@ def check_dtype(name: str | None) -> torch.dtype | None:
 
 
 def print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    """Print JSON; in ASCII where the stream lacks one of its characters, and would print another in its place."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except (UnicodeEncodeError, LookupError):
+        text = json.dumps(value, indent=2)
+    sys.stdout.write(text + "\n")
 
 
 @contextlib.contextmanager

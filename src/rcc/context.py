@@ -374,11 +374,16 @@ class CompressedContext:
         return replace(self, blocks=KVBlocks(layers, self.length, writable=True), mask=mask)
 
     # ---------------------------------------------------------------- its file
-    def save(self, path: str | Path) -> None:
-        """Write a context of one text to a file, whole or not at all; an existing file is replaced.
+    def save(self, path: str | Path, replace: bool = True, private: bool = False) -> None:
+        """Write a context of one text to a file, whole or not at all.
+
+        Args:
+            replace: whether an existing file is replaced; it passes on its mode and, where permitted, its owner.
+            private: a new file is for its owner alone.
 
         Raises:
-            InputError: it holds several texts. FileError: the file cannot be written.
+            InputError: it holds several texts. ExistsError: the file exists, and is not to be replaced.
+            FileError: the file cannot be written.
         """
         if self.batch_size != 1:
             raise InputError(f"save needs a context of one text, this one holds {self.batch_size}: save context[i].")
@@ -397,7 +402,7 @@ class CompressedContext:
         for i in range(len(one.blocks.layers)):
             for name, tensor in zip(("keys", "values"), one.layer(i), strict=True):
                 tensors[f"{name}.{i}"] = fileformat.lazy(tensor)
-        fileformat.write(Path(path), "context", manifest, tensors)
+        fileformat.write(Path(path), "context", manifest, tensors, replace, private)
 
     @classmethod
     def load(

@@ -29,7 +29,7 @@ from .config import BaseReference, RCCConfig
 from .context import SPARE, BlockLayer, CompressedContext, KVBlocks
 from .decoder import Prefix, Residuals, accept_prefix, prefix_arguments, window_by_position
 from .encoder import CompressedVectors, piece_of
-from .errors import ContextError, FileError, InputError, ModelError, WindowError
+from .errors import ContextError, FileError, InputError, ModelError, RCCError, WindowError
 from .prefix import BlockInputs, DirectPrefix, ProjectedStates, RecordedStates, place, read_exactly, store
 from .projection import Projections, layer_map
 from .provenance import libraries
@@ -255,7 +255,12 @@ class RCCForCausalLM(nn.Module):
         if side in self.config.base:
             with contextlib.suppress(ModelError):  # a base without a tokenizer stays one
                 source = checkpoints.resolve_base(self.config.base[side].source)
-                checkpoints.load_tokenizer(source).save_pretrained(folder)
+                try:
+                    checkpoints.load_tokenizer(source).save_pretrained(folder)
+                except RCCError:
+                    raise
+                except Exception as error:  # how a full disk shows itself on the Rust side
+                    raise OSError(str(error)) from error
 
     def own_state_dict(self) -> dict[str, Tensor]:
         """The weights that are not a base's (projections, LoRA, embeddings), by their names in a file."""

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import os
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +14,7 @@ from pathlib import Path
 import jinja2
 
 from ..errors import FileError
+from ..runtime import atomic
 from .report_tables import Run, Samples, Table, read, table
 from .report_tasks import TASKS, Group, Task
 
@@ -68,17 +67,15 @@ def _section(task: str, runs: list[Run], samples: Samples) -> Section:
     return Section(task, known.title, known.lead, runs, groups, tables)
 
 
-def write(path: Path, html: str) -> None:
+def write(path: Path, html: str, replace: bool = True) -> None:
     """Write the page, whole or not at all.
 
     Raises:
-        FileError: it cannot be written.
+        ExistsError: it exists, and is not to be replaced. FileError: it cannot be written.
     """
-    temporary = path.with_name(f".rcc-{secrets.token_hex(8)}.tmp")
     try:
-        temporary.write_bytes(html.encode("utf-8", "replace"))  # what a model wrote may hold half a character
-        os.replace(temporary, path)
+        atomic.write_text(path, html, replace)
+    except FileError:
+        raise
     except OSError as error:
         raise FileError(f"{path} cannot be written: {error.strerror or error}.") from error
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from datetime import timedelta
@@ -15,6 +14,7 @@ from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 
 from ..errors import FileError
+from ..runtime import atomic
 from .recipe import Recipe
 
 if TYPE_CHECKING:
@@ -55,9 +55,7 @@ class Log:
                     continue  # the last line of a killed process
                 if row["stage"] != stage or row["step"] < step or (row["step"] == step and step > 0):
                     kept.append(line + "\n")
-            temporary = self.path.with_suffix(".tmp")
-            temporary.write_text("".join(kept), encoding="utf-8")
-            os.replace(temporary, self.path)
+            atomic.write_text(self.path, "".join(kept))
         except OSError as error:
             raise FileError(f"{self.path} cannot be rewritten: {error.strerror or error}.") from error
 

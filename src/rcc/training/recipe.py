@@ -25,6 +25,7 @@ import yaml
 
 from ..config import RCCConfig
 from ..errors import FileError, InputError
+from ..runtime import atomic
 from .data import Source
 from .tasks import TASKS, Task
 
@@ -396,7 +397,7 @@ class Recipe:
 
     def save(self, path: Path) -> None:
         """Write it as YAML, every default spelt out."""
-        path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+        atomic.write_text(path, yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True))
 
 
 # ---------------------------------------------------------------- data → dataclasses
