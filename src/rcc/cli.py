@@ -34,6 +34,7 @@ from .console import (
     print_json,
     progress,
     read_text,
+    shown,
     status,
 )
 from .errors import ExistsError, FileError, InputError, RCCError
@@ -62,6 +63,8 @@ def main() -> None:
     """Entry point of the command line: run the app, turn errors into a sentence and an exit code."""
     allocator.configure()  # before torch allocates anything
     logging.basicConfig(format="rcc: %(message)s", level=logging.WARNING)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(_Shown("rcc: %(message)s"))
     logging.getLogger("rcc").setLevel(logging.INFO if os.environ.get("RCC_VERBOSE") else logging.WARNING)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     # a killed process cleans up as an interrupted one does; so does one whose terminal is closed
@@ -102,13 +105,20 @@ def main() -> None:
     sys.exit(code or 0)
 
 
+class _Shown(logging.Formatter):
+    """What is logged holds names that somebody else gave."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return shown(super().format(record), lines=True)
+
+
 def _say_interrupted() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # pressed again while Python ends, it would be another exit status
     err.print("rcc: interrupted.")
 
 
 def _refuse(message: str) -> int:
-    err.print(f"rcc: {message}", markup=False)
+    err.print(f"rcc: {shown(message)}", markup=False)
     return 2
 
 
@@ -224,7 +234,7 @@ def ask(
     rows = []
     for question, prompt in zip(questions, prompts, strict=True):
         if len(questions) > 1 and not as_json:
-            out.print(question, style="bold", markup=False)
+            out.print(shown(question), style="bold", markup=False)
         if joined:  # of use for this question only, so not kept
             value = _compress(rcc, tokenizer, [f"{source}{prompt.encoder_text}"], _parse_rate(rate), None, budget)
             prompt = replace(prompt, encoder_text="")
@@ -345,7 +355,7 @@ def inspect(
             value = ", ".join(f"{p['tokens']:,} tokens at {p['rate']}×" for p in value)
         elif key == "versions":
             value = ", ".join(f"{k} {v}" for k, v in value.items())
-        out.print(f"{key.replace('_', ' '):20}{f'{value:,}' if isinstance(value, int) else value}", markup=False)
+        out.print(f"{key.replace('_', ' '):20}{f'{value:,}' if isinstance(value, int) else shown(value)}", markup=False)
 
 
 @app.command()
@@ -766,6 +776,7 @@ def _show_differences(prompt: str, guess: str, truth: str) -> None:
 
     from rich.text import Text
 
+    prompt, guess, truth = (shown(text, lines=True) for text in (prompt, guess, truth))
     a, b = (re.findall(r"\s*\S+|\s+$", text) for text in (guess, truth))
     plain = not out.is_terminal
     line = Text(prompt, style="dim")
@@ -790,7 +801,11 @@ def _describe(context: CompressedContext) -> str:
 def _plain_streamer(tokenizer: PreTrainedTokenizerBase) -> Any:
     from transformers import TextStreamer
 
-    return TextStreamer(tokenizer)
+    class Plain(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            super().on_finalized_text(shown(text, lines=True), stream_end)
+
+    return Plain(tokenizer)
 
 
 def _streamer(tokenizer: PreTrainedTokenizerBase, prompt: Any) -> Any:
@@ -805,7 +820,7 @@ def _streamer(tokenizer: PreTrainedTokenizerBase, prompt: Any) -> Any:
             answer = prompt.parse(self.written)[1]
             if not stream_end:
                 answer = answer.removesuffix("<")  # may turn out to be the end mark
-            sys.stdout.write(answer[len(self.shown) :] + ("\n" if stream_end else ""))
+            sys.stdout.write(shown(answer[len(self.shown) :], lines=True) + ("\n" if stream_end else ""))
             sys.stdout.flush()
             self.shown = answer
 

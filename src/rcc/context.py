@@ -104,10 +104,22 @@ class KVBlocks:
         layers: Sequence[tuple[Tensor, Tensor]],
         used: int,
         writable: bool,
-        release: Callable[[], None] = lambda: None,
+        release: Callable[[], None] | None = None,
     ):
-        self.layers, self.used, self.writable, self.release = layers, used, writable, release
+        self.layers, self.used, self.writable, self._release = layers, used, writable, release
         self.lock = threading.Lock()
+
+    def release(self) -> None:
+        """Let go of the memory of what is mapped from a file, until it is used again."""
+        if self._release is not None:
+            self._release()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy is made of: the tensors; not the lock, nor a file's mapping."""
+        return {"layers": self.layers, "used": self.used}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["layers"], state["used"], writable=True)  # type: ignore[misc]
 
     @property
     def capacity(self) -> int:
@@ -142,6 +154,19 @@ class CompressedContext:
     rotated: bool = True
     repeats: CompressedContext | None = field(default=None, init=False)
     placed: CompressedContext | None = field(default=None, init=False)
+
+    # ---------------------------------------------------------------- a value
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy is made of: its own positions of the blocks, which it shares with no other context; and not the
+        cache that a model has made of it."""
+        layers = [(k.clone(), v.clone()) for k, v in (self.layer(i) for i in range(len(self.blocks.layers)))]
+        self.blocks.release()
+        state = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in ("repeats", "placed")}
+        return {**state, "blocks": KVBlocks(layers, self.length, writable=True)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for name, value in {"repeats": None, "placed": None, **state}.items():
+            object.__setattr__(self, name, value)
 
     # ---------------------------------------------------------------- what it is
     def __len__(self) -> int:
@@ -243,6 +268,11 @@ class CompressedContext:
                 blocks.lock.release()
         else:
             yield self._copy(extra + spare)
+
+    @contextlib.contextmanager
+    def lend(self, extra: int) -> Iterator[Cache]:
+        """As :meth:`borrow`, a cache of its own, which may be used after the `with` block."""
+        yield self._copy(extra)
 
     def _cache(self, layers: Sequence[tuple[Tensor, Tensor]]) -> Cache:
         return Cache(layers=[BlockLayer(0, keys, values, self.length) for keys, values in layers])
@@ -431,7 +461,7 @@ class CompressedContext:
             rotated = manifest.get("rotated", True)
             if not isinstance(rotated, bool):
                 raise TypeError("rotated is neither true nor false")
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
             raise ContextError(f"{path} is damaged: its manifest is not whole ({error}).") from None
         length = sum(piece.positions for piece in pieces)
         like = layers[0][0] if layers else torch.empty(0)

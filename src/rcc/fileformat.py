@@ -169,7 +169,7 @@ def read(path: Path, kind: str, verify: str) -> tuple[dict[str, Any], dict[str, 
         metadata = header.pop("__metadata__")
         version, found, manifest = int(metadata["version"]), metadata["format"], json.loads(metadata["rcc"])
         total = 8 + size + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError):
         raise ContextError(f"{damaged} (its header cannot be read).") from None
     if found != f"rcc-{kind}":
         raise ContextError(f"{path} holds {found!r}, not an rcc {kind} file.")
@@ -181,7 +181,7 @@ def read(path: Path, kind: str, verify: str) -> tuple[dict[str, Any], dict[str, 
         raise ContextError(f"{damaged} (it has {len(data)} bytes instead of {total}).")
     try:
         return manifest, {name: _tensor(data, 8 + size, entry) for name, entry in header.items()}, release
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError, AttributeError) as error:
         raise ContextError(f"{damaged} (a tensor cannot be read: {error}).") from None
 
 

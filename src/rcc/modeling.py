@@ -460,6 +460,8 @@ class RCCForCausalLM(nn.Module):
             ContextError: `context` was made by another model.
         """
         rate = self._check_rate(rate)
+        if context is not None:
+            _check_is_context(context)
         rows = encoding.rows_of(_to(input_ids, self.device), _to(attention_mask, self.device), self._vocabulary)
         pieces = [piece_of(row, rate, self.config) for row in rows]
         total = sum(piece.tokens for piece in pieces)
@@ -686,7 +688,8 @@ class RCCForCausalLM(nn.Module):
             predicted: for `context_ids`: [B, Q], n > 0 where the decoder is to read not the token of `input_ids` but
                 the one that it predicts there itself in the n-th of as many passes without gradients, each behind what
                 the one before predicted. Only where there are logits for it.
-            kwargs: go to the decoder.
+            kwargs: go to the decoder. `output_hidden_states` and `output_attentions` are given for a `context`, or
+                none; of a prompt's positions, in attentions beside the context's.
 
         Returns:
             logits [B, Q or U, vocabulary] and, with labels, the mean loss.
@@ -694,6 +697,7 @@ class RCCForCausalLM(nn.Module):
         Raises:
             InputError, WindowError, ContextError: as :meth:`compress`.
         """
+        _check_forward(kwargs, training=context_ids is not None)
         if context is not None and context_ids is not None:
             raise InputError("give context or context_ids, not both.")
         if predicted is not None and context_ids is None:
@@ -722,21 +726,21 @@ class RCCForCausalLM(nn.Module):
         if context is None:
             self._check_window([0] * len(prompts), prompts, None)
             mask, order = self._order(0, None, new, attention_mask, input_ids)
-            logits = self.decoder(
+            out = self.decoder(
                 input_ids=input_ids,
                 attention_mask=mask,
                 position_ids=order,
                 use_cache=False,
                 logits_to_keep=keep,
                 **kwargs,
-            ).logits
-            return self._output(logits, labels, logits_to_keep)
+            )
+            return self._output(out, labels, logits_to_keep)
         context = self._check_context(context, len(input_ids))
         self._check_window([0] * len(prompts), prompts, context)
         context = self.place(context)
         mask, order = self._order(len(context), context.mask, new, attention_mask, input_ids)
         with torch.no_grad(), context.borrow(new) as cache:
-            logits = self.decoder(
+            out = self.decoder(
                 input_ids=input_ids,
                 attention_mask=mask,
                 position_ids=order,
@@ -744,8 +748,8 @@ class RCCForCausalLM(nn.Module):
                 use_cache=True,
                 logits_to_keep=keep,
                 **kwargs,
-            ).logits
-        return self._output(logits, labels, logits_to_keep)
+            )
+        return self._output(out, labels, logits_to_keep)
 
     def _train(
         self,
@@ -852,7 +856,7 @@ class RCCForCausalLM(nn.Module):
                 1,
             )
         mask, order = self._order(0, None, inputs.shape[1], everything, inputs)
-        logits = self.decoder(
+        out = self.decoder(
             inputs_embeds=inputs,
             attention_mask=mask,
             position_ids=order,
@@ -860,8 +864,8 @@ class RCCForCausalLM(nn.Module):
             logits_to_keep=input_ids.shape[1] if logits_to_keep is None else n + logits_to_keep,
             **prefix_arguments(blocks),
             **kwargs,
-        ).logits
-        return self._output(logits, labels, logits_to_keep)
+        )
+        return self._output(out, labels, logits_to_keep)
 
     @torch.no_grad()
     def _predict(
@@ -898,13 +902,14 @@ class RCCForCausalLM(nn.Module):
             ((states, valid, _),) = read
         return states, valid
 
-    def _output(self, logits: Tensor, labels: Tensor | None, kept: Tensor | None) -> CausalLMOutputWithPast:
-        loss = None
+    def _output(self, out: Any, labels: Tensor | None, kept: Tensor | None) -> CausalLMOutputWithPast:
+        loss, logits = None, out.logits
         if labels is not None:
             labels = labels.to(logits.device)
             targets = labels[:, 1:] if kept is None else nn.functional.pad(labels, (0, 1), value=-100)[:, kept + 1]
             loss = self.token_loss(logits[:, : targets.shape[1]], targets)
-        return CausalLMOutputWithPast(loss=loss, logits=logits)
+        more = {name: getattr(out, name, None) for name in ("hidden_states", "attentions")}
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **more)
 
     @torch.no_grad()
     def generate(
@@ -952,7 +957,9 @@ class RCCForCausalLM(nn.Module):
         if mask is None:
             mask = torch.ones(len(input_ids), len(context) + length, dtype=torch.long, device=self.device)
         copies = max(setting("num_beams", 1), setting("num_return_sequences", 1))
-        with context.borrow(length + answer) as cache:
+        # a cache that is handed out is the caller's: the next question must not write there
+        kept = bool(setting("return_dict_in_generate", 0))
+        with context.lend(length + answer) if kept else context.borrow(length + answer) as cache:
             if copies > 1:
                 cache.batch_repeat_interleave(copies)
             return self.decoder.generate(input_ids=input_ids, attention_mask=mask, **{backbones.CACHE: cache}, **kwargs)
@@ -1015,6 +1022,7 @@ class RCCForCausalLM(nn.Module):
         )
 
     def _check_context(self, context: CompressedContext, batch: int) -> CompressedContext:
+        _check_is_context(context)
         self.check_fingerprint(context.fingerprint, context.model_name)
         if context.batch_size != batch:
             hint = f"use context.expand({batch})" if context.batch_size == 1 else "give as many of each"
@@ -1037,6 +1045,32 @@ class RCCForCausalLM(nn.Module):
             raise WindowError(
                 f"{' and '.join(parts)} are more than the decoder's window of {self.window:,} positions: {remedy}."
             )
+
+
+def _check_is_context(context: Any) -> None:
+    if not isinstance(context, CompressedContext):
+        raise InputError(
+            f"context must be a CompressedContext, not {type(context).__name__}: compress a text, or load a file with"
+            " CompressedContext.load."
+        )
+
+
+def _check_forward(given: dict[str, Any], training: bool) -> None:
+    """Take out of the decoder's arguments what says no more than what happens anyway; refuse what cannot be given."""
+    decided = {
+        "use_cache": (False, "a context holds the cache: leave it out, or ask with generate"),
+        "return_dict": (True, "the output has names: leave it out, and take to_tuple() of it"),
+    }
+    for name, (value, why) in decided.items():
+        if (got := given.pop(name, None)) not in (None, value):
+            raise InputError(f"{name}={got!r} cannot be used, because {why}.")
+    for name in ("inputs_embeds", "position_ids", "cache", "past_key_values"):
+        if given.get(name) is not None:
+            raise InputError(f"{name} cannot be used: give input_ids, and a context for what comes before them.")
+        given.pop(name, None)
+    for name in ("output_hidden_states", "output_attentions"):
+        if training and given.get(name):
+            raise InputError(f"{name} cannot be given for context_ids: give a context.")
 
 
 def token_loss(logits: Tensor, targets: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import jinja2
 
-from ..errors import FileError
+from ..errors import FileError, InputError, RCCError, brief
 from ..runtime import atomic
 from .report_tables import Run, Samples, Table, read, table
 from .report_tasks import TASKS, Group, Task
@@ -41,6 +41,16 @@ def page(folders: Sequence[Path], limit: int = 50) -> str:
     Raises:
         InputError: one of them holds no finished evaluation, or is named twice.
     """
+    try:
+        return _page(folders, limit)
+    except RCCError:
+        raise
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, jinja2.TemplateError) as error:
+        names = ", ".join(map(str, folders))
+        raise InputError(f"{names}: no readable evaluation ({brief(error)}): make it again.") from error
+
+
+def _page(folders: Sequence[Path], limit: int) -> str:
     runs, samples = read(folders), Samples(limit)
     found = dict.fromkeys(run.task for run in runs)
     tasks = [*(task for task in TASKS if task in found), *(task for task in found if task not in TASKS)]

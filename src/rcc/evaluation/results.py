@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import FileError, InputError
+from ..console import shown
+from ..errors import FileError, InputError, brief
 from ..provenance import commit, libraries, machine
 from ..runtime import atomic, locks
 
@@ -132,7 +133,7 @@ class Results:
             if path.exists():
                 try:
                     before = json.loads(path.read_text(encoding="utf-8"))
-                except ValueError:
+                except (ValueError, RecursionError):
                     before = None
                 if before != {"task": self.task, **self.settings}:
                     raise InputError(f"{folder} holds an evaluation with other settings: name another folder.")
@@ -279,10 +280,13 @@ def load(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         lines = (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()
         rows = [json.loads(line) for line in lines]
         version = data["format_version"]
+        whole = isinstance(data["task"], str) and isinstance(data["settings"], dict) and isinstance(data["cells"], list)
+        if not whole or not isinstance(version, int) or not all(isinstance(row, dict) for row in rows):
+            raise TypeError("results.json is not whole")
     except FileNotFoundError as error:
         raise InputError(f"{folder} holds no finished evaluation: it has no {Path(error.filename).name}.") from None
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise InputError(f"{folder} holds no readable evaluation ({error}): make it again.") from None
+    except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
+        raise InputError(f"{folder} holds no readable evaluation ({brief(error)}): make it again.") from None
     if version > FORMAT_VERSION:
         raise InputError(f"{folder} has format version {version}, this rcc reads up to {FORMAT_VERSION}: update rcc.")
     return data, rows
@@ -303,7 +307,7 @@ def paired(a: Sequence[float], b: Sequence[float], groups: Sequence[Any] | None 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table; the first column on the left, the others on the right."""
     lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
+    return "\n".join([*lines, *("| " + " | ".join(map(shown, row)) + " |" for row in rows)]) + "\n"
 
 
 def show(value: Interval, percent: bool = False, digits: int = 3, sign: str = "") -> str:
