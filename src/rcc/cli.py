@@ -12,7 +12,7 @@ import shlex
 import signal
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -34,10 +34,12 @@ from .console import (
     print_json,
     progress,
     read_text,
+    shown,
     status,
 )
-from .errors import FileError, InputError, RCCError
+from .errors import ExistsError, FileError, InputError, RCCError
 from .evaluation.cli import app as evaluation
+from .runtime import atomic
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -61,10 +63,14 @@ def main() -> None:
     """Entry point of the command line: run the app, turn errors into a sentence and an exit code."""
     allocator.configure()  # before torch allocates anything
     logging.basicConfig(format="rcc: %(message)s", level=logging.WARNING)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(_Shown("rcc: %(message)s"))
     logging.getLogger("rcc").setLevel(logging.INFO if os.environ.get("RCC_VERBOSE") else logging.WARNING)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    # a killed process cleans up behind itself as an interrupted one does
+    # a killed process cleans up as an interrupted one does; so does one whose terminal is closed
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup asks for that
+        signal.signal(signal.SIGHUP, lambda *_: sys.exit(129))
     _prepare_streams()
     code: Any = 0
     try:
@@ -99,13 +105,20 @@ def main() -> None:
     sys.exit(code or 0)
 
 
+class _Shown(logging.Formatter):
+    """What is logged holds names that somebody else gave."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return shown(super().format(record), lines=True)
+
+
 def _say_interrupted() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # pressed again while Python ends, it would be another exit status
     err.print("rcc: interrupted.")
 
 
 def _refuse(message: str) -> int:
-    err.print(f"rcc: {message}", markup=False)
+    err.print(f"rcc: {shown(message)}", markup=False)
     return 2
 
 
@@ -169,14 +182,15 @@ def compress(
     force: Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")] = False,
 ) -> None:
     """Compress texts into a context file."""
-    target = _check_output(output, force)
+    target = _check_output(output, force, [*(s for s in sources if s != "-"), *([context] if context else [])])
     texts = [read_text(source) for source in sources]
     number = _parse_rate(rate)
     before = _context_info(context) if context is not None else None
     rcc, tokenizer = load_model(model, device, dtype, before)
     grown = _load_context(context, rcc) if context is not None else None
     result = _compress(rcc, tokenizer, texts, number, grown, budget)
-    result.save(target)
+    with _creating(output):
+        result.save(target, replace=force)
     err.print(f"{output}: {_describe(result)}", markup=False)
 
 
@@ -187,15 +201,13 @@ def join(
     force: Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")] = False,
 ) -> None:
     """Put contexts together, one after another, without reading any text again."""
-    target = _check_output(output, force)
-    for context in contexts:
-        if os.path.realpath(context) == str(target):
-            raise FileError(f"{output} is one of the contexts to join: name another file for the output.")
+    target = _check_output(output, force, contexts, "contexts to join")
     with status("joining"):
         from .context import CompressedContext
 
         result = CompressedContext.join([CompressedContext.load(context) for context in contexts])
-        result.save(target)
+        with _creating(output):
+            result.save(target, replace=force)
     err.print(f"{output}: {_describe(result)}", markup=False)
 
 
@@ -222,7 +234,7 @@ def ask(
     rows = []
     for question, prompt in zip(questions, prompts, strict=True):
         if len(questions) > 1 and not as_json:
-            out.print(question, style="bold", markup=False)
+            out.print(shown(question), style="bold", markup=False)
         if joined:  # of use for this question only, so not kept
             value = _compress(rcc, tokenizer, [f"{source}{prompt.encoder_text}"], _parse_rate(rate), None, budget)
             prompt = replace(prompt, encoder_text="")
@@ -343,7 +355,7 @@ def inspect(
             value = ", ".join(f"{p['tokens']:,} tokens at {p['rate']}×" for p in value)
         elif key == "versions":
             value = ", ".join(f"{k} {v}" for k, v in value.items())
-        out.print(f"{key.replace('_', ' '):20}{f'{value:,}' if isinstance(value, int) else value}", markup=False)
+        out.print(f"{key.replace('_', ' '):20}{f'{value:,}' if isinstance(value, int) else shown(value)}", markup=False)
 
 
 @app.command()
@@ -496,8 +508,9 @@ def report(
     """Make one HTML page of evaluations: charts, tables, and the samples behind every figure."""
     from .evaluation import report as reporting
 
-    target = _check_output(output, force)
-    reporting.write(target, reporting.page(folders, samples))
+    target = _check_output(output, force, [file for folder in folders if folder.is_dir() for file in folder.iterdir()])
+    with _creating(output):
+        reporting.write(target, reporting.page(folders, samples), replace=force)
     some = f"{len(folders)} evaluation{'s' * (len(folders) > 1)}"
     err.print(f"{output}: {some}, {target.stat().st_size / 1e6:.1f} MB", markup=False)
 
@@ -561,9 +574,25 @@ def _parse_rate(rate: str | None) -> int | None:
     return int(rate)
 
 
-def _check_output(output: Path, force: bool) -> Path:
-    """Refuse before the work is done, not after → the file to write, behind any symbolic links."""
+@contextlib.contextmanager
+def _creating(output: Path) -> Iterator[None]:
+    """What appeared since :func:`_check_output` looked is refused in the same words."""
+    try:
+        yield
+    except ExistsError:
+        raise FileError(f"{output} exists: use --force to replace it.") from None
+
+
+def _check_output(output: Path, force: bool, inputs: Iterable[str | Path] = (), called: str = "inputs") -> Path:
+    """Refuse before the work is done, not after → the file to write, behind any symbolic links.
+
+    Args:
+        inputs: files that are read, which the output may not be.
+        called: what a message calls them.
+    """
     target = Path(os.path.realpath(output))
+    if taken := next((source for source in inputs if _is_same(source, target)), None):
+        raise FileError(f"{output} is one of the {called}, {taken}: name another file for the output.")
     if os.path.isdir(target):
         raise FileError(f"{output} is a folder: name a file in it.")
     if os.path.exists(target) and not os.path.isfile(target):
@@ -581,6 +610,13 @@ def _check_output(output: Path, force: bool) -> Path:
     except OSError as error:
         raise FileError(f"{output} cannot be written: {error.strerror or error}.") from None
     return target
+
+
+def _is_same(source: str | Path, target: Path) -> bool:
+    try:
+        return os.path.samefile(source, target)
+    except OSError:  # reading it will say what is wrong
+        return False
 
 
 def _is_context(path: str) -> bool:
@@ -633,15 +669,15 @@ def _context(
     chosen = rate or f"auto {budget}"
     key = hashlib.sha256(f"{rcc.fingerprint} {chosen} {rcc.dtype}\n{source}".encode()).hexdigest()
     kept = checkpoints.home() / "contexts" / f"{key[:32]}.rcc"
-    if kept.exists():
+    if os.path.exists(kept):  # unlike Path.exists, never raises: the folder may be somebody else's
         with contextlib.suppress(RCCError):  # a damaged one is made again
             context = _load_context(kept, rcc)
             err.print(f"read {kept}: {_describe(context)}", markup=False)
             return context
     context = _compress(rcc, tokenizer, [source], _parse_rate(rate), None, budget)
     try:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        context.save(kept)
+        atomic.private_folder(kept.parent)  # a context is as readable as its text
+        context.save(kept, private=True)
         err.print(f"kept as {kept}: {_describe(context)}", markup=False)
     except OSError as error:  # the answer does not need the file
         err.print(f"not kept for the next time: {error}", markup=False)
@@ -740,6 +776,7 @@ def _show_differences(prompt: str, guess: str, truth: str) -> None:
 
     from rich.text import Text
 
+    prompt, guess, truth = (shown(text, lines=True) for text in (prompt, guess, truth))
     a, b = (re.findall(r"\s*\S+|\s+$", text) for text in (guess, truth))
     plain = not out.is_terminal
     line = Text(prompt, style="dim")
@@ -764,7 +801,11 @@ def _describe(context: CompressedContext) -> str:
 def _plain_streamer(tokenizer: PreTrainedTokenizerBase) -> Any:
     from transformers import TextStreamer
 
-    return TextStreamer(tokenizer)
+    class Plain(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            super().on_finalized_text(shown(text, lines=True), stream_end)
+
+    return Plain(tokenizer)
 
 
 def _streamer(tokenizer: PreTrainedTokenizerBase, prompt: Any) -> Any:
@@ -779,7 +820,7 @@ def _streamer(tokenizer: PreTrainedTokenizerBase, prompt: Any) -> Any:
             answer = prompt.parse(self.written)[1]
             if not stream_end:
                 answer = answer.removesuffix("<")  # may turn out to be the end mark
-            sys.stdout.write(answer[len(self.shown) :] + ("\n" if stream_end else ""))
+            sys.stdout.write(shown(answer[len(self.shown) :], lines=True) + ("\n" if stream_end else ""))
             sys.stdout.flush()
             self.shown = answer
 

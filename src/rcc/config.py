@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .errors import InputError, ModelError
+from .errors import InputError, ModelError, brief
+from .runtime import atomic
 
 FORMAT_VERSION = 1
 """Version of the model folder's config.json; a folder with a higher one is refused."""
@@ -21,6 +22,10 @@ class BaseReference:
 
     source: str
     sha256: str
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 @dataclass
@@ -101,8 +106,10 @@ class RCCConfig:
         token = self.sink_token
         if token is not None and (not isinstance(token, int) or isinstance(token, bool) or token < 0):
             raise InputError(f"sink_token must be a token id, not {token!r}.")
-        if not isinstance(self.segment_length, int) or self.segment_length < 1:
+        if not _is_count(self.segment_length) or not 1 <= self.segment_length < 1 << 31:
             raise InputError(f"segment_length must be a positive whole number, not {self.segment_length!r}.")
+        if not isinstance(self.rates, (list, tuple)):
+            raise InputError(f"rates must be a list of whole numbers, not {self.rates!r}.")
         self.rates = list(self.rates)
         if not self.rates:
             raise InputError("rates is empty: name at least one compression rate.")
@@ -110,9 +117,31 @@ class RCCConfig:
             self.check_rate(rate)
         for key in ("encoder_lora_rank", "decoder_lora_rank"):
             value = getattr(self, key)
-            if value is not None and (not isinstance(value, int) or value < 0):
+            if value is not None and (not _is_count(value) or not 0 <= value < 1 << 31):
                 raise InputError(f"{key} must be a whole number that is not negative, not {value!r}.")
+        self._check_types()
         self.base = {k: v if isinstance(v, BaseReference) else BaseReference(**v) for k, v in self.base.items()}
+
+    def _check_types(self) -> None:
+        alpha = self.lora_alpha
+        if alpha is not None and (
+            not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not 0 < alpha < float("inf")
+        ):
+            raise InputError(f"lora_alpha must be a number above 0, not {alpha!r}.")
+        for key in ("name", "weights_sha256", "fingerprint"):
+            if not isinstance(getattr(self, key), str):
+                raise InputError(f"{key} must be a text, not {getattr(self, key)!r}.")
+        for key, kinds in (("rate_embeddings", (bool,)), ("share_base", (bool, type(None)))):
+            if not isinstance(getattr(self, key), kinds):
+                raise InputError(f"{key} must be true or false, not {getattr(self, key)!r}.")
+        if not isinstance(self.base, dict) or not set(self.base) <= {"encoder", "decoder"}:
+            raise InputError("base must be a table of a decoder and, where it has one of its own, an encoder.")
+        for side, base in self.base.items():
+            values = vars(base) if isinstance(base, BaseReference) else base
+            if not isinstance(values, dict) or set(values) != {"source", "sha256"}:
+                raise InputError(f"base.{side} must be a table of source and sha256.")
+            if not all(isinstance(value, str) and "\0" not in value for value in values.values()):
+                raise InputError(f"base.{side} must hold texts, not {values!r}.")
 
     def decide(self, one_base: bool) -> None:
         """Decide what was left open, for a model whose two sides have one base or one each: one base is shared, LoRA
@@ -166,7 +195,7 @@ class RCCConfig:
         data = {"model_type": "rcc", "format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
         if not self.direct:  # an rcc that knows no other prefix reads the folder as before
             del data["prefix"], data["sink_token"]
-        (folder / "config.json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+        atomic.write_text(folder / "config.json", json.dumps(data, indent=2) + "\n")
 
     @classmethod
     def load(cls, folder: Path) -> RCCConfig:
@@ -180,8 +209,8 @@ class RCCConfig:
             data = json.loads(file.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise ModelError(f"{folder} is not an RCC model: it has no config.json.") from None
-        except (ValueError, OSError) as error:
-            raise ModelError(f"{file} cannot be read as JSON ({error}).") from None
+        except (ValueError, OSError, RecursionError) as error:
+            raise ModelError(f"{file} cannot be read as JSON ({brief(error)}): get the model again.") from None
         if not isinstance(data, dict) or data.pop("model_type", None) != "rcc":
             raise ModelError(
                 f"{folder} is not an RCC model: make one from it with RCCForCausalLM.from_base({str(folder)!r})."
@@ -194,7 +223,7 @@ class RCCConfig:
             raise ModelError(f"{file} has unknown settings ({', '.join(unknown)}): update rcc.")
         try:
             return cls(**data)
-        except (TypeError, AttributeError) as error:
+        except (TypeError, AttributeError, ValueError, OverflowError) as error:
+            if isinstance(error, InputError):
+                raise ModelError(f"{file}: {error}") from None
             raise ModelError(f"{file} has a setting of the wrong type ({error}).") from None
-        except InputError as error:
-            raise ModelError(f"{file}: {error}") from None

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.console import Console as RichConsole
 
 from .errors import FileError, InputError, ModelError
 
@@ -27,6 +27,47 @@ DEFAULT_MODEL = "rcc-qwen2.5-0.5b"
 PASSKEY_MODEL = "rcc-smollm2-135m-passkey"
 BUDGET = 4096
 """Positions that a context takes at most where the rate is chosen for it: a first token within a second or so."""
+
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""What moves the cursor, hides or reorders what a terminal shows; and halves of characters."""
+
+
+def shown(text: object, lines: bool = False) -> str:
+    """Return a text that somebody else may have written as a terminal may show it: control characters escaped.
+
+    Args:
+        lines: whether it may have several lines, and tabs.
+    """
+
+    def escape(match: re.Match[str]) -> str:
+        character = match[0]
+        if lines and character in "\n\t":
+            return character
+        code = ord(character)
+        return {"\n": "\\n", "\t": "\\t", "\r": "\\r"}.get(character) or (
+            f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
+        )
+
+    return _CONTROL.sub(escape, str(text))
+
+
+class Console(RichConsole):
+    """A console on which no text can do more than be read."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print, with control characters escaped but for the ends of lines and tabs."""
+        super().print(*(_harmless(thing) for thing in objects), **options)
+
+    def status(self, status: Any, **options: Any) -> Any:
+        """Show what is being done, on one line."""
+        return super().status(shown(status), **options)
+
+
+def _harmless(thing: Any) -> Any:
+    if isinstance(thing, str):
+        return shown(thing, lines=True)
+    return thing
+
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -181,7 +222,15 @@ def check_dtype(name: str | None) -> torch.dtype | None:
 
 
 def print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    """Print JSON; in ASCII where the stream lacks one of its characters, and would print another in its place."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except (UnicodeEncodeError, LookupError):
+        text = json.dumps(value, indent=2)
+    else:  # JSON itself escapes only the lowest ones
+        text = _CONTROL.sub(lambda m: m[0] if m[0] == "\n" else f"\\u{ord(m[0]):04x}", text)
+    sys.stdout.write(text + "\n")
 
 
 @contextlib.contextmanager
@@ -216,7 +265,12 @@ def progress(message: str, total: int, unit: str = "tokens") -> Iterator[Callabl
             left = timedelta(seconds=round(((task.total or 0) - task.completed) / pace))
             return Text(f"{pace:,.{0 if pace > 10 else 1}f} {unit}/s, {left} left")
 
-    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,}/{task.total:,}"), Pace()
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TextColumn("{task.completed:,}/{task.total:,}"),
+        Pace(),
+    )
     with Progress(*columns, console=err, transient=True) as bar:
-        task = bar.add_task(message, total=total)
+        task = bar.add_task(shown(message), total=total)
         yield lambda done, total=None: bar.update(task, completed=done, **({"total": total} if total else {}))

@@ -104,10 +104,22 @@ class KVBlocks:
         layers: Sequence[tuple[Tensor, Tensor]],
         used: int,
         writable: bool,
-        release: Callable[[], None] = lambda: None,
+        release: Callable[[], None] | None = None,
     ):
-        self.layers, self.used, self.writable, self.release = layers, used, writable, release
+        self.layers, self.used, self.writable, self._release = layers, used, writable, release
         self.lock = threading.Lock()
+
+    def release(self) -> None:
+        """Let go of the memory of what is mapped from a file, until it is used again."""
+        if self._release is not None:
+            self._release()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy is made of: the tensors; not the lock, nor a file's mapping."""
+        return {"layers": self.layers, "used": self.used}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["layers"], state["used"], writable=True)  # type: ignore[misc]
 
     @property
     def capacity(self) -> int:
@@ -142,6 +154,19 @@ class CompressedContext:
     rotated: bool = True
     repeats: CompressedContext | None = field(default=None, init=False)
     placed: CompressedContext | None = field(default=None, init=False)
+
+    # ---------------------------------------------------------------- a value
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy is made of: its own positions of the blocks, which it shares with no other context; and not the
+        cache that a model has made of it."""
+        layers = [(k.clone(), v.clone()) for k, v in (self.layer(i) for i in range(len(self.blocks.layers)))]
+        self.blocks.release()
+        state = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in ("repeats", "placed")}
+        return {**state, "blocks": KVBlocks(layers, self.length, writable=True)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for name, value in {"repeats": None, "placed": None, **state}.items():
+            object.__setattr__(self, name, value)
 
     # ---------------------------------------------------------------- what it is
     def __len__(self) -> int:
@@ -243,6 +268,11 @@ class CompressedContext:
                 blocks.lock.release()
         else:
             yield self._copy(extra + spare)
+
+    @contextlib.contextmanager
+    def lend(self, extra: int) -> Iterator[Cache]:
+        """As :meth:`borrow`, a cache of its own, which may be used after the `with` block."""
+        yield self._copy(extra)
 
     def _cache(self, layers: Sequence[tuple[Tensor, Tensor]]) -> Cache:
         return Cache(layers=[BlockLayer(0, keys, values, self.length) for keys, values in layers])
@@ -374,11 +404,16 @@ class CompressedContext:
         return replace(self, blocks=KVBlocks(layers, self.length, writable=True), mask=mask)
 
     # ---------------------------------------------------------------- its file
-    def save(self, path: str | Path) -> None:
-        """Write a context of one text to a file, whole or not at all; an existing file is replaced.
+    def save(self, path: str | Path, replace: bool = True, private: bool = False) -> None:
+        """Write a context of one text to a file, whole or not at all.
+
+        Args:
+            replace: whether an existing file is replaced; it passes on its mode and, where permitted, its owner.
+            private: a new file is for its owner alone.
 
         Raises:
-            InputError: it holds several texts. FileError: the file cannot be written.
+            InputError: it holds several texts. ExistsError: the file exists, and is not to be replaced.
+            FileError: the file cannot be written.
         """
         if self.batch_size != 1:
             raise InputError(f"save needs a context of one text, this one holds {self.batch_size}: save context[i].")
@@ -397,7 +432,7 @@ class CompressedContext:
         for i in range(len(one.blocks.layers)):
             for name, tensor in zip(("keys", "values"), one.layer(i), strict=True):
                 tensors[f"{name}.{i}"] = fileformat.lazy(tensor)
-        fileformat.write(Path(path), "context", manifest, tensors)
+        fileformat.write(Path(path), "context", manifest, tensors, replace, private)
 
     @classmethod
     def load(
@@ -426,7 +461,7 @@ class CompressedContext:
             rotated = manifest.get("rotated", True)
             if not isinstance(rotated, bool):
                 raise TypeError("rotated is neither true nor false")
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
             raise ContextError(f"{path} is damaged: its manifest is not whole ({error}).") from None
         length = sum(piece.positions for piece in pieces)
         like = layers[0][0] if layers else torch.empty(0)

@@ -18,7 +18,6 @@ import hashlib
 import json
 import os
 import re
-import secrets
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -35,6 +34,7 @@ from . import checkpoints, fileformat
 from .config import BaseReference, RCCConfig
 from .errors import FileError, InputError, ModelError, RCCError
 from .modeling import WEIGHTS, RCCForCausalLM, fingerprint_of
+from .runtime import atomic
 
 Progress = Callable[[int, int], None]
 """Called with bytes done so far and bytes to do."""
@@ -173,25 +173,21 @@ def convert_checkpoint(
     places, fates = _match(source, _stored(source), wanted, settings)
     settings.dtype = functools.reduce(torch.promote_types, {_DTYPES[stored.dtype] for stored in places.values()})
 
-    work = target.with_name(f".rcc-{secrets.token_hex(8)}.tmp")  # not derived from a name that may be long already
     try:
-        work.mkdir()
-        for side, architecture in (("decoder", "GPTNeoXForCausalLM"), ("encoder", "GPTNeoXModel")):
-            (work / side).mkdir()
-            settings.architectures = [architecture]
-            settings.save_pretrained(work / side)
-        if tokens is not None:
-            _save_tokenizer(tokens, work / "decoder")
-        if (source / "generation_config.json").is_file():
-            shutil.copyfile(source / "generation_config.json", work / "decoder" / "generation_config.json")
-        _write(work, config, places, settings, progress)
-        os.rename(work, target)  # onto nothing or an empty folder
+        with atomic.new_folder(target) as work:
+            for side, architecture in (("decoder", "GPTNeoXForCausalLM"), ("encoder", "GPTNeoXModel")):
+                (work / side).mkdir()
+                settings.architectures = [architecture]
+                settings.save_pretrained(work / side)
+            if tokens is not None:
+                _save_tokenizer(tokens, work / "decoder")
+            if (source / "generation_config.json").is_file():
+                shutil.copyfile(source / "generation_config.json", work / "decoder" / "generation_config.json")
+            _write(work, config, places, settings, progress)
     except FileError:
         raise
     except OSError as error:
         raise FileError(f"{out} cannot be written: {error.strerror or error}.") from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return Conversion(Path(out), fates, settings.dtype, words)
 
 
@@ -232,7 +228,8 @@ def _wanted(source: Path, config: RCCConfig, settings: Any) -> dict[str, tuple[i
     """Names and shapes in the state dict of our model, in order."""
     try:
         with torch.device("meta"):  # without storage
-            model = RCCForCausalLM(config, AutoModel.from_config(settings), AutoModelForCausalLM.from_config(settings))
+            kinds = AutoModel, AutoModelForCausalLM
+            model = RCCForCausalLM(config, *(kind.from_config(settings, trust_remote_code=False) for kind in kinds))
     except RCCError:
         raise
     except Exception as error:  # a setting that transformers first looks at here
@@ -265,7 +262,7 @@ def _load_tokenizer(folder: Path, settings: Any) -> Any:
     # what transformers picks for GPT-NeoX replaces the splitting rules that a tokenizer.json has by its own
     kind = PreTrainedTokenizerFast if (folder / "tokenizer.json").is_file() else AutoTokenizer
     try:
-        tokenizer = kind.from_pretrained(folder, local_files_only=True)
+        tokenizer = kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         most = max(tokenizer.get_vocab().values(), default=-1)
     except Exception as error:  # OSError, ValueError, and plain Exception from the Rust side
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -413,7 +413,7 @@ class CompressedVectors:
                 tuple(pieces_from(manifest["pieces"])),
                 manifest["fingerprint"],
             )
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise ContextError(f"{path} is damaged: its description is not whole ({error}).") from None
 
 
@@ -422,6 +422,8 @@ def pieces_from(rows: list[dict[str, Any]]) -> list[Piece]:
     pieces = [Piece(**{**row, "opening": tuple(row["opening"])}) for row in rows]
     for piece in pieces:
         counts = (piece.tokens, piece.positions, piece.rate)
-        if any(type(n) is not int for n in (*counts, *piece.opening)) or min(counts) < 1:
+        numbers = (*counts, *piece.opening)
+        whole = all(type(n) is int and 0 <= n < 1 << 48 for n in numbers) and isinstance(piece.sha256, str)
+        if not whole or min(counts) < 1:
             raise TypeError("a piece of text with senseless numbers")
     return pieces

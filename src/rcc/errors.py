@@ -33,6 +33,10 @@ class FileError(RCCError, OSError):
     """A file or folder that cannot be read, written or fetched."""
 
 
+class ExistsError(FileError):
+    """A file that was not to be replaced."""
+
+
 def brief(error: Exception | str) -> str:
     """Return the first line of a message, without addresses, for use inside a sentence."""
     text = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__

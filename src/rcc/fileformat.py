@@ -9,23 +9,23 @@ then be another one than the one checked.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import mmap
 import os
 import re
-import secrets
+import stat
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .errors import ContextError, FileError, InputError
+from .runtime import atomic
 
 VERSION = 1
 _ZEROS = "0" * 64
@@ -49,10 +49,21 @@ def lazy(tensor: Tensor) -> Lazy:
     return tensor.dtype, tuple(tensor.shape), lambda: tensor
 
 
-def write(path: Path, kind: str, manifest: Mapping[str, Any], tensors: Mapping[str, Lazy]) -> None:
+def write(
+    path: Path,
+    kind: str,
+    manifest: Mapping[str, Any],
+    tensors: Mapping[str, Lazy],
+    replace: bool = True,
+    private: bool = False,
+) -> None:
     """Write tensors and their manifest, one tensor in memory at a time; the file appears whole or not at all.
 
+    Args:
+        replace, private: as for :func:`rcc.runtime.atomic.writing`.
+
     Raises:
+        ExistsError: there is a file of that name, and it is not to be replaced.
         FileError: the folder does not exist or cannot be written, or the disk is full.
     """
     metadata = {"format": f"rcc-{kind}", "version": str(VERSION), "sha256": _ZEROS, "rcc": json.dumps(manifest)}
@@ -60,10 +71,8 @@ def write(path: Path, kind: str, manifest: Mapping[str, Any], tensors: Mapping[s
     match = _DIGEST.search(header)
     assert match is not None
     digest = hashlib.sha256()
-    if not path.name:
-        raise FileError(f"{str(path)!r} cannot be written: it does not name a file.")
     try:
-        with _whole(path) as file:
+        with atomic.writing(path, replace, private) as file:
 
             def put(data: bytes | memoryview) -> None:
                 digest.update(data)
@@ -72,6 +81,8 @@ def write(path: Path, kind: str, manifest: Mapping[str, Any], tensors: Mapping[s
             _put(header, tensors, put)
             file.seek(match.start(1))
             file.write(digest.hexdigest().encode())
+    except FileError:
+        raise
     except OSError as error:
         raise FileError(f"{path} cannot be written: {error.strerror or error}.") from error
 
@@ -82,23 +93,8 @@ def write_weights(path: Path, tensors: Mapping[str, Lazy]) -> None:
     Raises:
         OSError: the folder does not exist or cannot be written, or the disk is full.
     """
-    with _whole(path) as file:
+    with atomic.writing(path) as file:
         _put(_header({"format": "pt"}, tensors), tensors, file.write)
-
-
-@contextlib.contextmanager
-def _whole(path: Path) -> Iterator[BinaryIO]:
-    """A file to be written that has its name, and is on the disk, once it is complete."""
-    temporary = path.with_name(f".rcc-{secrets.token_hex(8)}.tmp")  # any name can be too long already
-    try:
-        with open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def _header(metadata: dict[str, str], tensors: Mapping[str, Lazy]) -> bytes:
@@ -122,8 +118,11 @@ def _put(header: bytes, tensors: Mapping[str, Lazy], put: Callable[[bytes | memo
 
 
 def is_ours(path: Path, kind: str) -> bool:
-    """Whether a file says of itself that it is an rcc file of this kind; it may still be damaged."""
+    """Whether a file says of itself that it is an rcc file of this kind; it may still be damaged. What can be read only
+    once, such as a pipe, is none, and is not looked into."""
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            return False
         with open(path, "rb") as file:
             return f'"format":"rcc-{kind}"'.encode() in file.read(512)
     except OSError:
@@ -170,7 +169,7 @@ def read(path: Path, kind: str, verify: str) -> tuple[dict[str, Any], dict[str, 
         metadata = header.pop("__metadata__")
         version, found, manifest = int(metadata["version"]), metadata["format"], json.loads(metadata["rcc"])
         total = 8 + size + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError):
         raise ContextError(f"{damaged} (its header cannot be read).") from None
     if found != f"rcc-{kind}":
         raise ContextError(f"{path} holds {found!r}, not an rcc {kind} file.")
@@ -182,7 +181,7 @@ def read(path: Path, kind: str, verify: str) -> tuple[dict[str, Any], dict[str, 
         raise ContextError(f"{damaged} (it has {len(data)} bytes instead of {total}).")
     try:
         return manifest, {name: _tensor(data, 8 + size, entry) for name, entry in header.items()}, release
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError, AttributeError) as error:
         raise ContextError(f"{damaged} (a tensor cannot be read: {error}).") from None
 
 

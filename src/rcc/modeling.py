@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import transformers
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -30,7 +29,7 @@ from .config import BaseReference, RCCConfig
 from .context import SPARE, BlockLayer, CompressedContext, KVBlocks
 from .decoder import Prefix, Residuals, accept_prefix, prefix_arguments, window_by_position
 from .encoder import CompressedVectors, piece_of
-from .errors import ContextError, FileError, InputError, ModelError, WindowError
+from .errors import ContextError, FileError, InputError, ModelError, RCCError, WindowError
 from .prefix import BlockInputs, DirectPrefix, ProjectedStates, RecordedStates, place, read_exactly, store
 from .projection import Projections, layer_map
 from .provenance import libraries
@@ -257,7 +256,12 @@ class RCCForCausalLM(nn.Module):
         if side in self.config.base:
             with contextlib.suppress(ModelError):  # a base without a tokenizer stays one
                 source = checkpoints.resolve_base(self.config.base[side].source)
-                checkpoints.load_tokenizer(source).save_pretrained(folder)
+                try:
+                    checkpoints.load_tokenizer(source).save_pretrained(folder)
+                except RCCError:
+                    raise
+                except Exception as error:  # how a full disk shows itself on the Rust side
+                    raise OSError(str(error)) from error
 
     def own_state_dict(self) -> dict[str, Tensor]:
         """The weights that are not a base's (projections, LoRA, embeddings), by their names in a file."""
@@ -287,11 +291,9 @@ class RCCForCausalLM(nn.Module):
                 target.copy_(state[name])
 
     def _load_weights(self, folder: Path) -> None:
-        from safetensors.torch import load_file
-
         if checkpoints.weights_sha256(folder) != self.config.weights_sha256:
             raise ModelError(f"{folder / WEIGHTS} was changed: its SHA-256 is not the one in config.json.")
-        self.load_own_state_dict(packing.unpack(load_file(folder / WEIGHTS)))
+        self.load_own_state_dict(packing.unpack(checkpoints.read_weights(folder)))
 
     def _new_memory(self) -> nn.Parameter:
         """Memory embeddings [M, H_encoder]: the mean of the encoder's embeddings, and a tenth of their spread around
@@ -464,6 +466,8 @@ class RCCForCausalLM(nn.Module):
             ContextError: `context` was made by another model.
         """
         rate = self._check_rate(rate)
+        if context is not None:
+            _check_is_context(context)
         rows = encoding.rows_of(_to(input_ids, self.device), _to(attention_mask, self.device), self._vocabulary)
         pieces = [piece_of(row, rate, self.config) for row in rows]
         total = sum(piece.tokens for piece in pieces)
@@ -690,7 +694,8 @@ class RCCForCausalLM(nn.Module):
             predicted: for `context_ids`: [B, Q], n > 0 where the decoder is to read not the token of `input_ids` but
                 the one that it predicts there itself in the n-th of as many passes without gradients, each behind what
                 the one before predicted. Only where there are logits for it.
-            kwargs: go to the decoder.
+            kwargs: go to the decoder. `output_hidden_states` and `output_attentions` are given for a `context`, or
+                none; of a prompt's positions, in attentions beside the context's.
 
         Returns:
             logits [B, Q or U, vocabulary] and, with labels, the mean loss.
@@ -698,6 +703,7 @@ class RCCForCausalLM(nn.Module):
         Raises:
             InputError, WindowError, ContextError: as :meth:`compress`.
         """
+        _check_forward(kwargs, training=context_ids is not None)
         if context is not None and context_ids is not None:
             raise InputError("give context or context_ids, not both.")
         if predicted is not None and context_ids is None:
@@ -733,7 +739,7 @@ class RCCForCausalLM(nn.Module):
         context = self.place(context)
         mask, order = self._order(len(context), context.mask, new, attention_mask, input_ids)
         with torch.no_grad(), context.borrow(new) as cache:
-            logits = self.decoder(
+            out = self.decoder(
                 input_ids=input_ids,
                 attention_mask=mask,
                 position_ids=order,
@@ -741,8 +747,8 @@ class RCCForCausalLM(nn.Module):
                 use_cache=True,
                 logits_to_keep=keep,
                 **kwargs,
-            ).logits
-        return self._output(logits, labels, logits_to_keep)
+            )
+        return self._output(out, labels, logits_to_keep)
 
     def _train(
         self,
@@ -874,8 +880,8 @@ class RCCForCausalLM(nn.Module):
             logits, or where there is a head for losses the hidden states [B, U, H] they would be made of; and the loss.
         """
         if self.loss_head is None:
-            logits = self.decoder(use_cache=False, logits_to_keep=keep, **inputs).logits
-            return self._output(logits, labels, logits_to_keep)
+            out = self.decoder(use_cache=False, logits_to_keep=keep, **inputs)
+            return self._output(out, labels, logits_to_keep)
         states = self.decoder.base_model(use_cache=False, **inputs).last_hidden_state
         states = states[:, slice(-keep, None) if isinstance(keep, int) else keep]
         if labels is None:
@@ -928,12 +934,13 @@ class RCCForCausalLM(nn.Module):
         assert out.hidden_states is not None
         return self.loss_head.likeliest(out.hidden_states[0])
 
-    def _output(self, logits: Tensor, labels: Tensor | None, kept: Tensor | None) -> CausalLMOutputWithPast:
-        loss = None
+    def _output(self, out: Any, labels: Tensor | None, kept: Tensor | None) -> CausalLMOutputWithPast:
+        loss, logits = None, out.logits
         if labels is not None:
             targets = _targets(labels.to(logits.device), kept)
             loss = self.token_loss(logits[:, : targets.shape[1]], targets)
-        return CausalLMOutputWithPast(loss=loss, logits=logits)
+        more = {name: getattr(out, name, None) for name in ("hidden_states", "attentions")}
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **more)
 
     @torch.no_grad()
     def generate(
@@ -981,7 +988,9 @@ class RCCForCausalLM(nn.Module):
         if mask is None:
             mask = torch.ones(len(input_ids), len(context) + length, dtype=torch.long, device=self.device)
         copies = max(setting("num_beams", 1), setting("num_return_sequences", 1))
-        with context.borrow(length + answer) as cache:
+        # a cache that is handed out is the caller's: the next question must not write there
+        kept = bool(setting("return_dict_in_generate", 0))
+        with context.lend(length + answer) if kept else context.borrow(length + answer) as cache:
             if copies > 1:
                 cache.batch_repeat_interleave(copies)
             return self.decoder.generate(input_ids=input_ids, attention_mask=mask, **{backbones.CACHE: cache}, **kwargs)
@@ -1044,6 +1053,7 @@ class RCCForCausalLM(nn.Module):
         )
 
     def _check_context(self, context: CompressedContext, batch: int) -> CompressedContext:
+        _check_is_context(context)
         self.check_fingerprint(context.fingerprint, context.model_name)
         if context.batch_size != batch:
             hint = f"use context.expand({batch})" if context.batch_size == 1 else "give as many of each"
@@ -1083,6 +1093,32 @@ class LossHead(Protocol):
 def _targets(labels: Tensor, kept: Tensor | None) -> Tensor:
     """What follows each position that logits are computed at, [B, U], of labels [B, Q]; kept None: all but the last."""
     return labels[:, 1:] if kept is None else nn.functional.pad(labels, (0, 1), value=-100)[:, kept + 1]
+
+
+def _check_is_context(context: Any) -> None:
+    if not isinstance(context, CompressedContext):
+        raise InputError(
+            f"context must be a CompressedContext, not {type(context).__name__}: compress a text, or load a file with"
+            " CompressedContext.load."
+        )
+
+
+def _check_forward(given: dict[str, Any], training: bool) -> None:
+    """Take out of the decoder's arguments what says no more than what happens anyway; refuse what cannot be given."""
+    decided = {
+        "use_cache": (False, "a context holds the cache: leave it out, or ask with generate"),
+        "return_dict": (True, "the output has names: leave it out, and take to_tuple() of it"),
+    }
+    for name, (value, why) in decided.items():
+        if (got := given.pop(name, None)) not in (None, value):
+            raise InputError(f"{name}={got!r} cannot be used, because {why}.")
+    for name in ("inputs_embeds", "position_ids", "cache", "past_key_values"):
+        if given.get(name) is not None:
+            raise InputError(f"{name} cannot be used: give input_ids, and a context for what comes before them.")
+        given.pop(name, None)
+    for name in ("output_hidden_states", "output_attentions"):
+        if training and given.get(name):
+            raise InputError(f"{name} cannot be given for context_ids: give a context.")
 
 
 def token_loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -1141,15 +1177,8 @@ def _first_token(source: str | Path | PreTrainedModel) -> int:
 
 
 def _load_backbone(path: Path, side: str, load: dict[str, Any]) -> PreTrainedModel:
-    auto = AutoModelForCausalLM if side == "decoder" else AutoModel
-    try:
-        config = transformers.AutoConfig.from_pretrained(path)
-        backbones.check_family(config, side)
-        if config.model_type in backbones.STATE_SPACE:  # there is no attention to implement
-            load = {**load, "attn_implementation": None}
-        return auto.from_pretrained(path, **load)
-    except (OSError, ValueError) as error:
-        if isinstance(error, ModelError):
-            raise
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(f"{path} cannot be loaded as a {side}: {reason}") from error
+    config, _ = checkpoints.load_config(path)
+    backbones.check_family(config, side)
+    if config.model_type in backbones.STATE_SPACE:  # there is no attention to implement
+        load = {**load, "attn_implementation": None}
+    return checkpoints.load_backbone(path, side == "decoder", **load)

@@ -85,7 +85,9 @@ class Blueprint:
         if shape.model_type not in backbones.STATE_SPACE:  # there is no attention to implement
             attention = "eager" if self.attention == "eager" else "sdpa"
         # the model writes into its configuration
-        return auto.from_config(copy.deepcopy(shape), dtype=self.dtype, attn_implementation=attention)
+        return auto.from_config(
+            copy.deepcopy(shape), dtype=self.dtype, attn_implementation=attention, trust_remote_code=False
+        )
 
     def shallow(self) -> Blueprint:
         """The same with at most :data:`TRACED` blocks a side, of every kind that there is."""

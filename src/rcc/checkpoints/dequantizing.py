@@ -40,12 +40,12 @@ def write_folder(gguf: Path, folder: Path, family: Literal["smollm2", "qwen2"], 
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with _quiet():
-        config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
         config.eos_token_id = _write_tokenizer(gguf, folder, family)
         if tie_output:
             config.tie_word_embeddings = True
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)
     # save_pretrained of a model would do these two, and want its weights
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
@@ -60,7 +60,7 @@ def _write_tokenizer(gguf: Path, folder: Path, family: str) -> int:
 
     # AutoTokenizer would read the whole metadata once more, to find this class: 20 s for 150,000 tokens
     kind = Qwen2Tokenizer if family == "qwen2" else AutoTokenizer
-    tokenizer = kind.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer = kind.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
     if family == "smollm2":
         # The converter forgets that SmolLM2 splits digits one by one before the byte-level rule: without it
         # "  3" and "\n\n1" become tokens that the model has not been trained on.

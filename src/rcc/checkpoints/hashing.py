@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,9 +12,11 @@ from ..errors import FileError, ModelError, brief
 if TYPE_CHECKING:  # torch takes seconds to import: each function imports what it needs
     from torch import Tensor
 
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
 
 def weights_sha256(folder: Path) -> str:
-    """SHA-256 over the tensors in the \\*.safetensors files directly in a folder.
+    """SHA-256 over the tensors that a folder's weights are loaded from (:func:`weight_files`).
 
     Of every tensor, in name order: its name, type and shape, and its bytes. So the same weights have the same hash
     in however many files, and whatever library wrote them.
@@ -66,7 +69,25 @@ def differs(expected: str, got: str) -> str:
 
 
 def weight_files(folder: Path) -> list[Path]:
+    """Return the files that a folder's weights are loaded from, in order: all \\*.safetensors directly in it. Where a
+    tensor stands in several, the last one counts.
+
+    Raises:
+        ModelError: there is none, or an index names files that are not among them.
+    """
     found = sorted(p for p in folder.glob("*.safetensors") if p.is_file())
     if not found:
         raise ModelError(f"{folder} is not a model folder: it has no *.safetensors file.")
+    if not (folder / WEIGHTS).is_file() and (folder / INDEX).is_file():
+        _check_index(folder / INDEX, {file.name for file in found})
     return found
+
+
+def _check_index(index: Path, there: set[str]) -> None:
+    try:
+        names = sorted(map(str, json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelError(f"{index} cannot be read ({brief(error)}): get it again.") from None
+    for name in names:
+        if name not in there:
+            raise ModelError(f"{index} names {name!r}, which is no *.safetensors file beside it: get the model again.")

@@ -141,7 +141,7 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # OSError, ValueError, and plain Exception from the Rust side
         raise ModelError(f"the tokenizer in {folder} cannot be loaded ({brief(error)}).") from error
 

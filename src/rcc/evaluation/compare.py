@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
+from ..errors import InputError, brief
 from . import results
 from .results import Interval
 
@@ -30,6 +30,13 @@ def compare(a: Path, b: Path) -> tuple[list[Difference], list[str]]:
     Raises:
         InputError: one holds no finished evaluation, they are of different tasks, or have no sample in common.
     """
+    try:
+        return _compare(a, b)
+    except (KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:  # what a damaged file holds
+        raise InputError(f"{a} or {b} holds no readable evaluation ({brief(error)}): make it again.") from None
+
+
+def _compare(a: Path, b: Path) -> tuple[list[Difference], list[str]]:
     (left, left_rows), (right, right_rows) = results.load(a), results.load(b)
     if left["task"] != right["task"]:
         raise InputError(f"{a} holds {left['task']!r}, {b} holds {right['task']!r}: compare two of the same task.")

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import os
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
 
-from ..errors import FileError
+from ..errors import FileError, InputError, RCCError, brief
+from ..runtime import atomic
 from .report_tables import Run, Samples, Table, read, table
 from .report_tasks import TASKS, Group, Task
 
@@ -42,6 +41,16 @@ def page(folders: Sequence[Path], limit: int = 50) -> str:
     Raises:
         InputError: one of them holds no finished evaluation, or is named twice.
     """
+    try:
+        return _page(folders, limit)
+    except RCCError:
+        raise
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, jinja2.TemplateError) as error:
+        names = ", ".join(map(str, folders))
+        raise InputError(f"{names}: no readable evaluation ({brief(error)}): make it again.") from error
+
+
+def _page(folders: Sequence[Path], limit: int) -> str:
     runs, samples = read(folders), Samples(limit)
     found = dict.fromkeys(run.task for run in runs)
     tasks = [*(task for task in TASKS if task in found), *(task for task in found if task not in TASKS)]
@@ -68,17 +77,15 @@ def _section(task: str, runs: list[Run], samples: Samples) -> Section:
     return Section(task, known.title, known.lead, runs, groups, tables)
 
 
-def write(path: Path, html: str) -> None:
+def write(path: Path, html: str, replace: bool = True) -> None:
     """Write the page, whole or not at all.
 
     Raises:
-        FileError: it cannot be written.
+        ExistsError: it exists, and is not to be replaced. FileError: it cannot be written.
     """
-    temporary = path.with_name(f".rcc-{secrets.token_hex(8)}.tmp")
     try:
-        temporary.write_bytes(html.encode("utf-8", "replace"))  # what a model wrote may hold half a character
-        os.replace(temporary, path)
+        atomic.write_text(path, html, replace)
+    except FileError:
+        raise
     except OSError as error:
         raise FileError(f"{path} cannot be written: {error.strerror or error}.") from error
-    finally:
-        temporary.unlink(missing_ok=True)

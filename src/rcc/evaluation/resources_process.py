@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import LlamaConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.utils import logging as quiet
 
@@ -74,7 +74,7 @@ class Job:
         if isinstance(self.model, str):
             folder = checkpoints.resolve_model(self.model)
             base = checkpoints.resolve_base(RCCConfig.load(folder).base["decoder"].source, relative_to=folder)
-            return _read_in(AutoModelForCausalLM.from_pretrained(base, dtype=self.dtype or "auto").to(self.device))
+            return _read_in(checkpoints.load_backbone(base, head=True, dtype=self.dtype or "auto").to(self.device))
         with torch.device(self.device):
             return _read_in(self.model.build_base().eval())
 

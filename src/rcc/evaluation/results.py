@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import time
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -18,8 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import FileError, InputError
+from ..console import shown
+from ..errors import FileError, InputError, brief
 from ..provenance import commit, libraries, machine
+from ..runtime import atomic, locks
 
 FORMAT_VERSION = 1
 RESAMPLES = 2000
@@ -102,7 +104,7 @@ class Results:
 
     Raises:
         InputError: the folder holds another evaluation, or something else.
-        FileError: it cannot be written.
+        FileError: it cannot be written, or another process is at work there.
     """
 
     task: str
@@ -116,23 +118,34 @@ class Results:
         self.settings = json.loads(json.dumps(self.settings))  # as a file will give it back
         if self.folder is None:
             return
-        path = self.folder / "settings.json"
+        self._lock = locks.FolderLock(self.folder)
+        weakref.finalize(self, self._lock.release)  # at the latest when Python ends
+        try:
+            self._open(self.folder)
+        except Exception:
+            self._lock.release()
+            raise
+
+    def _open(self, folder: Path) -> None:
+        """Read what a folder holds of this evaluation, or begin it there."""
+        path = folder / "settings.json"
         try:
             if path.exists():
                 try:
                     before = json.loads(path.read_text(encoding="utf-8"))
-                except ValueError:
+                except (ValueError, RecursionError):
                     before = None
                 if before != {"task": self.task, **self.settings}:
-                    raise InputError(f"{self.folder} holds an evaluation with other settings: name another folder.")
+                    raise InputError(f"{folder} holds an evaluation with other settings: name another folder.")
                 self.rows = self._read()
                 return
-            if self.folder.exists() and any(self.folder.iterdir()):
-                raise InputError(f"{self.folder} is not empty and holds no evaluation: name another folder.")
-            self.folder.mkdir(parents=True, exist_ok=True)
+            if any(file.name != locks.NAME for file in folder.iterdir()):
+                raise InputError(f"{folder} is not empty and holds no evaluation: name another folder.")
             self._write("settings.json", json.dumps({"task": self.task, **self.settings}, indent=2) + "\n")
+        except FileError:
+            raise
         except OSError as error:
-            raise FileError(f"{self.folder} cannot be written: {error.strerror or error}.") from error
+            raise FileError(f"{folder} cannot be written: {error.strerror or error}.") from error
 
     def _read(self) -> list[dict[str, Any]]:
         assert self.folder is not None
@@ -150,10 +163,10 @@ class Results:
 
     def _write(self, name: str, text: str) -> None:
         assert self.folder is not None
-        temporary = self.folder / f".{name}.tmp"
         try:
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, self.folder / name)
+            atomic.write_text(self.folder / name, text)
+        except FileError:
+            raise
         except OSError as error:
             raise FileError(f"{self.folder / name} cannot be written: {error.strerror or error}.") from error
 
@@ -239,6 +252,7 @@ class Results:
             draw(self.folder / name)
         self._write("table.md", table + "".join(f"\n{note}\n" for note in self.notes))
         self._write("results.json", json.dumps(self.summary(by, more), indent=2) + "\n")
+        self._lock.release()
 
 
 def need(*modules: str, extra: str = "eval") -> None:
@@ -266,10 +280,13 @@ def load(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         lines = (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()
         rows = [json.loads(line) for line in lines]
         version = data["format_version"]
+        whole = isinstance(data["task"], str) and isinstance(data["settings"], dict) and isinstance(data["cells"], list)
+        if not whole or not isinstance(version, int) or not all(isinstance(row, dict) for row in rows):
+            raise TypeError("results.json is not whole")
     except FileNotFoundError as error:
         raise InputError(f"{folder} holds no finished evaluation: it has no {Path(error.filename).name}.") from None
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise InputError(f"{folder} holds no readable evaluation ({error}): make it again.") from None
+    except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
+        raise InputError(f"{folder} holds no readable evaluation ({brief(error)}): make it again.") from None
     if version > FORMAT_VERSION:
         raise InputError(f"{folder} has format version {version}, this rcc reads up to {FORMAT_VERSION}: update rcc.")
     return data, rows
@@ -290,7 +307,7 @@ def paired(a: Sequence[float], b: Sequence[float], groups: Sequence[Any] | None 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table; the first column on the left, the others on the right."""
     lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
+    return "\n".join([*lines, *("| " + " | ".join(map(shown, row)) + " |" for row in rows)]) + "\n"
 
 
 def show(value: Interval, percent: bool = False, digits: int = 3, sign: str = "") -> str:

@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from ..checkpoints.hashing import file_sha256
 from ..errors import FileError
 
 logger = logging.getLogger(__name__)
 
 LISTING = "files.json"
-"""Written last: the size of every file beside it."""
+"""Written last: the size and SHA-256 of every file beside it."""
 
 
 def write(folder: Path, step: int, files: dict[str, Callable[[Path], Any]], keep: int) -> Path:
@@ -37,16 +38,16 @@ def write(folder: Path, step: int, files: dict[str, Callable[[Path], Any]], keep
         for name, writer in files.items():
             writer(temporary / name)
             _flush(temporary / name)
-        sizes = {name: (temporary / name).stat().st_size for name in files}
-        (temporary / LISTING).write_text(json.dumps(sizes, indent=2), encoding="utf-8")
+        listing = {name: _described(temporary / name) for name in files}
+        (temporary / LISTING).write_text(json.dumps(listing, indent=2), encoding="utf-8")
         _flush(temporary / LISTING)
         _flush(temporary)
         shutil.rmtree(target, ignore_errors=True)  # the same step again, after resuming from an earlier one
         os.rename(temporary, target)
         _flush(folder)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        reason = getattr(error, "strerror", None) or _no_room(temporary) or str(error).partition("\n")[0]
         shutil.rmtree(temporary, ignore_errors=True)
-        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
         raise FileError(f"{target} cannot be written: {reason}.") from error
     found = _all(folder)
     for old in set(found) - set(found[found.index(target) :][:keep]):  # those of later steps were passed over
@@ -76,12 +77,30 @@ def _all(folder: Path) -> list[Path]:
 
 def _fault(checkpoint: Path) -> str | None:
     try:
-        sizes = json.loads((checkpoint / LISTING).read_text(encoding="utf-8"))
-        for name, size in sizes.items():
-            if (got := (checkpoint / name).stat().st_size) != size:
-                return f"{name} has {got:,} bytes instead of {size:,}"
-    except (OSError, ValueError, AttributeError) as error:
+        listing = json.loads((checkpoint / LISTING).read_text(encoding="utf-8"))
+        for name, known in listing.items():
+            known = known if isinstance(known, dict) else {"bytes": known}  # one of before there were digests
+            if (got := (checkpoint / name).stat().st_size) != known["bytes"]:
+                return f"{name} has {got:,} bytes instead of {known['bytes']:,}"
+            if "sha256" in known and known["sha256"] != file_sha256(checkpoint / name):
+                return f"the content of {name} does not match its digest"
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
         return f"it was cut short ({getattr(error, 'strerror', None) or error})"
+    return None
+
+
+def _described(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+
+
+def _no_room(folder: Path) -> str | None:
+    """Why nothing more can be written to a folder, which torch.save does not tell; None where that is not so."""
+    try:
+        with (folder / "trial").open("wb") as file:
+            file.write(bytes(1 << 20))
+            os.fsync(file.fileno())
+    except OSError as error:
+        return error.strerror
     return None
 
 

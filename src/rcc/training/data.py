@@ -31,6 +31,7 @@ from filelock import FileLock
 
 from .. import checkpoints
 from ..errors import FileError, InputError, brief
+from ..runtime import atomic
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -289,7 +290,7 @@ def _corpus(
     folder = caches / _key(source, tokenizer, kind, files, dataset)
     if not _is_made(folder):
         try:
-            caches.mkdir(parents=True, exist_ok=True)
+            atomic.private_folder(caches)  # tokens are as readable as their texts
             with FileLock(f"{folder}.lock"):  # the system releases it when its holder is killed
                 if not _is_made(folder):
                     _make(folder, source, tokenizer, kind, files, dataset, progress or (lambda phrase: None))
@@ -351,7 +352,7 @@ def _make(
         shutil.rmtree(left_over, ignore_errors=True)
     shutil.rmtree(folder, ignore_errors=True)
     work = folder.parent / f".{folder.name}-{uuid.uuid4().hex}"
-    work.mkdir()
+    work.mkdir(mode=0o700)
     try:
         with _Writer(work, source, tokenizer, kind, say) as writer:
             if files is None:
@@ -362,6 +363,8 @@ def _make(
                         _check_lines(file)
                     writer.add(str(file), _read(file, source), must_have_objects=_kind_of(file) in JSON_LINES)
             writer.finish([source.path] if files is None else [str(file) for file in files])
+        for file in work.iterdir():
+            file.chmod(0o600)
         os.rename(work, folder)
     finally:
         shutil.rmtree(work, ignore_errors=True)

@@ -115,9 +115,7 @@ def make_teacher(model: RCCForCausalLM) -> nn.Module:
     else:
         if "decoder" not in model.config.base:
             raise ModelError("distillation needs the decoder's base in a folder: name it in model.decoder.")
-        from transformers import AutoModelForCausalLM
-
         path = checkpoints.resolve_base(model.config.base["decoder"].source)
-        teacher = AutoModelForCausalLM.from_pretrained(path, dtype="auto").to(model.device)
+        teacher = checkpoints.load_backbone(path, head=True, dtype="auto").to(model.device)
         teacher.requires_grad_(False)
     return teacher.eval()

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 
+from ..console import Console, shown
 from ..errors import FileError
+from ..runtime import atomic
 from .recipe import Recipe
 
 if TYPE_CHECKING:
@@ -55,9 +55,7 @@ class Log:
                     continue  # the last line of a killed process
                 if row["stage"] != stage or row["step"] < step or (row["step"] == step and step > 0):
                     kept.append(line + "\n")
-            temporary = self.path.with_suffix(".tmp")
-            temporary.write_text("".join(kept), encoding="utf-8")
-            os.replace(temporary, self.path)
+            atomic.write_text(self.path, "".join(kept))
         except OSError as error:
             raise FileError(f"{self.path} cannot be rewritten: {error.strerror or error}.") from error
 
@@ -68,7 +66,7 @@ class Progress:
     def __init__(self, recipe: Recipe, quiet: bool = False):
         self.recipe, self.quiet = recipe, quiet
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
-        columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[state]}")
+        columns = TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[state]}")
         self.bar = Bar(*columns, console=self.console, transient=True, disable=quiet or not sys.stderr.isatty())
         self.task: Any = None
         self.last = 0.0
@@ -93,14 +91,14 @@ class Progress:
                 self.last = now
                 self.say(text)
         elif self.task is None:
-            self.task = self.bar.add_task(text, total=None, state="")
+            self.task = self.bar.add_task(shown(text), total=None, state="")
         else:
-            self.bar.update(self.task, description=text)
+            self.bar.update(self.task, description=shown(text))
 
     def start(self, trainer: StageTrainer) -> None:
         """A stage begins, or goes on."""
         stages = self.recipe.stages
-        name = f"stage {trainer.number + 1}/{len(stages)} {trainer.stage.name}"
+        name = shown(f"stage {trainer.number + 1}/{len(stages)} {trainer.stage.name}")
         if trainer.state.global_step:
             self.say(f"{name}: going on at step {trainer.state.global_step:,}")
         if self.task is not None:

@@ -25,6 +25,7 @@ import yaml
 
 from ..config import RCCConfig
 from ..errors import FileError, InputError
+from ..runtime import atomic
 from .data import Source
 from .tasks import TASKS, Task
 
@@ -396,9 +397,13 @@ class Recipe:
         except (OSError, UnicodeDecodeError) as error:
             raise FileError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from None
         try:
-            data = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}.") from None
+            data = yaml.load(text, _Loader)
+        except _TwiceError as error:
+            raise InputError(f"{path}: {error}") from None
+        except RecursionError:
+            raise InputError(f"{path} is nested too deep to be a recipe: check its brackets.") from None
+        except (yaml.YAMLError, ValueError, OverflowError, TypeError) as error:
+            raise InputError(f"{path} is not YAML: {' '.join(str(error).split())[:300]}.") from None
         for override in overrides or []:
             _override(data, override)
         if isinstance(data, dict):
@@ -411,7 +416,27 @@ class Recipe:
 
     def save(self, path: Path) -> None:
         """Write it as YAML, every default spelt out."""
-        path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+        atomic.write_text(path, yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True))
+
+
+# ---------------------------------------------------------------- YAML
+class _TwiceError(Exception):
+    """A table names a setting twice."""
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without the rule that of two settings of one name the last one counts."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[Any, int] = {}
+        for key, _ in node.value:
+            name, line = (key.tag, key.value) if isinstance(key.value, str) else id(key), key.start_mark.line + 1
+            if name in lines:
+                raise _TwiceError(
+                    f"{key.value!r} stands twice in one table, in lines {lines[name]} and {line}: leave one."
+                )
+            lines[name] = line
+        return super().construct_mapping(node, deep)
 
 
 # ---------------------------------------------------------------- data → dataclasses
@@ -486,8 +511,10 @@ def _override(data: Any, override: str) -> None:
     if not found or not path:
         raise InputError(f"--set {override}: write it as key=value, for instance stages.0.max_tokens=1e6.")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
+        value = yaml.load(text, _Loader)
+    except _TwiceError as error:
+        raise InputError(f"--set {path}: {error}") from None
+    except (yaml.YAMLError, ValueError, OverflowError, TypeError, RecursionError):
         value = text
     *parents, last = path.split(".")
     place = data

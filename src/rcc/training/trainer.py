@@ -15,7 +15,7 @@ import shutil
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,10 +30,12 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 
 from .. import backbones, checkpoints
-from ..errors import FileError, InputError, ModelError
+from ..errors import FileError, InputError, ModelError, brief
 from ..modeling import RCCForCausalLM, token_loss
 from ..precision import computing
 from ..provenance import commit, libraries
+from ..runtime import atomic
+from ..runtime.locks import FolderLock
 from . import checkpointing
 from .batches import Batches, Corpora, Kind, Samples, used_tokens
 from .card import card
@@ -456,6 +458,7 @@ def _alone(worker: int) -> None:
     """In a worker process: the tokenizer's threads did not come along when it was forked."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the first process's to answer
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)
 
@@ -525,7 +528,7 @@ class _Sharded(nn.Module):
 
 @contextmanager
 def _signals(trainer: StageTrainer) -> Iterator[None]:
-    """Ctrl-C and SIGTERM ask for a checkpoint and an end; a second one is not waited for."""
+    """Ctrl-C, SIGTERM and a terminal that is closed ask for a checkpoint and an end; a second one is not waited for."""
 
     def ask(number: int, frame: Any) -> None:
         if trainer.stopped_by is not None:
@@ -533,7 +536,7 @@ def _signals(trainer: StageTrainer) -> Iterator[None]:
         trainer.stopped_by = number
         trainer.display.say("stopping after this step; a checkpoint is written first")
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
     finally:
@@ -612,8 +615,8 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
     """
     try:
         return torch.load(checkpoint / STATE, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, RuntimeError, EOFError) as error:
-        raise FileError(f"{checkpoint / STATE} cannot be read: {str(error).partition(chr(10))[0]}.") from error
+    except Exception as error:  # a damaged file ends in whatever its bytes look like to the unpickler
+        raise FileError(f"{checkpoint / STATE} is damaged or cannot be read ({brief(error)}).") from error
 
 
 # ---------------------------------------------------------------- a whole run
@@ -639,13 +642,18 @@ class Run:
         self.init = self.recipe.init = self.init or self.recipe.init
 
     def go(self) -> None:
-        """Train all stages.
+        """Train all stages, alone in the folder.
 
         Raises:
             InputError, FileError, ModelError: what the message says. Interrupted: by a signal, after saving.
         """
         self._check_output()
         self.place = Place.of(self.recipe)
+        with FolderLock(self.output) if self.place.first else nullcontext():
+            self._check_output()  # another process may have been at work until now
+            self._go()
+
+    def _go(self) -> None:
         first = self.place.first
         display = Progress(self.recipe, quiet=self.quiet or not first)
         with display:
@@ -704,7 +712,7 @@ class Run:
                 with suppress(FileNotFoundError):
                     (target / "config.json").unlink()  # it is written last: without it the folder is no model
                 target.mkdir(parents=True, exist_ok=True)
-                (target / "README.md").write_text(text, encoding="utf-8")
+                atomic.write_text(target / "README.md", text)
                 result.save_pretrained(target, dtype=getattr(torch, self.recipe.run.dtype))
             if before is not None:
                 shutil.rmtree(before / "checkpoints", ignore_errors=True)
@@ -746,9 +754,7 @@ class Run:
     def _begin(self) -> None:
         try:
             self.output.mkdir(parents=True, exist_ok=True)
-            temporary = self.output / ".recipe.yaml.tmp"
-            self.recipe.save(temporary)
-            os.replace(temporary, self.output / "recipe.yaml")
+            self.recipe.save(self.output / "recipe.yaml")
         except OSError as error:
             raise FileError(f"{self.output} cannot be written: {error.strerror or error}.") from error
 

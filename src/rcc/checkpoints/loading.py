@@ -1,0 +1,102 @@
+"""Backbones, configurations and tokenizers out of folders that nobody vouches for: data is read, code never runs.
+
+transformers would look for more than was asked for: code that a folder's `auto_map` names (after asking on the
+terminal), an adapter that leads to another base, pickles, an index or a setting that names files elsewhere. So it is
+handed a configuration and tensors: those of the files that :func:`rcc.checkpoints.weights_sha256` hashes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import InputError, ModelError, RCCError, brief
+from .hashing import weight_files
+
+if TYPE_CHECKING:  # transformers takes seconds to import: each function imports what it needs
+    from torch import Tensor
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+ELSEWHERE = ("trust_remote_code", "code_revision", "revision", "subfolder", "variant", "gguf_file", "use_safetensors")
+"""Arguments of transformers that choose other files than those of the folder, or run code."""
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """Return the tensors that :func:`weights_sha256` hashes, mapped: they are read when they are used.
+
+    Raises:
+        ModelError: there are none, or a file is damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    tensors: dict[str, Tensor] = {}
+    try:
+        for file in weight_files(folder):
+            tensors |= load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"the weights in {folder} cannot be read ({brief(str(error))}): get them again.") from error
+    return tensors
+
+
+def load_backbone(folder: Path, head: bool, **settings: Any) -> PreTrainedModel:
+    """Load a backbone's folder with transformers: its configuration, and the weights that are hashed.
+
+    Args:
+        head: with the language model's head, as a decoder has it.
+        settings: go to transformers' `from_pretrained`.
+
+    Raises:
+        InputError: a setting that would look elsewhere than in the folder.
+        ModelError: the folder describes no model that transformers knows, or its weights do not fit.
+    """
+    for name in ELSEWHERE:
+        if settings.pop(name, None):
+            raise InputError(f"{name} cannot be used: a backbone is read from its folder, and code in it never runs.")
+    from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig
+
+    try:
+        # of the model, not of its configuration
+        own = {name: settings.pop(name) for name in ("dtype", "attn_implementation") if name in settings}
+        config, settings = load_config(folder, own.get("attn_implementation"), **settings)
+        config.transformers_weights = None  # the name of a file that would be loaded instead
+        mapping = (AutoModelForCausalLM if head else AutoModel)._model_mapping
+        if type(config) not in mapping:
+            raise ModelError(f"{folder} cannot be used: transformers has no language model {config.model_type!r}.")
+        kind = mapping[type(config)]
+        kind = kind[0] if isinstance(kind, (list, tuple)) else kind
+        model = kind.from_pretrained(
+            None, config=config, state_dict=read_weights(folder), trust_remote_code=False, **own, **settings
+        )
+        model.name_or_path = config._name_or_path = str(folder)
+        if model.can_generate() and (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except RCCError:
+        raise
+    except Exception as error:  # transformers has its own for each way to be wrong
+        raise ModelError(f"{folder} cannot be loaded as a language model ({brief(error)}).") from error
+    return model
+
+
+def load_config(folder: Path, attention: str | None = None, **settings: Any) -> tuple[PreTrainedConfig, dict[str, Any]]:
+    """Read a backbone's configuration; settings take the place of its own → it, and the settings that it has not.
+
+    Args:
+        attention: that the caller chose, which takes the place of the configuration's.
+
+    Raises:
+        ModelError: it cannot be read, or names a kernel, which is code, for its attention.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config, rest = AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, return_unused_kwargs=True, **settings
+        )
+    except RecursionError:
+        raise ModelError(f"{folder / 'config.json'} is nested too deep: get it again.") from None
+    except Exception as error:  # OSError, ValueError, and what a value of the wrong type runs into
+        raise ModelError(f"{folder / 'config.json'} cannot be read ({brief(error)}): get it again.") from error
+    if attention is None and "/" in str(getattr(config, "_attn_implementation", "")):
+        raise ModelError(f"{folder / 'config.json'} names code for its attention, which is not run: take it out.")
+    return config, rest
