@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import errno
+import io
 import json
 import os
+import pickle
 import random
 import struct
 import threading
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
+from transformers import GenerationConfig
 
 from rcc import (
     CompressedContext,
@@ -760,3 +766,75 @@ def test_two_writers(context, model, tokens, tmp_path):
         thread.join()
     assert not errors
     assert [p.name for p in tmp_path.iterdir()] == ["c"]
+
+
+# ---------------------------------------------------------------- a value
+COPIES: dict[str, Callable[[Any], Any]] = {
+    "deepcopy": copy.deepcopy,
+    "copy": copy.copy,
+    "pickle": lambda value: pickle.loads(pickle.dumps(value)),
+    "torch.save": lambda value: _through_torch(value),
+}
+
+
+def _through_torch(value: Any) -> Any:
+    torch.save(value, file := io.BytesIO())
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("how", COPIES)
+@pytest.mark.parametrize("source", ["made", "asked", "header", "batch", "expanded"])
+def test_a_copy_answers_the_same(tiny, tokens, batch, tmp_path, how: str, source: str) -> None:
+    model = tiny()
+    ids, mask = batch([tokens(40), tokens(25)] if source == "batch" else [tokens(40)])
+    context = model.compress(ids, mask, rate=4)
+    if source == "asked":
+        model.generate(torch.tensor([tokens(3)]), context=context, max_new_tokens=2, pad_token_id=0)
+    if source == "header":
+        context.save(tmp_path / "c.rcc")
+        context = CompressedContext.load(tmp_path / "c.rcc", verify="header")
+    if source == "expanded":
+        context = context.expand(2)
+    copied = COPIES[how](context)
+    prompt = torch.tensor([tokens(5)] * context.batch_size)
+    assert torch.equal(model(prompt, context=copied).logits, model(prompt, context=context).logits)
+    assert (copied.pieces, copied.fingerprint, len(copied)) == (context.pieces, context.fingerprint, len(context))
+
+
+def test_the_cache_that_generate_hands_out_is_the_callers(tiny, tokens) -> None:
+    model = tiny()
+    context = model.compress(torch.tensor([tokens(40)]), rate=4)
+    how = {"context": context, "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    configured = {"generation_config": GenerationConfig(return_dict_in_generate=True)}
+    for settings in ({"return_dict_in_generate": True}, configured):
+        out = model.generate(torch.tensor([tokens(4)]), **settings, **how)
+        before = out.past_key_values.layers[0].keys.clone()
+        model.generate(torch.tensor([tokens(4, seed=1)]), **how)
+        model.compress(torch.tensor([tokens(30)]), rate=4, context=context)
+        assert torch.equal(before, out.past_key_values.layers[0].keys)
+
+
+# ---------------------------------------------------------------- what forward is asked for
+@pytest.mark.parametrize("behind", [True, False])
+def test_forward_gives_hidden_states_and_attentions(fresh, tokens, behind: bool) -> None:
+    model = fresh(attn="eager")
+    context = model.compress(torch.tensor([tokens(40)]), rate=4) if behind else None
+    out = model(torch.tensor([tokens(5)]), context=context, output_hidden_states=True, output_attentions=True)
+    assert [t.shape[1] for t in out.hidden_states] == [5] * 4
+    assert [t.shape[2:] for t in out.attentions] == [(5, 15 if behind else 5)] * 3
+    assert model(torch.tensor([tokens(5)]), context=context, use_cache=False, return_dict=True).hidden_states is None
+
+
+@pytest.mark.parametrize("name", ["return_dict", "use_cache", "position_ids", "inputs_embeds", "past_key_values"])
+def test_forward_refuses_by_name_what_it_cannot_give(tiny, tokens, name: str) -> None:
+    value = {"return_dict": False, "use_cache": True}.get(name, torch.zeros(1, 5))
+    with pytest.raises(InputError, match=name):
+        tiny()(torch.tensor([tokens(5)]), **{name: value})
+
+
+@pytest.mark.parametrize("wrong", ["c.rcc", Path("c.rcc"), 5, torch.zeros(1)])
+@pytest.mark.parametrize("use", ["forward", "generate", "compress"])
+def test_what_is_no_context_is_refused_by_name(tiny, tokens, use: str, wrong: Any) -> None:
+    with pytest.raises(InputError, match="context must be a CompressedContext"):
+        getattr(tiny(), use)(torch.tensor([tokens(5)]), context=wrong)

@@ -49,7 +49,15 @@ Output = Annotated[
 def _some_of(known: list[str], text: str, option: str) -> list[str]:
     """The choices of an option that also takes all and none."""
     some = {"all": known, "none": []}
-    return some[text] if text in some else parse_choices(text, option, known)
+    if text in some:
+        return some[text]
+    names = [part.strip() for part in text.split(",")]
+    for name in names:
+        if name in some:
+            raise InputError(f"{option} {name} stands alone: leave out the others, or name some of {', '.join(known)}.")
+        if name not in known:
+            raise InputError(f"{option} {name!r} is unknown: use some of {', '.join(known)}; or all, or none.")
+    return list(dict.fromkeys(names))
 
 
 def _show(text: str, data: dict[str, Any] | None, output: Path | None) -> None:

@@ -141,7 +141,13 @@ def read(
                     made = replace(made, id=made.id + "'")
                 found[made.id] = made
         if len(found) == usable:
-            why = f": {first}" if first else f": no id begins with {' or '.join(include)}" if left_out else ""
+            why = (
+                f": {first}"
+                if first
+                else f": no id begins with {' or '.join(include)}"
+                if left_out
+                else ": it is empty"
+            )
             raise InputError(f"{path} has no question that can be used{why}.")
     notes = [f"{len(broken)} rows cannot be used; the first: {broken[0]}."] if broken else []
     return list(found.values()), notes
@@ -162,12 +168,23 @@ def _question(row: Mapping[str, Any] | str, source: Any, where: str) -> Question
         some = [value] if isinstance(value, str) else value
         if not isinstance(some, (list, tuple)) or not all(isinstance(v, str) for v in some):
             return f"{field!r} is not text"
+        if any(not _is_unicode(v) for v in some):
+            return f"{field!r} is not Unicode"
         some = [v.strip() for v in some if v.strip()]
         if not some:
             return f"{field!r} is empty"
         values.append(some)
     own = name.partition("/")[0] if "/" in name else Path(where.rpartition(":")[0]).name.split(".")[0]
     return Question(name, own, values[0][0], values[1][0], tuple(values[2]))
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text is whole: JSON can spell half a character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def read_example(text: Path) -> list[Question]:
@@ -249,6 +266,8 @@ def _longbench(folder: Path) -> list[Question]:
         task = longbench.TASKS.get(name)
         if task is None:  # its sets in Chinese and of code
             continue
+        if isinstance(row, dict) and not _is_unicode(json.dumps(row, ensure_ascii=False)):
+            raise InputError(f"{where} holds half a character: it is not Unicode, get the file again.")
         missing = [field for field in ("input", "context", "answers") if not isinstance(row, dict) or field not in row]
         if missing:
             raise InputError(f"{where} has no field {' or '.join(map(repr, missing))}: it is no row of LongBench.")

@@ -279,14 +279,18 @@ def load(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         data = json.loads((folder / "results.json").read_text(encoding="utf-8"))
         lines = (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()
         rows = [json.loads(line) for line in lines]
-        version = data["format_version"]
-        whole = isinstance(data["task"], str) and isinstance(data["settings"], dict) and isinstance(data["cells"], list)
-        if not whole or not isinstance(version, int) or not all(isinstance(row, dict) for row in rows):
-            raise TypeError("results.json is not whole")
     except FileNotFoundError as error:
         raise InputError(f"{folder} holds no finished evaluation: it has no {Path(error.filename).name}.") from None
     except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
         raise InputError(f"{folder} holds no readable evaluation ({brief(error)}): make it again.") from None
+    version = data.get("format_version") if isinstance(data, dict) else None
+    tables = {"task": str, "settings": dict, "cells": list}
+    if (
+        not isinstance(version, int)
+        or not all(isinstance(data.get(name), kind) for name, kind in tables.items())
+        or not all(isinstance(row, dict) for row in rows)
+    ):
+        raise InputError(f"{folder} holds no readable evaluation: make it again.")
     if version > FORMAT_VERSION:
         raise InputError(f"{folder} has format version {version}, this rcc reads up to {FORMAT_VERSION}: update rcc.")
     return data, rows

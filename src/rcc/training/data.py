@@ -386,7 +386,7 @@ class _Writer:
         self.names: dict[str, int] = {}
         self.broken_count, self.broken_first = 0, list[str]()
         self.batch: list[tuple[str, str, list[str]]] = []  # where a row stands, its set, its texts
-        self.characters = 0
+        self.characters = self.rows = 0
 
     def __enter__(self) -> _Writer:
         return self
@@ -399,6 +399,7 @@ class _Writer:
         present, empty = dict[str, None](), True
         for number, row in records:
             where, empty = f"{name}:{number}", False
+            self.rows += 1
             if isinstance(row, str):
                 self.broken(where, row)
                 continue
@@ -464,13 +465,19 @@ class _Writer:
         self.batch, self.characters = [], 0
         self.say(f"tokenising {self.source.path}: {len(self.hashes)} rows, {self.offsets[-1] / 1e6:.1f}M tokens")
 
+    def _nothing(self) -> str:
+        """Why there is no row, by what was met and what is set."""
+        if self.broken_first:
+            return f"{self.source.path} has no row that can be used (the first is broken: {self.broken_first[0]})."
+        if not self.rows:
+            return f"{self.source.path} is empty: give a file with at least one row."
+        filters = " and ".join(name for name in ("include", "exclude", "extractive") if getattr(self.source, name))
+        return f"{self.source.path} has no row that can be used: its {filters or 'settings'} leave none of {self.rows}."
+
     def finish(self, files: list[str]) -> None:
         self.flush()
         if not self.hashes:
-            why = "check include, exclude and extractive"
-            if self.broken_first:
-                why = f"the first is broken: {self.broken_first[0]}"
-            raise InputError(f"{self.source.path} has no row that can be used ({why}).")
+            raise InputError(self._nothing())
         np.save(self.work / "offsets.npy", np.asarray(self.offsets, np.uint64))
         np.save(self.work / "hashes.npy", np.asarray(self.hashes, np.uint64))
         np.save(self.work / "sets.npy", np.asarray(self.sets, np.uint32))
