@@ -26,7 +26,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, StoppingCriteria
 
 from .. import encoder, prompting
-from ..console import DEFAULT_MODEL, load_model
+from ..console import load_model
 from ..context import CompressedContext
 from ..errors import InputError, WindowError
 
@@ -75,7 +75,7 @@ class RCCLM(TemplateLM):
     requests that share it. Text read without a context goes to the model's decoder, LoRA included.
 
     Args:
-        model: as for :meth:`RCCForCausalLM.from_pretrained`.
+        model: as for :meth:`RCCForCausalLM.from_pretrained`; None: the default model.
         rate: tokens a position, or "auto": for each head the lowest trained one that fits the window.
         device, dtype: names; None: a GPU if there is one, and as stored.
         batch_size: prompts at a time; each needs its context's keys and values.
@@ -89,7 +89,7 @@ class RCCLM(TemplateLM):
 
     def __init__(
         self,
-        model: str | Path = DEFAULT_MODEL,
+        model: str | Path | None = None,
         rate: int | str = "auto",
         device: str | None = None,
         dtype: str | None = None,
@@ -109,7 +109,7 @@ class RCCLM(TemplateLM):
         self.batch_size = _count(batch_size, "batch_size")
         self.text_tokens, self.min_context = _count(text_tokens, "text_tokens"), _count(min_context, "min_context")
         self.split_at, self.mode = None if split_at is None else str(split_at), mode
-        self.model, self.tokenizer = load_model(str(model), device, dtype)
+        self.model, self.tokenizer = load_model(None if model is None else str(model), device, dtype)
         if not self.tokenizer.is_fast:
             raise InputError(f"the tokenizer of {model} cannot say where its tokens stand in a text: use a fast one.")
         self.rate = None if rate == "auto" else self.model.config.check_rate(rate)  # type: ignore[arg-type]
