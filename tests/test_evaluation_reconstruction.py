@@ -403,7 +403,7 @@ def test_refusals(command, folder, data, tmp_path, monkeypatch):
     good = ["--data", data, "--lengths", "64", "--target-tokens", "4", "--limit", "1"]
     for args, *said in (
         (["--data", tmp_path / "empty.txt"], "empty.txt has no row that can be used"),
-        (["--data", tmp_path / "empty.jsonl"], "empty.jsonl has no row that can be used"),
+        (["--data", tmp_path / "empty.jsonl"], "empty.jsonl is empty"),
         (["--data", tmp_path / "cut.jsonl"], "cut.jsonl"),
         (["--data", tmp_path / "none.txt"], "none.txt does not exist"),
         (["--data", tmp_path / "other.jsonl"], "other.jsonl has no row with a field 'text'", "body"),

@@ -171,7 +171,7 @@ def direct(shared: Settings) -> Settings:
     """The first stage of `shared` with a direct prefix: some batches are read exactly, others in tasks that could hand
     over several texts or read predictions."""
     tasks = {"reconstruction": {"share": 2, "predicted": 0.5}, "instruction": {"share": 2, "own_segment": 1.0}}
-    recipe = changed(shared, stages=shared["stages"][:1], stages__0__tasks=tasks)
+    recipe = changed(shared, stages=copy.deepcopy(shared["stages"][:1]), stages__0__tasks=tasks)
     recipe = changed(recipe, model__prefix="direct", model__rates=[4, 1], model__rate_embeddings=True)
     return changed(recipe, run__vocabulary="data")
 

@@ -265,7 +265,7 @@ def test_a_file_without_the_field_is_fatal(tmp_path: Path, home: Path) -> None:
 
 
 def test_a_source_without_a_row_is_fatal(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no row"):
+    with pytest.raises(InputError, match="at least one row"):
         open_text(Source(write(tmp_path / "a.jsonl", [])), tokenizer)
     (tmp_path / "latin.txt").write_bytes(b"\xe9t\xe9")
     with pytest.raises(InputError, match="not UTF-8"):
