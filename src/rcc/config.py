@@ -104,7 +104,7 @@ class RCCConfig:
         elif self.sink_token is not None:
             raise InputError('sink_token needs prefix="direct": leave it out.')
         token = self.sink_token
-        if token is not None and (not isinstance(token, int) or isinstance(token, bool) or token < 0):
+        if token is not None and (not _is_count(token) or token < 0):
             raise InputError(f"sink_token must be a token id, not {token!r}.")
         if not _is_count(self.segment_length) or not 1 <= self.segment_length < 1 << 31:
             raise InputError(f"segment_length must be a positive whole number, not {self.segment_length!r}.")

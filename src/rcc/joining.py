@@ -76,7 +76,7 @@ def select(context: CompressedContext, chosen: Sequence[int]) -> CompressedConte
         if not isinstance(number, int) or not 0 <= number < len(parts):
             raise InputError(f"segments has {number!r}, but the context's segments are 0 to {len(parts) - 1}.")
     index = torch.cat([torch.arange(parts[k].start, parts[k].stop) for k in chosen])
-    pieces = tuple(_pieces([parts[k] for k in chosen], context))
+    pieces = tuple(_pieces([parts[k] for k in chosen], parts, context.pieces[0]))
     return replace(positions(context, index), pieces=(pieces,))
 
 
@@ -147,15 +147,14 @@ def _part(piece: Piece, first: int, tokens: int) -> Piece:
     return Piece(tokens, -(-tokens // piece.rate), piece.rate, digest, opening)
 
 
-def _pieces(parts: list[Segment], context: CompressedContext) -> list[Piece]:
+def _pieces(parts: list[Segment], every: Sequence[Segment], own: Sequence[Piece]) -> list[Piece]:
     """The pieces of some segments; those of a whole piece, in order, are that piece again."""
-    every = segments(context)
     pieces: list[Piece] = []
     k = 0
     while k < len(parts):
         whole = [part for part in every if part.of == parts[k].of]
         if parts[k : k + len(whole)] == whole:
-            pieces.append(context.pieces[0][parts[k].of])
+            pieces.append(own[parts[k].of])
             k += len(whole)
         else:
             pieces.append(parts[k].piece)
