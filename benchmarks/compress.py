@@ -29,14 +29,15 @@ KINDS = ("encoder", "compress", "prefill")
 
 def measure(arguments: argparse.Namespace) -> dict[str, float | None]:
     """One kind at one length, in this process."""
-    from rcc import allocator
+    from rcc.runtime import allocator
 
     allocator.configure()
     import torch
     from transformers import AutoModelForCausalLM
 
-    from rcc import RCCForCausalLM, backbones, checkpoints
-    from rcc.modeling import batch_tokens_on
+    from rcc import RCCForCausalLM, checkpoints
+    from rcc.model import backbones
+    from rcc.model.rcc import batch_tokens_on
 
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)

@@ -13,9 +13,11 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from rcc import RCCForCausalLM, WindowError, allocator, load_tokenizer, prompting
+from rcc import RCCForCausalLM, WindowError, load_tokenizer
 from rcc.evaluation.metrics import f1
-from rcc.precision import computing
+from rcc.runtime import allocator
+from rcc.runtime.precision import computing
+from rcc.text import prompting
 
 ROOT = Path(__file__).resolve().parent.parent
 RIGHT = 0.5

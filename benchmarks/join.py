@@ -19,13 +19,13 @@ def main() -> None:
     parser.add_argument("--rate", type=int, default=8)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
-    from rcc import allocator
+    from rcc.runtime import allocator
 
     allocator.configure()
     import torch
 
     from rcc import CompressedContext, RCCForCausalLM
-    from rcc.precision import computing
+    from rcc.runtime.precision import computing
 
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)

@@ -10,7 +10,7 @@ import argparse
 import time
 from pathlib import Path
 
-from rcc import allocator
+from rcc.runtime import allocator
 
 
 def main() -> None:
@@ -24,8 +24,8 @@ def main() -> None:
     from transformers.utils import logging
 
     from rcc import RCCForCausalLM, load_tokenizer
-    from rcc.precision import has_bfloat16
-    from rcc.prompting import token_ids
+    from rcc.runtime.precision import has_bfloat16
+    from rcc.text.prompting import token_ids
 
     logging.disable_progress_bar()
     torch.set_num_threads(arguments.threads)

@@ -23,9 +23,9 @@ import time
 from pathlib import Path
 
 from rcc import load_tokenizer
-from rcc.console import parse_counts, show_count
-from rcc.evaluation.memory import resident
-from rcc.training.data import Source, open_text
+from rcc.cli.console import parse_counts, show_count
+from rcc.data.corpus import Source, open_text
+from rcc.runtime.memory import resident
 
 LOAD = """
 import sys, time

@@ -60,7 +60,7 @@ def overrides(arguments: argparse.Namespace) -> list[str]:
 
 def loop(arguments: argparse.Namespace) -> None:
     """The bare loop, in this process; prints JSON."""
-    from rcc import allocator
+    from rcc.runtime import allocator
 
     allocator.configure()
     import torch
@@ -97,7 +97,8 @@ def loop(arguments: argparse.Namespace) -> None:
 
 def warmstart(arguments: argparse.Namespace) -> None:
     """warmstart.py's model, samples and step in a loop of the same sizes; prints JSON."""
-    from rcc import allocator, checkpoints
+    from rcc import checkpoints
+    from rcc.runtime import allocator
 
     allocator.configure()
     sys.path.insert(0, str(Path(arguments.warmstart).resolve().parent))
@@ -134,14 +135,15 @@ PARTS = ("all logits", "in chunks", "in chunks, cut", "in chunks, cut, no LoRA")
 
 def part(arguments: argparse.Namespace) -> None:
     """Steps of a direct model in this process, as `arguments.part` says; prints JSON."""
-    from rcc import allocator
+    from rcc.runtime import allocator
 
     allocator.configure()
     import torch
 
-    from rcc import RCCConfig, shapes
-    from rcc.planning import Blueprint
-    from rcc.precision import computing
+    from rcc import RCCConfig
+    from rcc.planning import shapes
+    from rcc.planning.blueprint import Blueprint
+    from rcc.runtime.precision import computing
     from rcc.training.groups import freeze
     from rcc.training.head import FrozenHead
     from rcc.training.objective import Objective

@@ -23,13 +23,13 @@ MODEL = "rcc-smollm2-135m"
 
 def measure(arguments: argparse.Namespace) -> None:
     """One step of one kind and length, in this process; prints JSON."""
-    from rcc import allocator
+    from rcc.runtime import allocator
 
     allocator.configure()
     import torch
 
-    from rcc import planning
-    from rcc.evaluation import memory
+    from rcc.planning import blueprint as planning
+    from rcc.runtime import memory
     from rcc.training.batches import Kind
     from rcc.training.objective import Objective
     from rcc.training.plan import blueprint

@@ -10,13 +10,13 @@ limit=$((63 << 20))  # bytes that travel with a call; 64 MiB are allowed
 
 restore() {
   [ -d .gpu/moved ] || return 0
-  (cd .gpu/moved && find . -type f) | while read -r file; do mv ".gpu/moved/$file" "src/rcc/models/$file"; done
+  (cd .gpu/moved && find . -type f) | while read -r file; do mv ".gpu/moved/$file" "src/rcc/weights/$file"; done
   rm -r .gpu/moved
 }
 restore
 [ "${1:-}" != --restore ] || exit 0
 model=${1:-rcc-smollm2-135m}; data=${2:-data}
-[ -d "$model" ] || model=src/rcc/models/$model
+[ -d "$model" ] || model=src/rcc/weights/$model
 [ -e "$model/model.safetensors" ] || { echo "$model holds no model: name a shipped one or a folder." >&2; exit 1; }
 [ -e "$data/text_eval.jsonl" ] || { echo "$data holds no text_eval.jsonl: name the folder of the data." >&2; exit 1; }
 
@@ -34,8 +34,8 @@ cp "$data"/{text_train_books,text_train_docs,qa_train_open}_*.jsonl.xz "$data"/{
 find "$model" -maxdepth 1 -type f -exec cp -t .gpu/payload/init {} +
 tar -C .gpu/payload -cf .gpu/payload.tar .
 
-for file in src/rcc/models/*/model.safetensors; do
-  to=.gpu/moved/${file#src/rcc/models/}; mkdir -p "$(dirname "$to")"; mv "$file" "$to"
+for file in src/rcc/weights/*/model.safetensors; do
+  to=.gpu/moved/${file#src/rcc/weights/}; mkdir -p "$(dirname "$to")"; mv "$file" "$to"
 done
 # what was moved away git still lists
 tree=$(git ls-files -co --exclude-standard -z | sort -zu | { xargs -0 stat -c %s 2> /dev/null || true; } |

@@ -16,15 +16,17 @@ from typing import Any
 import torch
 from kvpress_answers import PRESSES, answers
 
-from rcc import RCCConfig, RCCError, checkpoints, load_tokenizer, prompting
-from rcc.console import parse_counts, progress
-from rcc.evaluation import qa, questions
-from rcc.evaluation.baselines.plain import behind
-from rcc.evaluation.qa_report import Report
-from rcc.evaluation.questions import Question
+from rcc import RCCConfig, RCCError, checkpoints, load_tokenizer
+from rcc.cli.console import parse_counts, progress
+from rcc.evaluation.qa import questions
+from rcc.evaluation.qa import run as qa
+from rcc.evaluation.qa.methods.plain import behind
+from rcc.evaluation.qa.questions import Question
+from rcc.evaluation.qa.table import Report
 from rcc.evaluation.results import Case, Results, Skipped
 from rcc.evaluation.results import load as load_results
-from rcc.precision import has_bfloat16
+from rcc.runtime.precision import has_bfloat16
+from rcc.text import prompting
 
 
 def main() -> None:

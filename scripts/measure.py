@@ -7,7 +7,7 @@ Models are shipped names or folders. The samples depend on the recipe alone, so 
 
 import argparse
 
-from rcc import allocator
+from rcc.runtime import allocator
 
 
 def main() -> None:

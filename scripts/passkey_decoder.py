@@ -20,7 +20,7 @@ import math
 import time
 from pathlib import Path
 
-from rcc import allocator
+from rcc.runtime import allocator
 
 
 class Vectors:
@@ -163,7 +163,7 @@ def main() -> None:
     import torch
 
     from rcc import RCCForCausalLM, load_tokenizer
-    from rcc.precision import computing
+    from rcc.runtime.precision import computing
     from rcc.training import tasks
     from rcc.training.groups import freeze
     from rcc.training.recipe import Group

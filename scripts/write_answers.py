@@ -12,7 +12,7 @@ import lzma
 import sys
 from pathlib import Path
 
-from rcc import allocator
+from rcc.runtime import allocator
 
 
 def main() -> None:
@@ -30,8 +30,9 @@ def main() -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from rcc import checkpoints, prompting
+    from rcc import checkpoints
     from rcc.evaluation.metrics import f1
+    from rcc.text import prompting
 
     folder = checkpoints.resolve_base(arguments.base)
     tokenizer = checkpoints.load_tokenizer(folder)

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from rcc import allocator
+from rcc.runtime import allocator
 from rcc.training.tasks import askable
 
 ASK = "Write a question about this, to which the answer is “{answer}”."
@@ -85,7 +85,8 @@ def write(arguments: argparse.Namespace) -> None:
 
     import torch
 
-    from rcc import RCCForCausalLM, load_tokenizer, prompting
+    from rcc import RCCForCausalLM, load_tokenizer
+    from rcc.text import prompting
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     writer = RCCForCausalLM.from_pretrained(arguments.writer, dtype=torch.bfloat16).to(device).eval()

@@ -18,7 +18,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import reference as ref
-from rcc import RCCConfig, RCCForCausalLM, allocator, checkpoints, cli
+from command_line import Result
+from rcc import RCCConfig, RCCForCausalLM, checkpoints
+from rcc.cli import app as cli
+from rcc.runtime import allocator
 
 VOCABULARY = 97
 FAMILIES = ["llama", "gpt_neox"]
@@ -107,6 +110,12 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
         return int(stop.value.code or 0), *capsys.readouterr()
 
     return run
+
+
+@pytest.fixture
+def call(command: Callable[..., tuple[int, str, str]]) -> Callable[..., Result]:
+    """`rcc …` inside this process."""
+    return lambda *args, stdin=b"": Result(*command(*args, stdin=stdin))
 
 
 def pytest_configure(config: pytest.Config) -> None:

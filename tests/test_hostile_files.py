@@ -16,7 +16,8 @@ import yaml
 
 from rcc import CompressedContext, ContextError, RCCConfig, RCCError, RCCForCausalLM
 from rcc.errors import InputError, ModelError
-from rcc.evaluation import compare, report, results
+from rcc.evaluation import compare, results
+from rcc.evaluation.html import page as report
 from rcc.training import checkpointing
 from rcc.training.recipe import Recipe
 

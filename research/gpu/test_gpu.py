@@ -9,7 +9,6 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent))
 import model as M
-
 from reference import Reference
 
 RATES, SINK, SEGMENT = [1, 4, 8], 7, 32

@@ -24,15 +24,15 @@ __all__ = [
 if TYPE_CHECKING:
     from .checkpoints import load_tokenizer
     from .config import RCCConfig
-    from .context import CompressedContext
-    from .encoder import CompressedVectors
-    from .modeling import RCCForCausalLM
+    from .context.context import CompressedContext
+    from .model.encoder import CompressedVectors
+    from .model.rcc import RCCForCausalLM
 
 _HOMES = {
     "RCCConfig": "config",
-    "RCCForCausalLM": "modeling",
-    "CompressedContext": "context",
-    "CompressedVectors": "encoder",
+    "RCCForCausalLM": "model.rcc",
+    "CompressedContext": "context.context",
+    "CompressedVectors": "model.encoder",
     "load_tokenizer": "checkpoints",
 }
 

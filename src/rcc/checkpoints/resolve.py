@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # transformers takes seconds to import: each function imports
 # ---------------------------------------------------------------- finding a folder
 def shipped_models() -> dict[str, Path]:
     """The models inside this package: name → folder."""
-    return {p.parent.name: p.parent for p in sorted((Path(__file__).parents[1] / "models").glob("*/config.json"))}
+    return {p.parent.name: p.parent for p in sorted((Path(__file__).parents[1] / "weights").glob("*/config.json"))}
 
 
 def resolve_model(name: str | Path, weights: bool = True) -> Path:

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from .. import backbones
-from ..context import BlockLayer, CompressedContext, KVBlocks
-from ..encoder import Piece
-from ..modeling import RCCForCausalLM
-from ..provenance import libraries
+from ..context.context import BlockLayer, CompressedContext, KVBlocks
+from ..model import backbones
+from ..model.encoder import Piece
+from ..model.rcc import RCCForCausalLM
+from ..runtime.provenance import libraries
 
 
 @contextlib.contextmanager

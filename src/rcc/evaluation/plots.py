@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..console import show_count
+from ..cli.console import show_count
 from ..errors import InputError
 from .results import Interval
 

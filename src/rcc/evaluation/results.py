@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from ..console import shown
+from ..cli.console import shown
 from ..errors import FileError, InputError, brief
-from ..provenance import commit, libraries, machine
 from ..runtime import atomic, locks
+from ..runtime.provenance import commit, libraries, machine
 
 FORMAT_VERSION = 1
 RESAMPLES = 2000

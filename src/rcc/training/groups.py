@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from torch import dtype, nn
 
 if TYPE_CHECKING:
-    from ..modeling import RCCForCausalLM
+    from ..model.rcc import RCCForCausalLM
 
 
 OF_GROUP = {"memory": "encoder", "rate_embeddings": "encoder", "sink": "projections"}

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..modeling import RCCForCausalLM
+from ..model.rcc import RCCForCausalLM
 
 CHUNK = 2**25
 """Logits that are in memory at once: 134 MB in float32, and twice that while they are worked on."""
@@ -62,7 +62,7 @@ class _ChunkedLoss(torch.autograd.Function):
 
 
 class FrozenHead:
-    """What a model in training computes its losses with (:class:`rcc.modeling.LossHead`).
+    """What a model in training computes its losses with (:class:`rcc.model.rcc.LossHead`).
 
     Not a module: it has no state of its own, and is neither saved nor sharded nor handed out to processes.
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import checkpoints
 from ..errors import ModelError
-from ..modeling import RCCForCausalLM
+from ..model.rcc import RCCForCausalLM
 from .recipe import Distillation
 
 

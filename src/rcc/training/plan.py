@@ -13,12 +13,15 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedConfig
 
-from .. import backbones, checkpoints, planning, shapes
+from .. import checkpoints
 from ..config import RCCConfig
 from ..errors import FileError, InputError, ModelError
-from ..modeling import RCCForCausalLM
-from ..planning import Batch, Blueprint, learning_bytes
-from ..precision import computing
+from ..model import backbones
+from ..model.rcc import RCCForCausalLM
+from ..planning import blueprint as planning
+from ..planning import shapes
+from ..planning.blueprint import Batch, Blueprint, learning_bytes
+from ..runtime.precision import computing
 from .batches import Corpora, Samples
 from .groups import group_of
 from .recipe import GROUPS, Recipe, Stage
@@ -121,7 +124,7 @@ def flops(model: RCCForCausalLM, stage: Stage) -> float:
 
 
 def stage_activations(model: Blueprint, stage: Stage) -> int:
-    """Bytes that a batch of a stage keeps, at most over its kinds; see :func:`rcc.planning.activations`."""
+    """Bytes that a batch of a stage keeps, at most over its kinds; see :func:`rcc.planning.blueprint.activations`."""
     found = [
         planning.activations(model, Batch(stage.rows(n), n, r, stage.target_tokens), stage.frozen)
         for n, r in {(length, rate) for _, length, rate in stage.kinds()}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 
-from ..console import Console, shown
+from ..cli.console import Console, shown
 from ..errors import FileError
 from ..runtime import atomic
 from .recipe import Recipe

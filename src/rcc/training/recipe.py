@@ -24,9 +24,9 @@ from typing import Any
 import yaml
 
 from ..config import RCCConfig
+from ..data.corpus import Source
 from ..errors import FileError, InputError
 from ..runtime import atomic
-from .data import Source
 from .tasks import TASKS, Task
 
 BUDGETS = ("max_tokens", "max_steps", "max_minutes")
@@ -43,8 +43,8 @@ class ModelSettings:
         encoder, decoder: folders, hub ids or names of bases; without a decoder the encoder's base is shared.
         max_position_embeddings: positions that both backbones shall address, where that is more than they were
             pretrained with; their own weights must be trained.
-        shapes: for `--dry-run` where a backbone is neither at hand nor in :data:`rcc.shapes.SHAPES`: {its name: what
-            its config.json says of its shape}.
+        shapes: for `--dry-run` where a backbone is neither at hand nor in :data:`rcc.planning.shapes.SHAPES`: {its
+            name: what its config.json says of its shape}.
     """
 
     encoder: str = ""

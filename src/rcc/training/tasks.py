@@ -10,8 +10,9 @@
 |                  | mode, the question           |                          | missing in a sentence of it    |
 | `passkey`        | filler around a number       | the question for it      | the number                     |
 
-Samples have exactly the form in which :mod:`rcc.prompting` asks. All chance comes from the generator that a task is
-given, so a sample is a pure function of it and of what was drawn. A new task is one class and its entry in `TASKS`.
+Samples have exactly the form in which :mod:`rcc.text.prompting` asks. All chance comes from the generator that a
+task is given, so a sample is a pure function of it and of what was drawn. A new task is one class and its entry in
+`TASKS`.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .. import prompting
+from ..data.corpus import Row
 from ..errors import InputError
-from .data import Row
+from ..text import prompting
 
 UNANSWERABLE = "The text does not say."
 """The answer to a question whose passage was left out."""
@@ -94,7 +95,7 @@ class Sample:
 
 @dataclass(frozen=True, eq=False)
 class Marks:
-    """A tokenizer, and the token ids of the fixed parts of :mod:`rcc.prompting`.
+    """A tokenizer, and the token ids of the fixed parts of :mod:`rcc.text.prompting`.
 
     `separator` is what SEPARATOR becomes between two texts of which the second begins with a letter; alone, at the end
     of a text or before a digit some tokenizers write it otherwise.
@@ -327,7 +328,7 @@ class Instruction(Task):
     that takes more than half of the context is cut there.
 
     Args:
-        modes: {mode of :mod:`rcc.prompting`: how often, relative to the others}.
+        modes: {mode of :mod:`rcc.text.prompting`: how often, relative to the others}.
         before: how often the question that the encoder reads stands before the passages rather than behind them.
         own_segment: how often it is a piece of its own, as `rcc ask` asks a stored context. Where that alone would
             cut the passage it is not.

@@ -29,13 +29,14 @@ from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 
-from .. import backbones, checkpoints
+from .. import checkpoints
 from ..errors import FileError, InputError, ModelError, brief
-from ..modeling import RCCForCausalLM, token_loss
-from ..precision import computing
-from ..provenance import commit, libraries
+from ..model import backbones
+from ..model.rcc import RCCForCausalLM, token_loss
 from ..runtime import atomic
 from ..runtime.locks import FolderLock
+from ..runtime.precision import computing
+from ..runtime.provenance import commit, libraries
 from . import checkpointing
 from .batches import Batches, Corpora, Kind, Samples, used_tokens
 from .card import card

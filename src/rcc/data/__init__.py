@@ -1,0 +1,1 @@
+"""Texts and questions, for training and evaluation."""

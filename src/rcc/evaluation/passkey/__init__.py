@@ -1,0 +1,1 @@
+"""The paper's passkey test."""

@@ -1,0 +1,1 @@
+"""Questions of compressed contexts, beside what a user might do instead."""

@@ -1,0 +1,39 @@
+"""An RCC model: the text is compressed once, and its context asked."""
+
+from __future__ import annotations
+
+import contextlib
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from ....model.rcc import RCCForCausalLM
+from ....text import prompting
+from ....text.prompting import Prompt
+from ..questions import Question
+from . import Held
+
+
+class Compressed:
+    compresses = True
+
+    def __init__(self, model: RCCForCausalLM, tokenizer: PreTrainedTokenizerBase, mode: str, name: str = "rcc"):
+        self.model, self.tokenizer, self.mode, self.name = model, tokenizer, mode, name
+        self.by_question = prompting.joins(model.config, prompting.build("x", mode))
+
+    def hold(self, text: Tensor, rate: int, question: Question) -> Held:
+        if self.by_question:
+            asked = prompting.token_ids(self.tokenizer, prompting.build(question.question, self.mode).encoder_text)
+            text = torch.cat([text, asked[0]])
+        context = self.model.compress(text[None], rate=rate)
+        return Held(context, len(context))
+
+    def prompt(self, question: Question) -> Prompt:
+        asked = prompting.build(question.question, self.mode)
+        # the encoder has read it with the text
+        return Prompt(asked.mode, "", asked.decoder_text, asked.ends) if self.by_question else asked
+
+    def decoder(self) -> AbstractContextManager[None]:
+        return contextlib.nullcontext()

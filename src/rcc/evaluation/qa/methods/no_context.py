@@ -1,0 +1,33 @@
+"""The RCC model's decoder asked without a text: what it knows or guesses."""
+
+from __future__ import annotations
+
+import contextlib
+from contextlib import AbstractContextManager
+
+from torch import Tensor
+
+from ....model.rcc import RCCForCausalLM
+from ....text import prompting
+from ....text.prompting import Prompt
+from ..questions import Question
+from . import Held
+
+
+class NoContext:
+    name = "no-context"
+    mode = ""
+    compresses = False
+    by_question = False
+
+    def __init__(self, model: RCCForCausalLM):
+        self.model = model
+
+    def hold(self, text: Tensor, rate: int, question: Question) -> Held:
+        return Held(None, 0)
+
+    def prompt(self, question: Question) -> Prompt:
+        return prompting.build(question.question, "human")
+
+    def decoder(self) -> AbstractContextManager[None]:
+        return contextlib.nullcontext()

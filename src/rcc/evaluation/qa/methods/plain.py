@@ -1,0 +1,69 @@
+"""The decoder reads the text as it is: what compression is measured against."""
+
+from __future__ import annotations
+
+import contextlib
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from ....errors import WindowError
+from ....model.rcc import RCCForCausalLM
+from ....text import prompting
+from ....text.prompting import Prompt
+from ...plain import base_decoder, read_plain
+from ..questions import Question
+from . import Held
+
+
+class Plain:
+    """The whole text, of one longer than the window without its middle, as in LongBench.
+
+    Args:
+        tuned: the model's decoder as it was trained, instead of its base.
+        hint: what an untrained decoder is told behind the question.
+        room: positions for a question and its answer.
+    """
+
+    mode = ""
+    compresses = False
+    by_question = False
+
+    def __init__(
+        self,
+        model: RCCForCausalLM,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        name: str = "plain",
+        tuned: bool = False,
+        hint: str = "",
+        room: int = 512,
+    ):
+        self.model, self.name, self.tuned, self.hint = model, name, tuned, hint
+        self.header = prompting.token_ids(tokenizer, prompting.HEADER)[0]
+        self.room = model.window - len(self.header) - room
+
+    def hold(self, text: Tensor, rate: int, question: Question) -> Held:
+        if self.room < 1:
+            raise WindowError(f"the decoder's window of {self.model.window:,} has no room for a text and an answer.")
+        kept = ends(text, self.room)
+        return Held(read_plain(self.model, torch.cat([self.header, kept])), len(kept), len(kept) < len(text))
+
+    def prompt(self, question: Question) -> Prompt:
+        return Prompt("human", "", behind(question, self.hint))
+
+    def decoder(self) -> AbstractContextManager[None]:
+        return contextlib.nullcontext() if self.tuned else base_decoder(self.model)
+
+
+def behind(question: Question, hint: str) -> str:
+    """What stands behind a text that began with the chat's header: the question, the hint, the answer's beginning."""
+    asked = " ".join(part for part in (question.question.strip(), hint) if part)
+    return f"{prompting.SEPARATOR}{asked}{prompting.TURN}"
+
+
+def ends(text: Tensor, most: int) -> Tensor:
+    """A text's first and last tokens, half of `most` each; all of a text that has no more."""
+    return text if len(text) <= most else torch.cat([text[: most - most // 2], text[len(text) - most // 2 :]])

@@ -1,0 +1,58 @@
+"""The passages that BM25 finds for the question, as many tokens as a compressed context has positions.
+
+It needs the whole text at hand for every question; what it holds is what the decoder reads.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from ....model.rcc import RCCForCausalLM
+from ..questions import Question
+from . import Held
+from .plain import Plain
+
+PASSAGE = 64
+"""Tokens of a passage; fewer where no more are to be read in all."""
+
+
+class Retrieved(Plain):
+    compresses = True
+    by_question = True
+
+    def __init__(self, model: RCCForCausalLM, tokenizer: PreTrainedTokenizerBase, **options: Any):
+        super().__init__(model, tokenizer, **options)
+        self.tokenizer = tokenizer
+
+    def hold(self, text: Tensor, rate: int, question: Question) -> Held:
+        most = -(-len(text) // rate)
+        passages = text.split(min(PASSAGE, most))
+        chosen: list[int] = []
+        left = most
+        for number in ranked([self.tokenizer.decode(ids) for ids in passages], question.question):
+            if left < 1:
+                break
+            chosen.append(number)
+            left -= len(passages[number])
+        # in the order of the text; the least of them gives way where they are too many
+        kept = {number: passages[number] for number in chosen}
+        if left < 0:
+            kept[chosen[-1]] = kept[chosen[-1]][:left]
+        return super().hold(torch.cat([kept[number] for number in sorted(kept)]), 1, question)
+
+
+def ranked(passages: list[str], question: str) -> list[int]:
+    """Numbers of passages, what BM25 thinks likeliest to hold the answer first; of equal ones the first."""
+    import bm25s
+
+    logging.getLogger("bm25s").setLevel(logging.WARNING)
+    words = bm25s.tokenize([*passages, question], stopwords="en", show_progress=False, return_ids=False)
+    index = bm25s.BM25()
+    index.index([some or [""] for some in words[:-1]], show_progress=False)
+    scores = index.get_scores(words[-1]) if words[-1] else torch.zeros(len(passages)).numpy()
+    return sorted(range(len(passages)), key=lambda number: -scores[number])

@@ -1,0 +1,146 @@
+"""The figures of :mod:`rcc.evaluation.qa.run` as tables and plots."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from .. import plots, results
+from ..results import Interval, Results
+from .questions import BUCKETS, LONGEST
+from .run import BASELINES, BY, TUNED
+
+BUCKET_NAMES = [*(name for _, name in BUCKETS), LONGEST]
+
+
+class Report:
+    """The figures of samples as tables and plots.
+
+    Args:
+        found: with samples of :meth:`rcc.evaluation.qa.run.QA.cases`.
+    """
+
+    def __init__(self, found: Results):
+        self.found, self.trained = found, found.settings["trained_rates"]
+        self.cells = found.cells(BY)
+        self.by_length = found.cells((*BY, "bucket"))
+        self.by_set = found.cells((*BY, "set"))
+        plain = {cell["key"]["method"]: cell for cell in self.cells if "skipped" not in cell}
+        self.ceiling = next((name for name in (TUNED, "plain") if name in plain), None)
+        self._best = plain[self.ceiling]["score"].mean if self.ceiling else 0.0
+
+    def finish(self, notes: Sequence[str] = ()) -> None:
+        """Note what to know about the figures, `notes` behind it, and write the evaluation's folder, if it has one."""
+        self.found.notes = [*self.notes(), *notes]
+        self.found.finish(BY, self.table(), self.plots(), self.more())
+
+    def more(self) -> dict[str, Any]:
+        """Figures for `results.json` by length and by set, and what `retained` compares with."""
+        return {"by_length": self.by_length, "by_set": self.by_set, "ceiling": self.ceiling}
+
+    # ---------------------------------------------------------------- tables
+    def table(self) -> str:
+        """All figures, then scores by length and by set, as Markdown."""
+        header = ["method", "rate", "questions", "score", "retained", "F1", "exact match", "ROUGE-L", "instruction"]
+        header += ["positions", "held, MB", "compress, s", "first token, s"]
+        rows = []
+        for cell in self.cells:
+            row = [*self._name(cell["key"])]
+            if "skipped" in cell:
+                rows.append([*row, "0", cell["skipped"], *["–"] * (len(header) - 4)])
+                continue
+            share = cell["score"].mean / self._best if self._best else None
+            row += [str(cell["score"].n), results.show(cell["score"]), "–" if share is None else f"{share:.0%}"]
+            row += [f"{cell[name].mean:.3f}" for name in ("f1", "exact_match", "rouge_l")]
+            row.append(f"{cell['instruction_accuracy'].mean:.3f}" if "instruction_accuracy" in cell else "–")
+            star = "*" if cell["cut"].mean else ""
+            row += [f"{cell['positions'].mean:,.0f}{star}", f"{cell['bytes'].mean / 1e6:,.1f}"]
+            row += [f"{cell[name].mean:.2f}" for name in ("compress_seconds", "first_token_seconds")]
+            rows.append(row)
+        text = results.markdown(header, rows)
+        for by, cells, wanted in (("bucket", self.by_length, BUCKET_NAMES), ("set", self.by_set, None)):
+            names = [cell["key"][by] for cell in cells]
+            columns = [name for name in wanted or dict.fromkeys(names) if name in names]
+            if len(columns) < 2:
+                continue
+            found = {(*self._name(cell["key"]), cell["key"][by]): cell for cell in cells}
+            rows = []
+            for cell in self.cells:
+                name = self._name(cell["key"])
+                some = [found.get((*name, column), {}).get("score") for column in columns]
+                rows.append([*name, *("–" if s is None else f"{s.mean:.3f} ({s.n})" for s in some)])
+            title = "Score by context tokens" if by == "bucket" else "Score by set"
+            text += f"\n{title} (questions):\n\n" + results.markdown(["method", "rate", *columns], rows)
+        return text
+
+    def _name(self, key: dict[str, Any]) -> tuple[str, str]:
+        name = f"{key['method']}, {key['mode']}" if key["mode"] else key["method"]
+        untrained = key["method"] == "rcc" and key["rate"] not in self.trained
+        return name, f"{key['rate']}×{' (untrained)' if untrained else ''}" if key["rate"] else "–"
+
+    # ---------------------------------------------------------------- plots
+    def plots(self) -> dict[str, Callable[[Path], None]]:
+        """{file name: draw it there}: score by compression, and by length."""
+        rates = sorted({cell["key"]["rate"] for cell in self.cells if cell["key"]["rate"]})
+        lines: dict[str, list[tuple[float, Interval]]] = {}
+        for cell in self.cells:
+            if "skipped" in cell:
+                continue
+            rate, name = cell["key"]["rate"], self._name(cell["key"])[0]
+            lines.setdefault(name, []).extend((r, cell["score"]) for r in ([rate] if rate else rates))
+        made: dict[str, Callable[[Path], None]] = {}
+        if rates and lines:
+            made["score-by-rate.png"] = partial(
+                plots.curves,
+                lines={name: sorted(points, key=lambda point: point[0]) for name, points in lines.items()},
+                x="compression rate",
+                y="score",
+                title=f"Answers, {self.found.settings['model']}",
+                log=True,
+            )
+        columns = [name for name in BUCKET_NAMES if any(cell["key"]["bucket"] == name for cell in self.by_length)]
+        if len(columns) > 1:
+            lengths: dict[str, list[tuple[float, Interval]]] = {}
+            for cell in self.by_length:
+                if "skipped" not in cell:
+                    name = " ".join(part for part in self._name(cell["key"]) if part != "–")
+                    lengths.setdefault(name, []).append((columns.index(cell["key"]["bucket"]), cell["score"]))
+            made["score-by-length.png"] = partial(
+                plots.curves,
+                lines={name: sorted(points, key=lambda point: point[0]) for name, points in lengths.items()},
+                x="context tokens: " + ", ".join(f"{i}: {name}" for i, name in enumerate(columns)),
+                y="score",
+                title=f"Answers by length, {self.found.settings['model']}",
+            )
+        return made
+
+    # ---------------------------------------------------------------- notes
+    def notes(self) -> list[str]:
+        """What to know about the figures."""
+        settings, keys = self.found.settings, [cell["key"] for cell in self.cells]
+        methods = list(dict.fromkeys(key["method"] for key in keys))
+        rates = sorted({key["rate"] for key in keys if key["method"] == "rcc"})
+        untrained = [rate for rate in rates if rate not in self.trained]
+        found = [
+            "Score: each set's own metric (F1 for questions with short answers), 0 to 1, with 95 % intervals (bootstrap"
+            " over texts). Written greedily."
+        ]
+        if self.ceiling:
+            found.append(f"Retained: the score's share of {self.ceiling}'s.")
+        described = [f"{name}: {BASELINES[name]}" for name in methods if name in BASELINES]
+        if described:
+            found.append("; ".join(described) + ".")
+        if {"plain", "truncated", "bm25"} & set(methods) and settings["hint"]:
+            found.append(f'The base is told behind each question: "{settings["hint"]}" The others are not.')
+        found.append(
+            "Positions: what the decoder reads of the text; held: their keys and values. Compress: once a text; first"
+            " token: a question behind what is held (BM25: with finding and reading the passages). * Without the"
+            " middle of texts that do not fit the window."
+        )
+        if settings["pad_to"]:
+            found.append(f"Other questions' texts stand around each, {settings['pad_to']:,} tokens in all at most.")
+        if untrained:
+            found.append(f"Not trained at {', '.join(f'{rate}×' for rate in untrained)}: expect little of it.")
+        return found

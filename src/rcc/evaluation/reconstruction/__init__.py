@@ -1,0 +1,1 @@
+"""How much of a text its compressed context gives back."""

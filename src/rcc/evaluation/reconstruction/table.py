@@ -1,0 +1,201 @@
+"""The figures of :mod:`rcc.evaluation.reconstruction.run` as tables and plots."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...config import RCCConfig
+from ...model import encoder as encoding
+from .. import plots, results
+from ..results import Interval, Results
+from .run import BY, CONTROLS, PROMPT, REAL
+
+PLACES = 8
+"""Parts of a segment whose accuracy is told apart."""
+
+
+def by_place(rows: Sequence[dict[str, Any]], length: int, rate: int, config: RCCConfig) -> dict[str, list[Any]]:
+    """Teacher-forced accuracy of the real context by where in its segment a target token stands, in eighths, and by
+    where in its group of `rate` tokens, of which the last one's state is kept: intervals, None where there is none.
+
+    Args:
+        rows: samples, of any lengths, rates and contexts.
+    """
+    lead, segment = encoding.lead(length, config), config.segment_length
+    places, right, groups = [], [], []
+    for row in rows:
+        key = row["key"]
+        if "skipped" in row or (key["length"], key.get("rate"), key["context"]) != (length, rate, REAL):
+            continue
+        recalled = row["recalled"]
+        places.append((lead + key["start"] + PROMPT + np.arange(len(recalled))) % segment)
+        right.append(np.array([c == "1" for c in recalled], float))
+        groups.append(np.full(len(recalled), key["document"]))
+    if not places:
+        return {"segment": [None] * min(PLACES, segment), "group": [None] * rate}
+    place, hit, document = map(np.concatenate, (places, right, groups))
+
+    def means(number: np.ndarray, count: int) -> list[Interval | None]:
+        chosen = [number == i for i in range(count)]
+        return [results.interval(hit[c].tolist(), document[c].tolist()) if c.any() else None for c in chosen]
+
+    parts = min(PLACES, segment)
+    return {"segment": means(place * parts // segment, parts), "group": means(place % rate, rate)}
+
+
+class Report:
+    """The figures of samples as tables and plots.
+
+    Args:
+        found: with samples of :meth:`Reconstruction.cases`.
+        config: of the model that they were made with.
+    """
+
+    def __init__(self, found: Results, config: RCCConfig):
+        self.found, self.config = found, config
+        self.cells = sorted(found.cells(BY), key=_rank)
+        self.by_start = sorted(found.cells((*BY, "start")), key=_rank)
+        self.lengths = list(dict.fromkeys(cell["key"]["length"] for cell in self.cells))
+        self.rates = sorted({cell["key"]["rate"] for cell in self.cells if "rate" in cell["key"]})
+        self.by_place = {
+            (length, rate): by_place(found.rows, length, rate, config) for length in self.lengths for rate in self.rates
+        }
+
+    def finish(self) -> None:
+        """Write the evaluation's folder, if it has one."""
+        self.found.finish(BY, self.table(), self.plots(), self.more())
+
+    def more(self) -> dict[str, Any]:
+        """Figures for `results.json` by where the prompt begins, and by places in the segment and in the group."""
+        places = [{"length": length, "rate": rate, **some} for (length, rate), some in self.by_place.items()]
+        return {"by_start": self.by_start, "by_place": places}
+
+    def _real(self, length: int) -> dict[int, dict[int, dict[str, Any]]]:
+        """Cells of the real context by rate and start of the prompt; those that were skipped are left out."""
+        found: dict[int, dict[int, dict[str, Any]]] = {rate: {} for rate in self.rates}
+        for cell in self.by_start:
+            key = cell["key"]
+            if (key["length"], key["context"]) == (length, REAL) and "skipped" not in cell:
+                found[key["rate"]][key["start"]] = cell
+        return {rate: cells for rate, cells in found.items() if cells}
+
+    def _edges(self) -> list[tuple[int, int]]:
+        """First and last place of each part of a segment."""
+        segment = self.config.segment_length
+        parts = min(PLACES, segment)
+        edges = [-(-i * segment // parts) for i in range(parts + 1)]
+        return [(low, high - 1) for low, high in pairwise(edges)]
+
+    # ---------------------------------------------------------------- tables
+    def table(self) -> str:
+        """All figures, and the real context's by place, as Markdown."""
+        figures = {"bleu": "BLEU-4", "rouge_l": "ROUGE-L", "exact": "exact", "run": "run, tokens"}
+        figures |= {"accuracy": "accuracy", "loss": "loss"}
+        rows = []
+        for cell in self.cells:
+            key = cell["key"]
+            row = [key["context"], f"{key['length']:,}", self._rate(key["rate"]) if "rate" in key else "–"]
+            if "skipped" in cell:
+                rows.append([*row, "0", cell["skipped"], *["–"] * (len(figures) - 1)])
+                continue
+            shown = [results.show(cell[name], digits=1 if name == "run" else 3) for name in figures]
+            rows.append([*row, str(cell["bleu"].n), *shown])
+        text = results.markdown(["context", "tokens", "rate", "samples", *figures.values()], rows)
+        for length in self.lengths:
+            if not (real := self._real(length)):
+                continue
+            starts = sorted({start for cells in real.values() for start in cells})
+            rows = [
+                [f"{figures[name]}, {self._rate(rate)}", *(f"{cells[s][name].mean:.3f}" for s in starts)]
+                for name in ("accuracy", "bleu")
+                for rate, cells in real.items()
+            ]
+            title = f"By where in the text of {length:,} tokens the prompt begins (real context)"
+            text += f"\n{title}:\n\n" + results.markdown(["", *map(str, starts)], rows)
+            rows = [
+                [
+                    self._rate(rate),
+                    *("–" if v is None else f"{v.mean:.3f}" for v in self.by_place[length, rate]["segment"]),
+                ]
+                for rate in real
+            ]
+            title = f"Accuracy by the token's place in its segment (real context, {length:,} tokens)"
+            header = ["rate", *(str(a) if a == b else f"{a}–{b}" for a, b in self._edges())]
+            text += f"\n{title}:\n\n" + results.markdown(header, rows)
+        return text
+
+    def _rate(self, rate: int) -> str:
+        return f"{rate}×" if rate in self.config.rates else f"{rate}× (untrained)"
+
+    # ---------------------------------------------------------------- plots
+    def plots(self) -> dict[str, Callable[[Path], None]]:
+        """{file name: draw it there}, five for each length that anything was measured at."""
+        made: dict[str, Callable[[Path], None]] = {}
+        for length in self.lengths:
+            if not (real := self._real(length)):
+                continue
+            named, of = f"-{length}.png", f"texts of {length:,} tokens"
+            for metric, name in (("bleu", "BLEU-4"), ("accuracy", "token accuracy, teacher forced")):
+                lines = self._by_rate(length, metric)
+                made[f"{metric}-by-rate{named}"] = partial(
+                    plots.curves, lines=lines, x="compression rate", y=name, title=f"Reconstruction, {of}", log=True
+                )
+            accuracy = {
+                f"{rate}×": [(start, cell["accuracy"]) for start, cell in cells.items()] for rate, cells in real.items()
+            }
+            made[f"accuracy-by-start{named}"] = partial(
+                plots.curves,
+                lines=accuracy,
+                x="token at which the prompt begins",
+                y="token accuracy, teacher forced",
+                title=f"By position in the text, {of}",
+            )
+            middles = [(low + high) / 2 for low, high in self._edges()]
+            made[f"accuracy-by-place{named}"] = partial(
+                plots.curves,
+                lines={
+                    f"{rate}×": [
+                        (x, v)
+                        for x, v in zip(middles, self.by_place[length, rate]["segment"], strict=True)
+                        if v is not None
+                    ]
+                    for rate in real
+                },
+                x="place of the token in its segment",
+                y="token accuracy, teacher forced",
+                title=f"By place in the segment, {of}",
+            )
+            starts = [start for start, _ in next(iter(accuracy.values()))]
+            made[f"heat{named}"] = partial(
+                plots.heat_map,
+                values=[[v.mean for _, v in points] for points in accuracy.values()],
+                rows=list(accuracy),
+                columns=[str(start) for start in starts],
+                title=f"Token accuracy, {of}",
+                x="token at which the prompt begins",
+                y="rate",
+            )
+        return made
+
+    def _by_rate(self, length: int, metric: str) -> dict[str, list[tuple[float, Interval]]]:
+        """A curve for each context; what does not depend on the rate is the same at all."""
+        lines: dict[str, list[tuple[float, Interval]]] = {}
+        for cell in self.cells:
+            key = cell["key"]
+            if key["length"] == length and "skipped" not in cell:
+                rates = [key["rate"]] if "rate" in key else self.rates
+                lines.setdefault(key["context"], []).extend((rate, cell[metric]) for rate in rates)
+        return lines
+
+
+def _rank(cell: dict[str, Any]) -> tuple[int, bool, int, int, int]:
+    """Order in tables: by length, then rate, what has none last; contexts in the order of the page's legend."""
+    key = cell["key"]
+    kinds = [REAL, *CONTROLS]
+    return key["length"], "rate" not in key, key.get("rate", 0), kinds.index(key["context"]), key.get("start", 0)

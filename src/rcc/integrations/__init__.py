@@ -1,0 +1,1 @@
+"""Other software that asks compressed contexts."""

@@ -1,0 +1,1 @@
+"""What a model costs, before its weights are here."""

@@ -1,0 +1,1 @@
+"""Tokens, prompts and the numbers that people write."""

@@ -1,0 +1,139 @@
+"""What the command line does to the files of its user: nothing is lost, nothing is mixed, nothing stays."""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import learning
+from rcc import CompressedContext, RCCConfig, RCCForCausalLM
+from rcc.cli import app as cli
+
+WORDS = [f"{a}{b}" for a in "abcdefgh" for b in "klmnopqr"][:60]
+Call = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small untrained model with segments of 64 tokens."""
+    base = learning.make_base(tmp_path_factory.mktemp("base"), WORDS, learning.SPLIT, window=4096)
+    out = tmp_path_factory.mktemp("model") / "m"
+    RCCForCausalLM.from_base(base, config=RCCConfig(segment_length=64, rates=[4, 8], name="m")).save_pretrained(out)
+    return out
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(" ".join(WORDS * 30))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("RCC_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+def test_text_from_a_pipe_that_is_named_as_a_file_is_read_whole(
+    command: Call, folder: Path, text: Path, tmp_path: Path, home: Path
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=lambda: (tmp_path / "pipe").write_bytes(text.read_bytes()))
+    writer.start()
+    code, _, said = command("ask", tmp_path / "pipe", "who?", "--model", folder, "--max-new-tokens", 1)
+    writer.join()
+    assert (code, "1,800 tokens" in said) == (0, True), said
+    assert command("ask", text, "who?", "--model", folder, "--max-new-tokens", 1)[2].startswith("read ")
+
+
+def test_what_is_kept_is_private(command: Call, folder: Path, text: Path, home: Path) -> None:
+    command("ask", text, "who?", "--model", folder, "--max-new-tokens", 1)
+    (kept,) = (home / "contexts").iterdir()
+    assert [stat.S_IMODE(p.stat().st_mode) for p in (kept, kept.parent)] == [0o600, 0o700]
+
+
+def test_a_file_that_appears_while_rcc_works_stays(
+    command: Call, folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, compress = tmp_path / "out.rcc", cli._compress
+
+    def meanwhile(*args: Any) -> CompressedContext:
+        out.write_text("precious")
+        return compress(*args)
+
+    monkeypatch.setattr(cli, "_compress", meanwhile)
+    code, _, said = command("compress", text, "-o", out, "--model", folder)
+    assert (code, said) == (2, f"rcc: {out} exists: use --force to replace it.\n")
+    assert out.read_text() == "precious"
+    out.chmod(0o600)
+    assert command("compress", text, "-o", out, "--model", folder, "--force")[0] == 0
+    assert stat.S_IMODE(out.stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize("name", ["text.txt", "link.txt", "hard.txt"])
+def test_an_output_that_is_an_input_is_refused_even_with_force(
+    command: Call, folder: Path, text: Path, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "link.txt").symlink_to(text)
+    (tmp_path / "hard.txt").hardlink_to(text)
+    before = text.read_bytes()
+    code, _, said = command("compress", text, "-o", tmp_path / name, "--model", folder, "--force")
+    assert (code, "is one of the inputs" in said, text.read_bytes()) == (2, True, before)
+
+
+@pytest.mark.parametrize("broken", ["a file", "no permission"])
+def test_a_cache_that_cannot_be_used_does_not_stop_an_answer(
+    command: Call, folder: Path, text: Path, home: Path, broken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home.mkdir()
+    if broken == "a file":
+        (home / "contexts").write_text("")
+    else:  # root may enter every folder, so the system's answer is made up
+        real = os.stat
+
+        def refuse(path: Any, *args: Any, **options: Any) -> os.stat_result:
+            if "contexts/" in str(path):
+                raise PermissionError(13, "Permission denied", str(path))
+            return real(path, *args, **options)
+
+        monkeypatch.setattr(os, "stat", refuse)
+    code, _, said = command("ask", text, "who?", "--model", folder, "--max-new-tokens", 1)
+    assert (code, said.count("not kept for the next time")) == (0, 1), said
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
+def test_a_closed_terminal_leaves_nothing(folder: Path, text: Path, tmp_path: Path, number: int) -> None:
+    """The signal comes while the file is being written."""
+    hold = (
+        "import sys, time; from rcc import cli, fileformat\n"
+        "def put(*a): print('writing', flush=True); time.sleep(600)\n"
+        "fileformat._put = put; cli.main()"
+    )
+    (tmp_path / "o").mkdir()
+    arguments = ["compress", text, "-o", tmp_path / "o" / "x.rcc", "--model", folder]
+    process = subprocess.Popen([sys.executable, "-c", hold, *arguments], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"writing\n"
+    assert list((tmp_path / "o").glob(".rcc-*.tmp"))
+    time.sleep(0.1)
+    process.send_signal(number)
+    assert process.wait(60) == 128 + number
+    process.stdout.close()
+    assert list((tmp_path / "o").iterdir()) == []
+
+
+@pytest.mark.parametrize(("given", "words"), [("wrong,none", "stands alone"), ("wrong,odd", "or all, or none")])
+def test_controls_say_that_none_stands_alone(command: Call, given: str, words: str) -> None:
+    code, _, said = command("eval", "reconstruction", "--controls", given)
+    assert (code, words in said) == (2, True)
