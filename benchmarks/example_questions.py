@@ -13,11 +13,12 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from rcc import RCCForCausalLM, WindowError, load_tokenizer
+from rcc import RCCForCausalLM, WindowError, engine, load_tokenizer
 from rcc.evaluation.metrics import f1
 from rcc.runtime import allocator
 from rcc.runtime.precision import computing
 from rcc.text import prompting
+from rcc.text.tokens import token_ids
 
 ROOT = Path(__file__).resolve().parent.parent
 RIGHT = 0.5
@@ -31,8 +32,8 @@ def part(text: str, row: dict, scope: str, tokenizer) -> str:
     if scope == "chapter":
         second = text.index("CHAPTER II")
         return text[:second] if at < second else text[second:]
-    before = prompting.token_ids(tokenizer, text[:at])[0]
-    after = prompting.token_ids(tokenizer, text[at:])[0]
+    before = token_ids(tokenizer, text[:at])[0]
+    after = token_ids(tokenizer, text[at:])[0]
     half = int(scope) // 2
     return tokenizer.decode(before[-half:]) + tokenizer.decode(after[: int(scope) - min(half, len(before))])
 
@@ -42,9 +43,9 @@ def answers(model, tokenizer, rows: list[dict], texts: list[str | None], rate: i
     contexts = {}
     for row, text in zip(rows, texts, strict=True):
         if text is not None and text not in contexts:
-            contexts = {text: model.compress(prompting.token_ids(tokenizer, text), rate=rate)}
+            contexts = {text: model.compress(token_ids(tokenizer, text), rate=rate)}
         context = None if text is None else contexts[text]
-        yield prompting.ask(model, tokenizer, context, prompting.build(row["question"], "human"), max_new_tokens=48)[1]
+        yield engine.ask(model, tokenizer, context, prompting.build(row["question"], "human"), max_new_tokens=48)[1]
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ def main() -> None:
 
     from rcc import RCCForCausalLM, load_tokenizer
     from rcc.runtime.precision import has_bfloat16
-    from rcc.text.prompting import token_ids
+    from rcc.text.tokens import token_ids
 
     logging.disable_progress_bar()
     torch.set_num_threads(arguments.threads)

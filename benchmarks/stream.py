@@ -35,7 +35,7 @@ from rcc import CompressedContext, RCCForCausalLM, load_tokenizer, prompting
 model = RCCForCausalLM.from_pretrained(sys.argv[1])
 for weight in model.parameters():
     weight.sum()
-question = prompting.token_ids(load_tokenizer(sys.argv[1]), "What is the text about?")
+question = token_ids(load_tokenizer(sys.argv[1]), "What is the text about?")
 start = time.perf_counter()
 context = CompressedContext.load(sys.argv[2], model, verify="header")
 loaded = time.perf_counter()

@@ -27,7 +27,7 @@ from rcc.evaluation import results
 from rcc.evaluation.passkey import run as task
 from rcc.evaluation.results import Results
 from rcc.model import encoder
-from rcc.text import prompting
+from rcc.text.tokens import token_ids
 from rcc.training.tasks import FILLER, OPENING, QUESTION, passkey_ids
 
 TOKENIZER = rcc.load_tokenizer("rcc-smollm2-135m")
@@ -36,7 +36,7 @@ TOKENS = 1500
 
 
 def encode(text: str) -> np.ndarray:
-    return prompting.token_ids(TOKENIZER, text)[0].numpy()
+    return token_ids(TOKENIZER, text)[0].numpy()
 
 
 @pytest.fixture(scope="module")
@@ -272,7 +272,7 @@ def test_reading_equal_segments_once_changes_nothing(able: tuple[RCCForCausalLM,
     """The context of a text whose equal segments were read once is that of the full read, in float32 up to rounding;
     the encoder took as many segments as are different."""
     model, tokenizer = able
-    text = make_text("plain", "middle", 640, 0, lambda s: prompting.token_ids(tokenizer, s)[0].numpy())
+    text = make_text("plain", "middle", 640, 0, lambda s: token_ids(tokenizer, s)[0].numpy())
     ids = torch.from_numpy(text.ids)[None]
     contexts, read = [], []
     for batch_tokens in (PART, 4096):

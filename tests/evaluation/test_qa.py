@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import rcc
-from rcc import InputError, RCCForCausalLM, checkpoints
+from rcc import InputError, RCCForCausalLM, checkpoints, engine
 from rcc.cli.app import app
 from rcc.evaluation import metrics
 from rcc.evaluation.qa import questions
@@ -26,6 +26,7 @@ from rcc.evaluation.qa.methods.plain import ends
 from rcc.evaluation.qa.methods.retrieved import ranked
 from rcc.evaluation.qa.questions import Question, Texts, bucket, choose
 from rcc.text import prompting
+from rcc.text.tokens import token_ids
 from rcc.training.recipe import Recipe
 from rcc.training.trainer import Run
 
@@ -231,8 +232,8 @@ def test_plain_is_the_base(model: RCCForCausalLM, data: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(checkpoints.resolve_base("smollm2-135m-instruct"), dtype=torch.bfloat16)
     for i, (name, text, question, _) in enumerate(FACTS):
         parts = [prompting.HEADER, text, f"\n\n{question} Be short.{prompting.TURN}"]
-        ids = torch.cat([prompting.token_ids(TOKENIZER, part) for part in parts], 1)
-        end = prompting.token_ids(TOKENIZER, prompting.END).item()
+        ids = torch.cat([token_ids(TOKENIZER, part) for part in parts], 1)
+        end = token_ids(TOKENIZER, prompting.END).item()
         out = base.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=end, pad_token_id=0)
         written = TOKENIZER.decode(out[0, ids.shape[1] :]).split(prompting.END)[0].strip()
         row = found["plain", "", f"{name}/{i}"]
@@ -260,10 +261,10 @@ def test_contexts_are_asked_as_rcc_ask_does(model: RCCForCausalLM, data: Path) -
     methods = qa.make_methods(model, TOKENIZER, prompting.MODES, [], beside={"twin": model})
     found = answer(model, methods, data)
     for i, (name, text, question, _) in enumerate(FACTS):
-        context = model.compress(prompting.token_ids(TOKENIZER, text), rate=4)
+        context = model.compress(token_ids(TOKENIZER, text), rate=4)
         for mode in prompting.MODES:
             asked = prompting.build(question, mode)
-            wanted = prompting.ask(model, TOKENIZER, context, asked, 6, do_sample=False)
+            wanted = engine.ask(model, TOKENIZER, context, asked, 6, do_sample=False)
             row = found["rcc", mode, f"{name}/{i}"]
             assert (row.get("instruction"), row["written"]) == wanted
             assert ("instruction_accuracy" in row) == (mode == "reconstruct")

@@ -19,9 +19,10 @@ from transformers import PreTrainedModel
 
 import rcc
 from conftest import make_backbone, randomise
-from rcc import InputError, RCCConfig, RCCForCausalLM, WindowError
+from rcc import InputError, RCCConfig, RCCForCausalLM, WindowError, engine
 from rcc.evaluation.plain import base_decoder
 from rcc.text import prompting
+from rcc.text.tokens import token_ids
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'rcc[harness]'")
 from rcc.integrations.lm_eval import RCCLM, Parts
@@ -64,7 +65,7 @@ def lm(folder: Path) -> Callable[..., RCCLM]:
 
 
 def ids(text: str) -> list[int]:
-    return prompting.token_ids(TOKENIZER, text)[0].tolist()
+    return token_ids(TOKENIZER, text)[0].tolist()
 
 
 def asked(*arguments: tuple[Any, ...]) -> list[Any]:
@@ -282,7 +283,7 @@ def test_the_human_mode_asks_as_rcc_does(lm: Callable[..., RCCLM], model: RCCFor
     harness = lm(mode="human", split_at="Question:")
     context = model.compress(torch.tensor([ids(f"{LONG} ")]), rate=RATE)
     form = prompting.build(question, "human")
-    right = prompting.ask(model, TOKENIZER, context, form, 6, do_sample=False)[1]
+    right = engine.ask(model, TOKENIZER, context, form, 6, do_sample=False)[1]
     (found,) = harness.generate_until(asked((prompt, {"until": ["\n\n"], "max_gen_toks": 6})), disable_tqdm=True)
     assert found.split("\n\n")[0].strip() == right.split("\n\n")[0].strip()
     (score,) = harness.loglikelihood(asked((prompt, " A girl")), disable_tqdm=True)

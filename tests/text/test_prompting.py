@@ -10,7 +10,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 import rcc
-from rcc.text import prompting
+from rcc.text import tokens
+from rcc.text.tokens import token_ids
 
 BOOK = (Path(__file__).resolve().parents[2] / "examples/simple-susan.txt").read_text(encoding="utf-8")
 OTHER = "Καλημέρα κόσμε, 春眠不覚暁。処処聞啼鳥 — naïve café 🙂🙂👩‍👩‍👧 <|im_end|> 12345.678\t\n\n   x = f(y)\r\n" * 300
@@ -44,15 +45,15 @@ def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerFast:
 @pytest.mark.parametrize(("piece", "overlap"), [(5000, 1000), (2003, 501)])
 def test_pieces_make_the_whole(tokenizer, text, piece, overlap, monkeypatch):
     whole = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
-    monkeypatch.setattr(prompting, "PIECE", piece)
-    monkeypatch.setattr(prompting, "OVERLAP", overlap)
-    assert torch.equal(prompting.token_ids(tokenizer, text)[0], whole)
+    monkeypatch.setattr(tokens, "PIECE", piece)
+    monkeypatch.setattr(tokens, "OVERLAP", overlap)
+    assert torch.equal(token_ids(tokenizer, text)[0], whole)
 
 
 def test_a_book_is_read_in_pieces(tokenizer, monkeypatch):
     """Which is what bounds memory: no piece is longer than the limit, and none is read twice."""
-    monkeypatch.setattr(prompting, "PIECE", 9000)
-    monkeypatch.setattr(prompting, "OVERLAP", 1000)
+    monkeypatch.setattr(tokens, "PIECE", 9000)
+    monkeypatch.setattr(tokens, "OVERLAP", 1000)
     read = []
 
     def count(text, **options):
@@ -60,7 +61,7 @@ def test_a_book_is_read_in_pieces(tokenizer, monkeypatch):
         return tokenizer(text, **options)
 
     count.is_fast = True
-    ids = prompting.token_ids(count, BOOK)
+    ids = token_ids(count, BOOK)
     assert max(read) == 9000
     assert len(read) == -(-(len(BOOK) - 9000) // 8000) + 1
     assert tokenizer.decode(ids[0][:20]).strip()
@@ -68,6 +69,6 @@ def test_a_book_is_read_in_pieces(tokenizer, monkeypatch):
 
 @pytest.mark.parametrize("text", ["", "a", "Grüße"])
 def test_short_texts(tokenizer, text):
-    ids = prompting.token_ids(tokenizer, text)
+    ids = token_ids(tokenizer, text)
     assert ids.dtype == torch.long
     assert ids.tolist() == [tokenizer(text, add_special_tokens=False)["input_ids"]]

@@ -19,10 +19,10 @@ from tokenizers import pre_tokenizers
 from torch import Tensor
 
 from learning import LENGTH, PART, SEED, make_base, stage, train
-from rcc import RCCForCausalLM, checkpoints
+from rcc import RCCForCausalLM, checkpoints, engine
 from rcc.context.context import CompressedContext
 from rcc.evaluation.reconstruction.run import teacher_forced
-from rcc.text import prompting
+from rcc.text.tokens import token_ids
 from rcc.training import tasks
 
 SYMBOLS = 96
@@ -70,7 +70,7 @@ def teacher_forced_accuracy(model: RCCForCausalLM, contexts: Sequence[Compressed
 
 def free_accuracy(model: RCCForCausalLM, context: CompressedContext, texts: Tensor) -> float:
     """Of what greedy generation writes behind the first tokens of each text."""
-    out = model.generate(texts[:, :CUE], context=context, max_new_tokens=SEGMENT - CUE, eos_token_id=prompting.NEVER)
+    out = model.generate(texts[:, :CUE], context=context, max_new_tokens=SEGMENT - CUE, eos_token_id=engine.NEVER)
     return float((out == texts[:, :SEGMENT])[:, CUE:].float().mean())
 
 
@@ -126,7 +126,7 @@ def test_a_pass_key_is_found_where_it_is(passkey_model: tuple[Path, set[int]]) -
     model, tokenizer = RCCForCausalLM.from_pretrained(folder), checkpoints.load_tokenizer(folder)
 
     def encode(text: str) -> np.ndarray:
-        return prompting.token_ids(tokenizer, text)[0].numpy()
+        return token_ids(tokenizer, text)[0].numpy()
 
     rng = np.random.default_rng(SEED)
     assert len(seen) > 5000

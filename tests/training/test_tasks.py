@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 import rcc
 from rcc import InputError
 from rcc.text import prompting
+from rcc.text.tokens import token_ids
 from rcc.training.tasks import (
     FILLER,
     OPENING,
@@ -56,7 +57,7 @@ ROWS = [
 
 def ids(text: str) -> list[int]:
     """The token ids that `rcc ask` makes of a text."""
-    return prompting.token_ids(TOKENIZER, text)[0].tolist()
+    return token_ids(TOKENIZER, text)[0].tolist()
 
 
 def within(part: np.ndarray, whole: np.ndarray) -> int:

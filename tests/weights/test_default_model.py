@@ -13,7 +13,7 @@ from rcc import RCCForCausalLM, checkpoints, load_tokenizer
 from rcc.cli.console import DEFAULT_MODEL
 from rcc.evaluation.reconstruction.run import teacher_forced
 from rcc.runtime.precision import computing
-from rcc.text.prompting import token_ids
+from rcc.text.tokens import token_ids
 
 ROOT = Path(__file__).resolve().parents[2]
 

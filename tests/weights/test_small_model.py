@@ -11,7 +11,7 @@ import torch
 from rcc import RCCForCausalLM, checkpoints, load_tokenizer
 from rcc.evaluation.reconstruction.run import PROMPT, teacher_forced
 from rcc.runtime.precision import computing
-from rcc.text.prompting import token_ids
+from rcc.text.tokens import token_ids
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = "rcc-smollm2-135m"

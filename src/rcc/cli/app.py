@@ -225,6 +225,7 @@ def ask(
     as_json: Json = False,
 ) -> None:
     """Ask a context, or a text, one or several questions."""
+    from .. import engine
     from ..text import prompting
 
     prompts = [prompting.build(question, mode) for question in questions]
@@ -239,7 +240,7 @@ def ask(
             value = _compress(rcc, tokenizer, [f"{source}{prompt.encoder_text}"], _parse_rate(rate), None, budget)
             prompt = replace(prompt, encoder_text="")
         streamer = None if as_json else _streamer(tokenizer, prompt)
-        instruction, answer = prompting.ask(rcc, tokenizer, value, prompt, max_new_tokens, streamer=streamer)
+        instruction, answer = engine.ask(rcc, tokenizer, value, prompt, max_new_tokens, streamer=streamer)
         row = {"question": question, "answer": answer, "mode": mode}
         rows.append(row if instruction is None else {**row, "reconstructed_question": instruction})
     if as_json:
@@ -257,7 +258,9 @@ def chat(
     dtype: Dtype = None,
 ) -> None:
     """Ask question after question; an empty line or the end of input ends it."""
+    from .. import engine
     from ..text import prompting
+    from ..text.tokens import token_ids
 
     if context == "-":
         raise InputError("a chat reads its questions from standard input: name a file for the text.")
@@ -279,11 +282,11 @@ def chat(
         try:
             while True:  # a long talk forgets its beginning
                 prompt = prompting.build(question, "human", history)
-                if not history or prompting.token_ids(tokenizer, prompt.decoder_text).shape[1] <= room:
+                if not history or token_ids(tokenizer, prompt.decoder_text).shape[1] <= room:
                     break
                 history.pop(0)
             streamer = _streamer(tokenizer, prompt)
-            _, answer = prompting.ask(rcc, tokenizer, value, prompt, max_new_tokens, streamer=streamer)
+            _, answer = engine.ask(rcc, tokenizer, value, prompt, max_new_tokens, streamer=streamer)
         except InputError as error:
             if not typed:
                 raise
@@ -308,13 +311,15 @@ def reconstruct(
     as_json: Json = False,
 ) -> None:
     """Write back what a context holds."""
-    from ..text import prompting
+
+    from .. import engine
+    from ..text.tokens import token_ids
 
     source = None if against is None else read_text(against)
     rcc, tokenizer = load_model(model, device, dtype, _context_info(context))
     value = _load_context(context, rcc)
     if prompt is not None:
-        ids = prompting.token_ids(tokenizer, prompt)
+        ids = token_ids(tokenizer, prompt)
     else:
         import torch
 
@@ -329,7 +334,7 @@ def reconstruct(
             max_new_tokens=tokens,
             do_sample=False,
             repetition_penalty=1.0,  # a base's own settings may forbid what a text repeats
-            eos_token_id=prompting.NEVER,
+            eos_token_id=engine.NEVER,
             pad_token_id=0,
             streamer=streamer,
         )[0]
@@ -693,10 +698,11 @@ def _compress(
     budget: int,
 ) -> CompressedContext:
     """Compress texts one after another, each from a segment of its own, at one rate that fits them all."""
-    from ..text import prompting
+
+    from ..text.tokens import token_ids
 
     with status("reading the text"):
-        rows = [prompting.token_ids(tokenizer, text) for text in texts]
+        rows = [token_ids(tokenizer, text) for text in texts]
     lengths = [row.shape[1] for row in rows]
     if rate is None:
         rate = rcc.fitting_rate(lengths, context, budget=budget)
@@ -725,9 +731,9 @@ def _compare(
     """What was written, beside the text; and how much of the whole text the context gives back."""
     from ..evaluation.reconstruction.run import PROMPT, teacher_forced
     from ..model.encoder import piece_of
-    from ..text import prompting
+    from ..text.tokens import token_ids
 
-    ids = prompting.token_ids(tokenizer, source)[0]
+    ids = token_ids(tokenizer, source)[0]
     piece = context.pieces[0][0]
     digest = piece_of(ids, piece.rate, rcc.config).sha256
     same = any(digest == p.sha256 for p in context.pieces[0])

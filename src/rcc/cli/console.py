@@ -5,17 +5,16 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console as RichConsole
 
 from ..errors import FileError, InputError, ModelError
+from ..runtime.terminal import CONTROL, Console, shown
 
 if TYPE_CHECKING:
     import torch
@@ -27,47 +26,6 @@ DEFAULT_MODEL = "rcc-qwen2.5-0.5b"
 PASSKEY_MODEL = "rcc-smollm2-135m-passkey"
 BUDGET = 4096
 """Positions that a context takes at most where the rate is chosen for it: a first token within a second or so."""
-
-_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-"""What moves the cursor, hides or reorders what a terminal shows; and halves of characters."""
-
-
-def shown(text: object, lines: bool = False) -> str:
-    """Return a text that somebody else may have written as a terminal may show it: control characters escaped.
-
-    Args:
-        lines: whether it may have several lines, and tabs.
-    """
-
-    def escape(match: re.Match[str]) -> str:
-        character = match[0]
-        if lines and character in "\n\t":
-            return character
-        code = ord(character)
-        return {"\n": "\\n", "\t": "\\t", "\r": "\\r"}.get(character) or (
-            f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
-        )
-
-    return _CONTROL.sub(escape, str(text))
-
-
-class Console(RichConsole):
-    """A console on which no text can do more than be read."""
-
-    def print(self, *objects: Any, **options: Any) -> None:
-        """Print, with control characters escaped but for the ends of lines and tabs."""
-        super().print(*(_harmless(thing) for thing in objects), **options)
-
-    def status(self, status: Any, **options: Any) -> Any:
-        """Show what is being done, on one line."""
-        return super().status(shown(status), **options)
-
-
-def _harmless(thing: Any) -> Any:
-    if isinstance(thing, str):
-        return shown(thing, lines=True)
-    return thing
-
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -106,51 +64,6 @@ def read_text(source: str) -> str:
     if not text.strip():
         raise InputError(f"{name} is empty: there is nothing to compress.")
     return text
-
-
-UNITS = {"": 1, "k": 1024, "m": 1024**2}
-
-
-def parse_count(text: str, option: str) -> int:
-    """A number of tokens: `512`, `8k` (8 · 1,024), `1M` (1,024²).
-
-    Raises:
-        InputError: it is something else.
-    """
-    found = re.fullmatch("([1-9][0-9]{0,8})([km]?)", text.strip().lower())
-    if not found:
-        raise InputError(f"{option} {text!r} is no whole number above 0: write it as 512, 8k or 1M.")
-    return int(found[1]) * UNITS[found[2]]
-
-
-def parse_counts(text: str, option: str) -> list[int]:
-    """Numbers with commas between them, each once, as :func:`parse_count` reads them.
-
-    Raises:
-        InputError: one of them is something else.
-    """
-    return list(dict.fromkeys(parse_count(part, option) for part in text.split(",")))
-
-
-def parse_choices(text: str, option: str, known: Collection[str]) -> list[str]:
-    """Names with commas between them, each once.
-
-    Raises:
-        InputError: one of them is not known.
-    """
-    names = list(dict.fromkeys(part.strip() for part in text.split(",")))
-    for name in names:
-        if name not in known:
-            raise InputError(f"{option} {name!r} is unknown: use some of {', '.join(known)}.")
-    return names
-
-
-def show_count(count: int) -> str:
-    """A number as :func:`parse_count` reads it, in the shortest form that is exact."""
-    for unit in ("M", "k"):
-        if count % UNITS[unit.lower()] == 0:
-            return f"{count // UNITS[unit.lower()]}{unit}"
-    return str(count)
 
 
 def load_model(
@@ -229,7 +142,7 @@ def print_json(value: Any) -> None:
     except (UnicodeEncodeError, LookupError):
         text = json.dumps(value, indent=2)
     else:  # JSON itself escapes only the lowest ones
-        text = _CONTROL.sub(lambda m: m[0] if m[0] == "\n" else f"\\u{ord(m[0]):04x}", text)
+        text = CONTROL.sub(lambda m: m[0] if m[0] == "\n" else f"\\u{ord(m[0]):04x}", text)
     sys.stdout.write(text + "\n")
 
 

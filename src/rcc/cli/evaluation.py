@@ -13,6 +13,7 @@ import typer
 
 from ..errors import InputError
 from ..evaluation.example import example_text
+from ..text.counts import parse_choices, parse_count, parse_counts
 from .console import (
     PASSKEY_MODEL,
     Device,
@@ -25,9 +26,6 @@ from .console import (
     err,
     load_model,
     out,
-    parse_choices,
-    parse_count,
-    parse_counts,
     print_json,
     progress,
     read_text,
@@ -357,7 +355,7 @@ def resources(
     with status("loading torch and transformers"):
         from .. import checkpoints
         from ..evaluation.resources import run as task
-        from ..text import prompting
+        from ..text.tokens import token_ids
     kind = check_dtype(dtype)
     if shape is not None:
         subject = task.shaped(
@@ -374,7 +372,7 @@ def resources(
     ids = None
     if text is not None:
         tokenizer = checkpoints.load_tokenizer(model or default_model())
-        ids = prompting.token_ids(tokenizer, text)[0].numpy()
+        ids = token_ids(tokenizer, text)[0].numpy()
     with progress("cells", 1, "cells") as advance:
         results = task.resources(
             subject,

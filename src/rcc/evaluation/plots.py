@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..cli.console import show_count
 from ..errors import InputError
+from ..text.counts import show_count
 from .results import Interval
 
 

@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from ..cli.console import shown
 from ..errors import FileError, InputError, brief
 from ..runtime import atomic, locks
 from ..runtime.provenance import commit, libraries, machine
+from ..runtime.terminal import shown
 
 FORMAT_VERSION = 1
 RESAMPLES = 2000

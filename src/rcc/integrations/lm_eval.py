@@ -25,11 +25,13 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, StoppingCriteria
 
+from .. import engine
 from ..cli.console import load_model
 from ..context.context import CompressedContext
 from ..errors import InputError, WindowError
 from ..model import encoder
 from ..text import prompting
+from ..text.tokens import token_ids
 
 logger = logging.getLogger(__name__)
 
@@ -188,7 +190,7 @@ class RCCLM(TemplateLM):
     # ---------------------------------------------------------------- text → what is compressed, and tokens
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Token ids without special tokens, as rcc reads every text."""
-        return prompting.token_ids(self.tokenizer, string)[0].tolist()
+        return token_ids(self.tokenizer, string)[0].tolist()
 
     def _cut(self, prompt: str) -> Parts:
         if self.split_at is not None:
@@ -234,7 +236,7 @@ class RCCLM(TemplateLM):
         return Request(number, parts, rate, ids, answer, settings)
 
     def _compress(self, head: str, rate: int) -> CompressedContext:
-        return self.model.compress(prompting.token_ids(self.tokenizer, head), rate=rate)
+        return self.model.compress(token_ids(self.tokenizer, head), rate=rate)
 
     def _batches(
         self, requests: Sequence[Request], title: str, quiet: bool
@@ -380,7 +382,7 @@ class RCCLM(TemplateLM):
             context=context,
             max_new_tokens=new,
             stopping_criteria=[_Until(self.tokenizer, until, width)],
-            eos_token_id=ends or prompting.NEVER,
+            eos_token_id=ends or engine.NEVER,
             pad_token_id=ends[0] if ends else 0,
             **settings,
         )

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 
-from ..cli.console import Console, shown
 from ..errors import FileError
 from ..runtime import atomic
+from ..runtime.terminal import Console, shown
 from .recipe import Recipe
 
 if TYPE_CHECKING:

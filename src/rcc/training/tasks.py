@@ -30,6 +30,7 @@ from transformers import PreTrainedTokenizerBase
 from ..data.corpus import Row
 from ..errors import InputError
 from ..text import prompting
+from ..text.tokens import token_ids
 
 UNANSWERABLE = "The text does not say."
 """The answer to a question whose passage was left out."""
@@ -114,7 +115,7 @@ class Marks:
         """The marks of a tokenizer."""
         fixed = prompting.HEADER, prompting.TURN, prompting.END, prompting.FOLLOWING
         header, turn, end, following, letter, between = (
-            prompting.token_ids(tokenizer, text)[0].numpy() for text in (*fixed, "x", f"x{prompting.SEPARATOR}x")
+            token_ids(tokenizer, text)[0].numpy() for text in (*fixed, "x", f"x{prompting.SEPARATOR}x")
         )
         eos = tokenizer.eos_token_id
         separator = between[len(letter) : len(between) - len(letter)]
@@ -122,7 +123,7 @@ class Marks:
 
     def encode(self, text: str) -> np.ndarray:
         """Text → token ids [T], as `rcc ask` tokenises it."""
-        return prompting.token_ids(self.tokenizer, text)[0].numpy()
+        return token_ids(self.tokenizer, text)[0].numpy()
 
     def decode(self, ids: np.ndarray) -> str:
         """Token ids [T] → text."""

@@ -11,8 +11,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ...cli.console import show_count
 from ...errors import InputError
+from ...text.counts import show_count
 from .. import results
 
 FIGURES: dict[str, tuple[str, float]] = {

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from ...cli.console import show_count
+from ...text.counts import show_count
 from .charts import WIDTH, Axis, Chart, Look, Point, curves
 from .tables import (
     Cell,

@@ -20,13 +20,13 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ...cli.console import show_count
 from ...data.haystack import POSITIONS, VARIANTS, Text, is_right, make_text, prose_sentences
 from ...errors import InputError, WindowError
 from ...model import encoder
 from ...model.rcc import BATCH_TOKENS, Progress, RCCForCausalLM
 from ...runtime import memory
-from ...text import prompting
+from ...text.counts import show_count
+from ...text.tokens import token_ids
 from .. import plots
 from ..results import Case, Key, Results, Skipped, interval, markdown, show
 
@@ -128,7 +128,7 @@ class _Run:
     """Tokens up to the end of each case, the first of them before any."""
 
     def encode(self, text: str) -> np.ndarray:
-        return prompting.token_ids(self.tokenizer, text)[0].numpy()
+        return token_ids(self.tokenizer, text)[0].numpy()
 
     def text(self, key: Any) -> Text:
         return make_text(
@@ -180,7 +180,7 @@ class _Run:
         model, length, rate = self.model, key["length"], key["rate"]
         self.check_window(length, rate, 1)  # a text that cannot be read at all is not even written
         text = self.text(key)
-        question = prompting.token_ids(self.tokenizer, text.question)
+        question = token_ids(self.tokenizer, text.question)
         new = max(ANSWER, len(self.encode(f" {text.key}")) + 2)
         self.check_window(length, rate, question.shape[1] + new)
         ids = text.ids if key["context"] == "whole" else text.replaced(model.config)
@@ -222,7 +222,7 @@ def _prose_ids(tokenizer: PreTrainedTokenizerBase, texts: Mapping[str, str], len
     """The first sentences of the texts, as many as the longest context holds; they are repeated where it holds more."""
     found, tokens = [], 0
     for sentence in itertools.chain.from_iterable(map(prose_sentences, texts.values())):
-        ids = prompting.token_ids(tokenizer, sentence)[0].numpy()
+        ids = token_ids(tokenizer, sentence)[0].numpy()
         found.append(ids)
         tokens += len(ids)
         if tokens >= length:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ...errors import InputError
 from ...text import prompting
+from ...text.tokens import token_ids
 from ..example import EXAMPLE, example_text
 from . import longbench
 
@@ -309,7 +310,7 @@ class Texts:
 
     def _encode(self, text: str) -> np.ndarray:
         if text not in self._ids:
-            self._ids[text] = prompting.token_ids(self._tokenizer, text)[0].numpy()
+            self._ids[text] = token_ids(self._tokenizer, text)[0].numpy()
         return self._ids[text]
 
     def __call__(self, question: Question) -> Tensor:

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
+from ... import engine
 from ...errors import WindowError
 from ...model.rcc import RCCForCausalLM
 from ...planning import blueprint as planning
-from ...text import prompting
 from .. import metrics
 from ..results import Case, Skipped
 from . import longbench
@@ -178,7 +178,7 @@ class QA:
                 held, seconds = self._hold(question, text, method, rate)
                 asked = method.prompt(question)
                 clock = _Clock()
-                instruction, written = prompting.ask(
+                instruction, written = engine.ask(
                     method.model,
                     self.tokenizer,
                     held.context,

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ... import engine
 from ...config import RCCConfig
 from ...context import joining
 from ...context.context import CompressedContext
@@ -21,7 +22,6 @@ from ...errors import InputError
 from ...model import encoder as encoding
 from ...model.encoder import CompressedVectors
 from ...model.rcc import RCCForCausalLM
-from ...text import prompting
 from .. import metrics
 from ..example import EXAMPLE, example_text
 from ..plain import base_decoder, read_plain
@@ -374,7 +374,7 @@ class Reconstruction:
             do_sample=False,
             num_beams=1,
             repetition_penalty=1.0,  # some bases come with another, which forbids to copy
-            eos_token_id=prompting.NEVER,
+            eos_token_id=engine.NEVER,
             pad_token_id=0,
         )
         return [row[PROMPT : len(span)].tolist() for row, span in zip(out, spans, strict=True)]

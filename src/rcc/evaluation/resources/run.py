@@ -21,7 +21,6 @@ import torch
 from transformers import PreTrainedConfig
 
 from ... import checkpoints
-from ...cli.console import show_count
 from ...config import RCCConfig
 from ...context.context import SPARE
 from ...errors import InputError, WindowError
@@ -30,6 +29,7 @@ from ...model.rcc import BATCH_TOKENS, RCCForCausalLM, batch_tokens_on
 from ...planning import blueprint as planning
 from ...planning import shapes
 from ...runtime import memory
+from ...text.counts import show_count
 from .. import plots
 from ..results import Case, Interval, Results, Skipped, markdown
 from . import process as resources_process

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from ....model.rcc import RCCForCausalLM
 from ....text import prompting
 from ....text.prompting import Prompt
+from ....text.tokens import token_ids
 from ..questions import Question
 from . import Held
 
@@ -25,7 +26,7 @@ class Compressed:
 
     def hold(self, text: Tensor, rate: int, question: Question) -> Held:
         if self.by_question:
-            asked = prompting.token_ids(self.tokenizer, prompting.build(question.question, self.mode).encoder_text)
+            asked = token_ids(self.tokenizer, prompting.build(question.question, self.mode).encoder_text)
             text = torch.cat([text, asked[0]])
         context = self.model.compress(text[None], rate=rate)
         return Held(context, len(context))

@@ -13,6 +13,7 @@ from ....errors import WindowError
 from ....model.rcc import RCCForCausalLM
 from ....text import prompting
 from ....text.prompting import Prompt
+from ....text.tokens import token_ids
 from ...plain import base_decoder, read_plain
 from ..questions import Question
 from . import Held
@@ -42,7 +43,7 @@ class Plain:
         room: int = 512,
     ):
         self.model, self.name, self.tuned, self.hint = model, name, tuned, hint
-        self.header = prompting.token_ids(tokenizer, prompting.HEADER)[0]
+        self.header = token_ids(tokenizer, prompting.HEADER)[0]
         self.room = model.window - len(self.header) - room
 
     def hold(self, text: Tensor, rate: int, question: Question) -> Held:

@@ -1,0 +1,52 @@
+"""Numbers and names as people write them: `8k`, `1M`, `plain,bm25`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+
+from ..errors import InputError
+
+UNITS = {"": 1, "k": 1024, "m": 1024**2}
+
+
+def parse_count(text: str, option: str) -> int:
+    """A number of tokens: `512`, `8k` (8 · 1,024), `1M` (1,024²).
+
+    Raises:
+        InputError: it is something else.
+    """
+    found = re.fullmatch("([1-9][0-9]{0,8})([km]?)", text.strip().lower())
+    if not found:
+        raise InputError(f"{option} {text!r} is no whole number above 0: write it as 512, 8k or 1M.")
+    return int(found[1]) * UNITS[found[2]]
+
+
+def parse_counts(text: str, option: str) -> list[int]:
+    """Numbers with commas between them, each once, as :func:`parse_count` reads them.
+
+    Raises:
+        InputError: one of them is something else.
+    """
+    return list(dict.fromkeys(parse_count(part, option) for part in text.split(",")))
+
+
+def parse_choices(text: str, option: str, known: Collection[str]) -> list[str]:
+    """Names with commas between them, each once.
+
+    Raises:
+        InputError: one of them is not known.
+    """
+    names = list(dict.fromkeys(part.strip() for part in text.split(",")))
+    for name in names:
+        if name not in known:
+            raise InputError(f"{option} {name!r} is unknown: use some of {', '.join(known)}.")
+    return names
+
+
+def show_count(count: int) -> str:
+    """A number as :func:`parse_count` reads it, in the shortest form that is exact."""
+    for unit in ("M", "k"):
+        if count % UNITS[unit.lower()] == 0:
+            return f"{count // UNITS[unit.lower()]}{unit}"
+    return str(count)
