@@ -23,9 +23,9 @@ import time
 from pathlib import Path
 
 from rcc import load_tokenizer
-from rcc.cli.console import parse_counts, show_count
 from rcc.data.corpus import Source, open_text
 from rcc.runtime.memory import resident
+from rcc.text.counts import parse_counts, show_count
 
 LOAD = """
 import sys, time

@@ -17,7 +17,7 @@ import torch
 from kvpress_answers import PRESSES, answers
 
 from rcc import RCCConfig, RCCError, checkpoints, load_tokenizer
-from rcc.cli.console import parse_counts, progress
+from rcc.cli.console import progress
 from rcc.evaluation.qa import questions
 from rcc.evaluation.qa import run as qa
 from rcc.evaluation.qa.methods.plain import behind
@@ -27,6 +27,7 @@ from rcc.evaluation.results import Case, Results, Skipped
 from rcc.evaluation.results import load as load_results
 from rcc.runtime.precision import has_bfloat16
 from rcc.text import prompting
+from rcc.text.counts import parse_counts
 from rcc.text.tokens import token_ids
 
 

@@ -16,8 +16,7 @@ from typing import Any
 import pytest
 
 import learning
-from rcc import CompressedContext, RCCConfig, RCCForCausalLM
-from rcc.cli import app as cli
+from rcc import CompressedContext, Engine, RCCConfig, RCCForCausalLM
 
 WORDS = [f"{a}{b}" for a in "abcdefgh" for b in "klmnopqr"][:60]
 Call = Callable[..., tuple[int, str, str]]
@@ -66,13 +65,13 @@ def test_what_is_kept_is_private(command: Call, folder: Path, text: Path, home: 
 def test_a_file_that_appears_while_rcc_works_stays(
     command: Call, folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, compress = tmp_path / "out.rcc", cli._compress
+    out, compress = tmp_path / "out.rcc", Engine.compress
 
-    def meanwhile(*args: Any) -> CompressedContext:
+    def meanwhile(*args: Any, **options: Any) -> CompressedContext:
         out.write_text("precious")
-        return compress(*args)
+        return compress(*args, **options)
 
-    monkeypatch.setattr(cli, "_compress", meanwhile)
+    monkeypatch.setattr(Engine, "compress", meanwhile)
     code, _, said = command("compress", text, "-o", out, "--model", folder)
     assert (code, said) == (2, f"rcc: {out} exists: use --force to replace it.\n")
     assert out.read_text() == "precious"
@@ -116,9 +115,9 @@ def test_a_cache_that_cannot_be_used_does_not_stop_an_answer(
 def test_a_closed_terminal_leaves_nothing(folder: Path, text: Path, tmp_path: Path, number: int) -> None:
     """The signal comes while the file is being written."""
     hold = (
-        "import sys, time; from rcc import cli, fileformat\n"
+        "import sys, time; from rcc.cli import app; from rcc.context import file\n"
         "def put(*a): print('writing', flush=True); time.sleep(600)\n"
-        "fileformat._put = put; cli.main()"
+        "file._put = put; app.main()"
     )
     (tmp_path / "o").mkdir()
     arguments = ["compress", text, "-o", tmp_path / "o" / "x.rcc", "--model", folder]

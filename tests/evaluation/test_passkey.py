@@ -21,12 +21,12 @@ import torch
 import rcc
 from learning import LENGTH, PART, SPLIT, make_base, passkey_words
 from rcc import InputError, RCCConfig, RCCForCausalLM, checkpoints
-from rcc.cli.console import parse_count, parse_counts, show_count
 from rcc.data.haystack import POSITIONS, VARIANTS, Text, is_right, make_text, prose_sentences
 from rcc.evaluation import results
 from rcc.evaluation.passkey import run as task
 from rcc.evaluation.results import Results
 from rcc.model import encoder
+from rcc.text.counts import parse_count, parse_counts, show_count
 from rcc.text.tokens import token_ids
 from rcc.training.tasks import FILLER, OPENING, QUESTION, passkey_ids
 
@@ -390,7 +390,7 @@ def test_memory_is_bounded(tmp_path: Path) -> None:
         (["--seed", "-1"], ("'--seed'", "0")),
         (["--filler-data", "book.txt"], ("--filler-data is for the variant prose",)),
         (["--variants", "prose", "--filler-data", "none.txt"], ("none.txt does not exist",)),
-        (["--lengths", "72", "--device", "abacus"], ("--device abacus",)),
+        (["--lengths", "72", "--device", "abacus"], ("device abacus",)),
     ],
 )
 def test_refusals(args: list[str], words: tuple[str, ...], passkey_model: Any, call: Callable[..., Any]) -> None:
