@@ -103,13 +103,13 @@ def test_a_stream_that_is_left_stops_and_errors_reach_whoever_reads_it(engine: E
 def test_a_long_talk_forgets_its_beginning(engine: Engine) -> None:
     context = engine.compress(TEXT, 4)
     history = [(f"question {i} about the cat ?", "on the mat") for i in range(400)]
-    whole = token_ids(TOKENIZER, prompting.build(QUESTION, "human", history).decoder_text).shape[1]
+    whole = token_ids(TOKENIZER, prompting.build(QUESTION, "human", history).decoder_text, True).shape[1]
     answer = engine.ask(context, QUESTION, history=history, max_new_tokens=4, do_sample=False)
     assert answer.usage.prompt_tokens < whole
     assert answer.usage.prompt_tokens <= engine.compressor.window - len(context) - 4
     few = engine.ask(context, QUESTION, history=history[:1], max_new_tokens=4, do_sample=False)
     form = prompting.build(QUESTION, "human", history[:1])
-    assert few.usage.prompt_tokens == token_ids(TOKENIZER, form.decoder_text).shape[1]
+    assert few.usage.prompt_tokens == token_ids(TOKENIZER, form.decoder_text, True).shape[1]
 
 
 def test_a_text_is_compressed_once_and_found_again(engine: Engine, tmp_path: Path) -> None:

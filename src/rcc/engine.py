@@ -32,7 +32,7 @@ from .model.rcc import RCCForCausalLM
 from .runtime.precision import computing, parse_device, parse_dtype
 from .text import prompting
 from .text.prompting import Prompt
-from .text.tokens import token_ids
+from .text.tokens import prompt_ids, token_ids
 
 DEFAULT_MODEL = "rcc-qwen2.5-0.5b"
 BUDGET = 4096
@@ -61,12 +61,20 @@ class Engine:
         compressor: the model that compresses and generates.
         tokenizer: the decoder's.
         store: where :meth:`open` keeps the contexts of texts; None: nowhere.
+        allow_special: whether chat marks such as `<|im_end|>` in texts and questions are the special tokens that they
+            name. Otherwise they are read as the characters that they are written with, so that a document cannot
+            speak as the user. The published checkpoint's texts are always read with them.
     """
 
     def __init__(
-        self, compressor: RCCForCausalLM, tokenizer: PreTrainedTokenizerBase, store: ContextStore | None = None
+        self,
+        compressor: RCCForCausalLM,
+        tokenizer: PreTrainedTokenizerBase,
+        store: ContextStore | None = None,
+        allow_special: bool = False,
     ) -> None:
         self.compressor, self.tokenizer, self.store = compressor, tokenizer, store
+        self.allow_special = prompting.allows_special(compressor.config, allow_special)
         self._turn = threading.RLock()
 
     @classmethod
@@ -76,6 +84,7 @@ class Engine:
         device: str | None = None,
         dtype: str | None = None,
         store: ContextStore | None = None,
+        allow_special: bool = False,
         *,
         made: str | Path | None = None,
         progress: Say | None = None,
@@ -88,6 +97,7 @@ class Engine:
             device: cpu, cuda, …; None: a GPU if there is one.
             dtype: bfloat16, float16 or float32; None: as stored, or float32 on a CPU without bfloat16.
             store: where contexts of texts are kept; None: nowhere.
+            allow_special: whether chat marks in texts and questions are special tokens, as in :class:`Engine`.
             made: a context file, which is checked before the model is loaded for it.
             progress: is told what is being done where that takes long, such as fetching a base.
 
@@ -101,7 +111,7 @@ class Engine:
         compressor = RCCForCausalLM.from_pretrained(name, device=where, dtype=kind, progress=progress)
         if kind is None:
             compressor.to(computing(compressor.dtype, where))
-        return cls(compressor, checkpoints.load_tokenizer(name), store)
+        return cls(compressor, checkpoints.load_tokenizer(name), store, allow_special)
 
     @property
     def name(self) -> str:
@@ -143,7 +153,7 @@ class Engine:
             InputError: an empty text or an unusable rate. WindowError: more positions than the decoder has.
             ContextError: `context` was made by another model.
         """
-        rows = [token_ids(self.tokenizer, text) for text in ([source] if isinstance(source, str) else source)]
+        rows = [self._tokens(text) for text in ([source] if isinstance(source, str) else source)]
         return self._compress(rows, self._rate(rows, rate, context, budget), context, progress)
 
     def open(
@@ -170,7 +180,7 @@ class Engine:
             if is_context(source):
                 return CompressedContext.load(source, model=self.compressor)
             source = read_text(source)
-        row = token_ids(self.tokenizer, source)
+        row = self._tokens(source)
         tokens_a_position = self._rate([row], rate, None, budget)
         if self.store is None:
             return self._compress([row], tokens_a_position, None, progress)
@@ -186,6 +196,14 @@ class Engine:
         except OSError as error:  # the answer does not need the file
             notice(f"not kept for the next time: {error}")
         return context
+
+    def _tokens(self, text: str) -> Tensor:
+        """The token ids of a text, [1, T]."""
+        return token_ids(self.tokenizer, text, self.allow_special)
+
+    def _prompt_tokens(self, prompt: Prompt) -> Tensor:
+        """The token ids that the decoder reads of a prompt, [1, T]."""
+        return prompt_ids(self.tokenizer, prompt.decoder_parts, self.allow_special)
 
     def _rate(self, rows: list[Tensor], rate: int | str, context: CompressedContext | None, budget: int) -> int:
         if isinstance(rate, int):
@@ -251,7 +269,7 @@ class Engine:
             generation["streamer"] = Pieces(self.tokenizer, lambda text: prompt.parse(text)[1], on_text)
         with self._turn:
             written, prompt_tokens = write(
-                self.compressor, self.tokenizer, context, prompt, max_new_tokens, **generation
+                self.compressor, self.tokenizer, context, prompt, max_new_tokens, self.allow_special, **generation
             )
         return self._answer(context, prompt, written, prompt_tokens)
 
@@ -273,7 +291,7 @@ class Engine:
         if len(prompts) < 2 or mode != "human":  # elsewhere each question makes a context of its own
             options = {"max_new_tokens": max_new_tokens, **generation}
             return [self.ask(context, question, mode, **options) for question in questions]
-        rows = [token_ids(self.tokenizer, prompt.decoder_text)[0] for prompt in prompts]
+        rows = [self._prompt_tokens(prompt)[0] for prompt in prompts]
         width = max(len(row) for row in rows)
         ids, mask = torch.zeros(2, len(rows), width, dtype=torch.long)
         for i, row in enumerate(rows):  # on the left, so that every answer begins at the same place
@@ -310,7 +328,7 @@ class Engine:
         room = self.compressor.window - len(context) - max_new_tokens
         for first in range(len(history) + 1):
             prompt = prompting.build(question, "human", history[first:])
-            if token_ids(self.tokenizer, prompt.decoder_text).shape[1] <= room:
+            if self._prompt_tokens(prompt).shape[1] <= room:
                 break
         return prompt
 
@@ -332,7 +350,7 @@ class Engine:
         Raises:
             InputError: the prompt is empty.
         """
-        ids = torch.tensor([context.pieces[0][0].opening]) if prompt is None else token_ids(self.tokenizer, prompt)
+        ids = torch.tensor([context.pieces[0][0].opening]) if prompt is None else self._tokens(prompt)
         if ids.shape[1] == 0:
             raise InputError("the prompt is empty: give some words to go on from.")
         streamer = None if on_text is None else Pieces(self.tokenizer, str, on_text, skip_prompt=False)

@@ -34,15 +34,25 @@ Dtype = Annotated[
     str | None,
     typer.Option(help="bfloat16, float16, float32 (default: as stored; float32 on a CPU without bfloat16)."),
 ]
+AllowSpecial = Annotated[
+    bool,
+    typer.Option("--allow-special", help="Read chat marks such as <|im_end|> in texts and questions as special ones."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-def load_engine(model: str | None, device: str | None, dtype: str | None, made: str | Path | None = None) -> Engine:
+def load_engine(
+    model: str | None,
+    device: str | None,
+    dtype: str | None,
+    allow_special: bool = False,
+    made: str | Path | None = None,
+) -> Engine:
     """Load the model that is named, or that made the context file `made`, or the default one, with the user's store."""
     with loading("loading the model") as say:
         from ..engine import Engine, default_store
 
-        return Engine.load(model, device, dtype, default_store(), made=made, progress=say)
+        return Engine.load(model, device, dtype, default_store(), allow_special, made=made, progress=say)
 
 
 @contextlib.contextmanager

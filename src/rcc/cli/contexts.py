@@ -17,6 +17,7 @@ from ..errors import InputError
 from ..text.counts import parse_bytes, parse_rate
 from .console import (
     BUDGET,
+    AllowSpecial,
     Budget,
     Device,
     Dtype,
@@ -51,13 +52,14 @@ def compress(
     context: Annotated[Path | None, typer.Option(help="A context file to append to (it stays as it is).")] = None,
     device: Device = None,
     dtype: Dtype = None,
+    allow_special: AllowSpecial = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")] = False,
 ) -> None:
     """Compress texts into a context file."""
     target = check_output(output, force, [*(s for s in sources if s != "-"), *([context] if context else [])])
     texts = [read_text(source) for source in sources]
     number = parse_rate(rate)
-    engine = load_engine(model, device, dtype, made=context)
+    engine = load_engine(model, device, dtype, allow_special, made=context)
     before = None if context is None else engine.open(context)
     with progress("compressing", 1) as advance:
         result = engine.compress(texts, number, before, budget=budget, progress=advance)
@@ -92,6 +94,7 @@ def ask(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 128,
     device: Device = None,
     dtype: Dtype = None,
+    allow_special: AllowSpecial = False,
     as_json: Json = False,
 ) -> None:
     """Ask a context, or a text, one or several questions."""
@@ -99,7 +102,7 @@ def ask(
 
     for question in questions:
         prompting.build(question, mode)  # a bad one is refused before a model is loaded
-    engine, source = _open(context, model, rate, budget, device, dtype, mode)
+    engine, source = _open(context, model, rate, budget, device, dtype, allow_special, mode)
     rows = []
     for question in questions:
         if len(questions) > 1 and not as_json:
@@ -129,11 +132,12 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 256,
     device: Device = None,
     dtype: Dtype = None,
+    allow_special: AllowSpecial = False,
 ) -> None:
     """Ask question after question; an empty line or the end of input ends it."""
     if context == "-":
         raise InputError("a chat reads its questions from standard input: name a file for the text.")
-    engine, source = _open(context, model, rate, budget, device, dtype)
+    engine, source = _open(context, model, rate, budget, device, dtype, allow_special)
     typed = sys.stdin.isatty()
     if typed:
         with contextlib.suppress(ImportError):  # input() then edits lines and remembers them
@@ -259,6 +263,7 @@ def _open(
     budget: int,
     device: str | None,
     dtype: str | None,
+    allow_special: bool,
     mode: str = "human",
 ) -> tuple[Engine, CompressedContext | str]:
     """The engine, and the context in a file or of a text; the text itself where it is read with each question."""
@@ -267,10 +272,10 @@ def _open(
     if is_context(path):
         if rate is not None:
             raise InputError(f"--rate is for a text, and {path} is compressed already: leave it out.")
-        engine = load_engine(model, device, dtype, made=path)
+        engine = load_engine(model, device, dtype, allow_special, made=path)
         return engine, engine.open(Path(path))
     text, number = read_text(path), parse_rate(rate)  # refused before a model is loaded
-    engine = load_engine(model, device, dtype)
+    engine = load_engine(model, device, dtype, allow_special)
     if engine.reads_with_question(mode):
         return engine, text
     with progress("compressing", 1) as advance:

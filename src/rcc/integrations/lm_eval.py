@@ -190,7 +190,7 @@ class RCCLM(TemplateLM):
     # ---------------------------------------------------------------- text → what is compressed, and tokens
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Token ids without special tokens, as rcc reads every text."""
-        return token_ids(self.tokenizer, string)[0].tolist()
+        return token_ids(self.tokenizer, string, allow_special=True)[0].tolist()
 
     def _cut(self, prompt: str) -> Parts:
         if self.split_at is not None:
@@ -236,7 +236,7 @@ class RCCLM(TemplateLM):
         return Request(number, parts, rate, ids, answer, settings)
 
     def _compress(self, head: str, rate: int) -> CompressedContext:
-        return self.model.compress(token_ids(self.tokenizer, head), rate=rate)
+        return self.model.compress(token_ids(self.tokenizer, head, allow_special=True), rate=rate)
 
     def _batches(
         self, requests: Sequence[Request], title: str, quiet: bool

@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, StoppingCriteria, TextStreamer
 
 from ..context.context import CompressedContext
-from ..text.prompting import END, Prompt
-from ..text.tokens import token_ids
+from ..text.prompting import END, Prompt, allows_special
+from ..text.tokens import prompt_ids, token_ids
 from .rcc import RCCForCausalLM
 
 NEVER = 2**31 - 1
@@ -87,18 +87,20 @@ def ask(
     context: CompressedContext | None,
     prompt: Prompt,
     max_new_tokens: int = 128,
+    allow_special: bool = False,
     **generation: Any,
 ) -> tuple[str | None, str]:
     """Ask a context (or, with None, the decoder alone) → the reconstructed instruction, if any, and the answer.
 
     Args:
         context: of one text.
+        allow_special: whether chat marks in the question are special tokens.
         generation: goes to :meth:`RCCForCausalLM.generate` (`do_sample`, `streamer`, …).
 
     Raises:
         WindowError: the prompt and the answer do not fit after the context.
     """
-    written, _ = write(model, tokenizer, context, prompt, max_new_tokens, **generation)
+    written, _ = write(model, tokenizer, context, prompt, max_new_tokens, allow_special, **generation)
     return prompt.parse(tokenizer.decode(written))
 
 
@@ -108,15 +110,16 @@ def write(
     context: CompressedContext | None,
     prompt: Prompt,
     max_new_tokens: int,
+    allow_special: bool = False,
     **generation: Any,
 ) -> tuple[Tensor, int]:
     """Return what the decoder writes after a prompt, [tokens], and how many tokens were read for it."""
-    asked = 0
+    asked, allow_special = 0, allows_special(model.config, allow_special)
     if prompt.encoder_text:
-        instruction = token_ids(tokenizer, prompt.encoder_text)
+        instruction = token_ids(tokenizer, prompt.encoder_text, allow_special)
         rate = context.pieces[0][-1].rate if context is not None else None
         context, asked = model.compress(instruction, rate=rate, context=context), instruction.shape[1]
-    ids = token_ids(tokenizer, prompt.decoder_text)
+    ids = prompt_ids(tokenizer, prompt.decoder_parts, allow_special)
     written = generate(model, tokenizer, ids, context, prompt.ends, max_new_tokens, **generation)[0]
     return written, asked + ids.shape[1]
 
@@ -142,7 +145,7 @@ def generate(
         B rows of token ids [tokens].
     """
     # stopping is counted here: in `reconstruct` mode the first end mark closes the instruction, not the answer
-    stop = _Ends(token_ids(tokenizer, END)[0].tolist(), ids.shape[1], ends)
+    stop = _Ends(token_ids(tokenizer, END, allow_special=True)[0].tolist(), ids.shape[1], ends)
     out = model.generate(
         ids,
         context=context,
