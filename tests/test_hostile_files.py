@@ -2,76 +2,22 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
-import random
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from damage import DEEP, attempt, damaged
 from rcc import CompressedContext, ContextError, RCCConfig, RCCError, RCCForCausalLM
 from rcc.errors import InputError, ModelError
 from rcc.evaluation import compare, report, results
 from rcc.training import checkpointing
 from rcc.training.recipe import Recipe
-
-VALUES: list[Any] = [
-    None,
-    True,
-    -1,
-    0,
-    2**70,
-    float("inf"),
-    float("nan"),
-    "x",
-    "",
-    "\ud800",
-    "\0",
-    [],
-    [[]],
-    {},
-    {"a": 1},
-]
-
-
-def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, inner in items:
-        yield (*path, key)
-        yield from places(inner, (*path, key))
-
-
-def damaged(value: Any, count: int) -> Iterator[Any]:
-    """Copies of a value, each with one place taken out or changed."""
-    rng, every = random.Random(0), list(places(value))
-    for _ in range(count):
-        changed = copy.deepcopy(value)
-        *parents, last = rng.choice(every)
-        inner = changed
-        for key in parents:
-            inner = inner[key]
-        if rng.random() < 0.2:
-            del inner[last]
-        else:
-            inner[last] = rng.choice(VALUES)
-        yield changed
-
-
-def attempt(read: Callable[[], object]) -> None:
-    said = ""
-    try:
-        read()
-    except RCCError as error:
-        said = str(error)
-    assert "\n" not in said.strip()
-
-
-DEEP = "[" * 50_000
 
 
 def test_recipes(tmp_path: Path) -> None:
