@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from damage import DEEP, attempt, damaged
-from rcc import CompressedContext, ContextError, RCCConfig, RCCError, RCCForCausalLM
+from rcc import CompressedContext, CompressedVectors, ContextError, RCCConfig, RCCError, RCCForCausalLM
 from rcc.errors import InputError, ModelError
 from rcc.evaluation import compare, report, results
 from rcc.training import checkpointing
@@ -94,6 +94,24 @@ def test_context_files(tmp_path: Path, tiny: Callable[..., RCCForCausalLM], toke
     path.write_bytes(forged(raw, header))
     with pytest.raises(ContextError, match="damaged"):
         load()
+
+
+def test_files_of_vectors(tmp_path: Path, tiny: Callable[..., RCCForCausalLM], tokens: Any, batch: Any) -> None:
+    path = tmp_path / "v"
+    tiny().encode(batch([tokens(40)])[0], rate=4).save(path)
+    raw = path.read_bytes()
+    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+    metadata = header.pop("__metadata__")
+
+    def use() -> None:
+        tiny().prefix(CompressedVectors.load(path))
+
+    for changed in damaged(json.loads(metadata["rcc"]), 150):
+        path.write_bytes(forged(raw, {"__metadata__": {**metadata, "rcc": json.dumps(changed)}, **header}))
+        attempt(use)
+    for changed in damaged(header, 100):
+        path.write_bytes(forged(raw, {"__metadata__": dict(metadata), **changed}))
+        attempt(use)
 
 
 def test_evaluations(tmp_path: Path) -> None:

@@ -12,9 +12,11 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from damage import DEEP, read_damaged, read_damaged_lines
-from rcc import ModelError, RCCForCausalLM, checkpoints, planning, shapes
+from rcc import FileError, ModelError, RCCForCausalLM, checkpoints, planning, shapes
 from rcc.evaluation import compare, questions, report, results
+from rcc.training.data import Source, open_text
 from rcc.training.progress import Log
+from rcc.training.trainer import load_about
 
 WHOLE = Path(__file__).parent / "fixtures" / "56825c2"
 Call = Callable[..., tuple[int, str, str]]
@@ -105,6 +107,27 @@ def test_the_samples_of_a_report(folder: Path, task: str) -> None:
     file = folder / task / "samples.jsonl"
     read_damaged_lines(file, 15, lambda: report.page([folder / task]))
     read_damaged_lines(file, 15, lambda: compare.compare(folder / task, folder / task))
+
+
+@pytest.mark.parametrize("file", ["about.json", "trainer_state.json"])
+def test_what_a_checkpoint_says_of_itself(folder: Path, file: str) -> None:
+    checkpoint = folder / "run/stages/1-s/checkpoints/checkpoint-2"
+    read_damaged(checkpoint / file, 60, lambda: load_about(checkpoint))
+    (checkpoint / file).write_text(DEEP)
+    with pytest.raises(FileError, match=rf"{file} is damaged"):
+        load_about(checkpoint)
+
+
+def test_tokens_that_are_kept_are_made_again_where_they_are_damaged(folder: Path, tmp_path: Path) -> None:
+    tokenizer = checkpoints.load_tokenizer("model")
+
+    def read() -> None:
+        corpus = open_text(Source("texts.jsonl"), tokenizer)
+        assert (len(corpus), corpus.broken, corpus.lengths.tolist()) == (3, 0, [130] * 3)
+
+    read()
+    (info,) = (tmp_path / "home" / "tokens").glob("*/info.json")
+    read_damaged(info, 80, read)
 
 
 def test_the_log_of_a_run(folder: Path) -> None:
