@@ -213,6 +213,7 @@ def _base_config(source: Path) -> Any:
     if not source.is_dir():
         raise InputError(f"{source} is not a folder: name the folder that the checkpoint was downloaded to.")
     data = _read_json(source / "config.json", "the checkpoint's base is described there, get it from where the rest is")
+    checkpoints.check_depth(data, source / "config.json")
     if data.get("model_type") != "gpt_neox":
         raise ModelError(
             f"{source} is not a checkpoint of the authors: its config.json is of the family"
