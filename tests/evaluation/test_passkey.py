@@ -340,10 +340,10 @@ def test_going_on(able: tuple[RCCForCausalLM, Any], tmp_path: Path, monkeypatch:
 # ---------------------------------------------------------------- a long text
 MEASURE = """
 import json, sys
-from rcc import allocator
+from rcc.runtime import allocator
 allocator.configure()
 from rcc import RCCForCausalLM, load_tokenizer
-from rcc.evaluation.passkey import passkey
+from rcc.evaluation.passkey.run import passkey
 model = RCCForCausalLM.from_pretrained(sys.argv[1])
 prose = {"book": open(sys.argv[2], encoding="utf-8").read()}
 run = passkey(model, load_tokenizer(sys.argv[1]), [2**16, 2**18], keys=1, controls=0, positions=["middle"],

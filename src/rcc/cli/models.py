@@ -14,7 +14,7 @@ from ..errors import InputError
 from .console import Json, loading, out, print_json, progress, status
 
 if TYPE_CHECKING:
-    from ..checkpoints.convert import Fate
+    from ..checkpoints.published import Fate
 
 
 def models(
@@ -125,7 +125,8 @@ def convert_checkpoint(
 ) -> None:
     """Turn the RCC authors' published checkpoint into a model folder."""
     with loading():
-        from ..checkpoints.convert import IncompleteError, convert_checkpoint
+        from ..checkpoints.convert import convert_checkpoint
+        from ..checkpoints.published import IncompleteError
     try:
         with progress("converting", 1, "MB") as advance:
             done = convert_checkpoint(

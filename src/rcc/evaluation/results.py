@@ -260,7 +260,7 @@ class Results:
 def need(*modules: str, extra: str = "eval") -> None:
     """Raise InputError unless these modules, which come with that extra, are installed."""
     if missing := [name for name in modules if importlib.util.find_spec(name) is None]:
-        raise InputError(f"this evaluation needs {' and '.join(missing)}: pip install 'rcc[{extra}]'.")
+        raise InputError(f"this evaluation needs {' and '.join(missing)}: pip install 'rcc-context[{extra}]'.")
 
 
 def _name(key: Mapping[str, Any]) -> str:
