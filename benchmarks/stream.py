@@ -24,7 +24,8 @@ from pathlib import Path
 
 from rcc import load_tokenizer
 from rcc.cli.console import parse_counts, show_count
-from rcc.data.corpus import Source, open_text
+from rcc.data.corpus import open_text
+from rcc.data.sources import Source
 from rcc.runtime.memory import resident
 
 LOAD = """

@@ -15,7 +15,8 @@ import numpy as np
 from torch.utils.data import IterableDataset
 from transformers import PreTrainedTokenizerBase
 
-from ..data.corpus import Corpus, Interleave, QuestionStream, Row, TextStream, open_questions, open_text, split
+from ..data.corpus import Corpus, Row, open_questions, open_text
+from ..data.streams import Interleave, QuestionStream, TextStream, split
 from ..errors import InputError
 from .recipe import Recipe, Stage
 from .tasks import FIXED_TEXTS, Marks, Sample, collate, collate_plain, read_exactly

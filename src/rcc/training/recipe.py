@@ -24,7 +24,7 @@ from typing import Any
 import yaml
 
 from ..config import RCCConfig
-from ..data.corpus import Source
+from ..data.sources import Source
 from ..errors import FileError, InputError
 from ..runtime import atomic
 from .tasks import TASKS, Task
