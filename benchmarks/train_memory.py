@@ -31,10 +31,11 @@ def measure(arguments: argparse.Namespace) -> None:
     from rcc.planning import blueprint as planning
     from rcc.runtime import memory
     from rcc.training.batches import Kind
+    from rcc.training.collate import collate
     from rcc.training.objective import Objective
     from rcc.training.plan import blueprint
     from rcc.training.recipe import Recipe
-    from rcc.training.tasks import Sample, collate
+    from rcc.training.tasks.base import Sample
     from rcc.training.trainer import Place, make_model, prepare
 
     frozen = arguments.kind == "frozen"

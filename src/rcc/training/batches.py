@@ -18,8 +18,10 @@ from transformers import PreTrainedTokenizerBase
 from ..data.corpus import Corpus, Row, open_questions, open_text
 from ..data.streams import Interleave, QuestionStream, TextStream, split
 from ..errors import InputError
+from .collate import collate, collate_plain, for_exact_reading
 from .recipe import Recipe, Stage
-from .tasks import FIXED_TEXTS, Marks, Sample, collate, collate_plain, read_exactly
+from .tasks import TASKS
+from .tasks.base import Marks, Sample
 
 
 @dataclass(frozen=True)
@@ -124,15 +126,16 @@ def used_tokens(corpora: Corpora, marks: Marks) -> np.ndarray:
     used = np.zeros(len(marks.tokenizer), dtype=bool)
     for fixed in (marks.header, marks.turn, marks.end, marks.following, marks.separator, marks.eos):
         used[fixed] = True
-    for text in FIXED_TEXTS:
-        used[marks.encode(text)] = True
+    for task in TASKS.values():
+        for text in task.fixed_texts:
+            used[marks.encode(text)] = True
     for corpus in {id(c): c for group in corpora.sources.values() for c in group}.values():
         used[corpus.token_ids()] = True
     return np.flatnonzero(used)
 
 
 class _Draw:
-    """What a task may draw for one sample: see :mod:`rcc.training.tasks`."""
+    """What a task may draw for one sample; see :class:`rcc.training.tasks.base.Draw`."""
 
     def __init__(self, samples: Samples, stream: TextStream | QuestionStream | None, k: int):
         self._samples, self._stream, self._k = samples, stream, k
@@ -221,7 +224,7 @@ class Samples:
         teacher = distillation is not None and kind.task in distillation.tasks
         samples = [self.stage.tasks[kind.task].at(kind.rate, sample) for sample in samples]
         if self.recipe.reads_exactly(kind.rate):
-            samples = [read_exactly(sample) for sample in samples]
+            samples = [for_exact_reading(sample) for sample in samples]
         return {**collate(samples, self.marks.eos, teacher), "rate": kind.rate, "kind": str(kind)}
 
 

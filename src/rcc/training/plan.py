@@ -25,7 +25,7 @@ from ..runtime.precision import computing
 from .batches import Corpora, Samples
 from .groups import group_of
 from .recipe import GROUPS, Recipe, Stage
-from .tasks import Task, describe
+from .tasks.base import Task, describe
 from .trainer import attention, load_tokenizer, prepare
 
 SUSTAINED = 0.45

@@ -27,7 +27,8 @@ from ..config import RCCConfig
 from ..data.sources import Source
 from ..errors import FileError, InputError
 from ..runtime import atomic
-from .tasks import TASKS, Task
+from .tasks import TASKS
+from .tasks.base import Task
 
 BUDGETS = ("max_tokens", "max_steps", "max_minutes")
 GROUPS = ("encoder", "projections", "decoder")
