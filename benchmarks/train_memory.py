@@ -32,11 +32,12 @@ def measure(arguments: argparse.Namespace) -> None:
     from rcc.runtime import memory
     from rcc.training.batches import Kind
     from rcc.training.collate import collate
+    from rcc.training.distributed import Process
     from rcc.training.objective import Objective
     from rcc.training.plan import blueprint
     from rcc.training.recipe import Recipe
+    from rcc.training.setup import make_model, prepare
     from rcc.training.tasks.base import Sample
-    from rcc.training.trainer import Place, make_model, prepare
 
     frozen = arguments.kind == "frozen"
     recipe = Recipe.load(
@@ -52,9 +53,9 @@ def measure(arguments: argparse.Namespace) -> None:
             "run.attention=sdpa",
         ],
     )
-    place = Place.of(recipe)
-    model = make_model(recipe, MODEL, place)
-    prepare(model, recipe.stages[0], recipe, place.device)
+    device = Process.join(recipe.run.device, recipe.run.threads).device
+    model = make_model(recipe, MODEL, device)
+    prepare(model, recipe.stages[0], recipe, device)
     objective = Objective(model, torch.bfloat16).train()
     text = torch.randint(1000, 40000, (arguments.length,)).numpy()
     sample = Sample((text,), text[:10], text[10:256], "reconstruction")

@@ -164,10 +164,10 @@ def main() -> None:
 
     from rcc import RCCForCausalLM, load_tokenizer
     from rcc.data import haystack
+    from rcc.model.freezing import freeze
     from rcc.runtime.precision import computing
     from rcc.training.collate import prompts_and_targets
-    from rcc.training.groups import freeze
-    from rcc.training.recipe import Group
+    from rcc.training.groups import Group
     from rcc.training.tasks.base import Marks, Sample
 
     torch.set_num_threads(arguments.threads)

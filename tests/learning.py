@@ -12,8 +12,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
 from rcc.data import haystack
-from rcc.training.recipe import Recipe, build
-from rcc.training.trainer import Run
+from rcc.training.recipe import Recipe
+from rcc.training.run import Run
+from rcc.training.settings import build
 
 SEED = 0
 DIGITS = pre_tokenizers.Digits(individual_digits=True)

@@ -19,13 +19,14 @@ import conftest
 from conftest import make_backbone, make_model, tokens
 from rcc import ModelError, RCCConfig, RCCForCausalLM, WindowError, checkpoints
 from rcc.model import backbones
+from rcc.model.freezing import freeze
 from rcc.planning import blueprint as planning
 from rcc.planning import shapes
 from rcc.planning.blueprint import Batch, Blueprint
 from rcc.runtime import memory
-from rcc.training.groups import freeze
 from rcc.training.objective import Objective
-from rcc.training.recipe import Recipe, build
+from rcc.training.recipe import Recipe
+from rcc.training.settings import build
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs/backbones.md").read_text(encoding="utf-8")
 PLANS = re.findall(r"^```sh\nrcc (models --plan [^\n]+)\n```\n\n```text\n(.*?)^```$", PAGE, re.M | re.S)

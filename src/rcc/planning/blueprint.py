@@ -26,9 +26,9 @@ from ..context.context import SPARE, BlockLayer
 from ..errors import ModelError, RCCError, brief
 from ..model import backbones
 from ..model import encoder as encoding
+from ..model.freezing import freeze
 from ..model.projection import layer_map
 from ..model.rcc import RCCForCausalLM
-from ..training.groups import freeze
 from . import shapes
 
 TRACED = 3

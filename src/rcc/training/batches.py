@@ -19,7 +19,8 @@ from ..data.corpus import Corpus, Row, open_questions, open_text
 from ..data.streams import Interleave, QuestionStream, TextStream, split
 from ..errors import InputError
 from .collate import collate, collate_plain, for_exact_reading
-from .recipe import Recipe, Stage
+from .recipe import Recipe
+from .stage import Stage
 from .tasks import TASKS
 from .tasks.base import Marks, Sample
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .. import checkpoints
 from ..errors import ModelError
 from ..model.rcc import RCCForCausalLM
-from .recipe import Distillation
+from .stage import Distillation
 
 
 class Objective(nn.Module):

@@ -17,16 +17,17 @@ from .. import checkpoints
 from ..config import RCCConfig
 from ..errors import FileError, InputError, ModelError
 from ..model import backbones
+from ..model.freezing import GROUPS, group_of
 from ..model.rcc import RCCForCausalLM
 from ..planning import blueprint as planning
 from ..planning import shapes
 from ..planning.blueprint import Batch, Blueprint, learning_bytes
 from ..runtime.precision import computing
 from .batches import Corpora, Samples
-from .groups import group_of
-from .recipe import GROUPS, Recipe, Stage
+from .recipe import Recipe
+from .setup import attention, load_tokenizer, prepare
+from .stage import Stage
 from .tasks.base import Task, describe
-from .trainer import attention, load_tokenizer, prepare
 
 SUSTAINED = 0.45
 """Share of the machine's matrix rate that training is taken to reach; measured 0.4 to 0.5 for the default model."""
