@@ -27,8 +27,8 @@ def measure(arguments: argparse.Namespace) -> None:
 
     allocator.configure()
     import torch
+    from rcc.activations import Batch, activations
 
-    from rcc.planning import blueprint as planning
     from rcc.runtime import memory
     from rcc.training.batches import Kind
     from rcc.training.collate import collate
@@ -73,8 +73,8 @@ def measure(arguments: argparse.Namespace) -> None:
     gradients = {name: p.grad.nbytes for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     allocated = memory.allocated(step)
-    shape = planning.Batch(1, arguments.length, arguments.rate, 256)
-    found = planning.activations(blueprint(recipe, MODEL), shape, recipe.stages[0].frozen)
+    shape = Batch(1, arguments.length, arguments.rate, 256)
+    found = activations(blueprint(recipe, MODEL), shape, recipe.stages[0].frozen)
     estimate = (found.checkpointed if arguments.checkpointing else found.kept) + sum(gradients.values())
     learning = sum(name.startswith("encoder.") for name in gradients)
     print(json.dumps({"sizes": [peak - before, allocated, estimate], "encoder_gradients": learning}))

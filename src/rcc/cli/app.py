@@ -488,7 +488,8 @@ def _plan(
         import torch
         from transformers.utils import logging as quiet
 
-        from ..planning import blueprint as planning
+        from ..planning import plan as planning
+        from ..planning import table
 
         quiet.set_verbosity_error()
         quiet.disable_progress_bar()
@@ -500,7 +501,7 @@ def _plan(
     if as_json:
         print_json(data)
         return
-    for line in planning.lines(data):
+    for line in table.lines(data):
         out.print(line, markup=False)
 
 

@@ -19,9 +19,9 @@ from ..errors import FileError, InputError, ModelError
 from ..model import backbones
 from ..model.freezing import GROUPS, group_of
 from ..model.rcc import RCCForCausalLM
-from ..planning import blueprint as planning
 from ..planning import shapes
-from ..planning.blueprint import Batch, Blueprint, learning_bytes
+from ..planning.activations import Batch, activations
+from ..planning.blueprint import Blueprint, learning_bytes
 from ..runtime.precision import computing
 from .batches import Corpora, Samples
 from .recipe import Recipe
@@ -125,9 +125,9 @@ def flops(model: RCCForCausalLM, stage: Stage) -> float:
 
 
 def stage_activations(model: Blueprint, stage: Stage) -> int:
-    """Bytes that a batch of a stage keeps, at most over its kinds; see :func:`rcc.planning.blueprint.activations`."""
+    """Bytes that a batch of a stage keeps, at most over its kinds; see :func:`rcc.planning.activations.activations`."""
     found = [
-        planning.activations(model, Batch(stage.rows(n), n, r, stage.target_tokens), stage.frozen)
+        activations(model, Batch(stage.rows(n), n, r, stage.target_tokens), stage.frozen)
         for n, r in {(length, rate) for _, length, rate in stage.kinds()}
     ]
     return max(one.checkpointed if stage.gradient_checkpointing else one.kept for one in found)
