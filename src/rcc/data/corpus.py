@@ -27,7 +27,7 @@ RUNS = {"text": 1, "questions": 3}  # kind → runs of tokens a row: the documen
 def open_text(
     source: Source, tokenizer: PreTrainedTokenizerBase, *, progress: Callable[[str], None] | None = None
 ) -> Corpus:
-    """A source's documents as tokens, tokenised at the first call.
+    """Return a source's documents as tokens; they are tokenised at the first call.
 
     Rows that cannot be used are counted, and named in one warning.
 
@@ -44,7 +44,7 @@ def open_text(
 def open_questions(
     source: Source, tokenizer: PreTrainedTokenizerBase, *, progress: Callable[[str], None] | None = None
 ) -> Corpus:
-    """A source's rows of context, question and first answer as tokens; otherwise like :func:`open_text`."""
+    """Return a source's rows of context, question and first answer as tokens; otherwise like :func:`open_text`."""
     return _open(source, tokenizer, "questions", progress)
 
 
@@ -98,6 +98,7 @@ class Corpus:
 
     @property
     def tokens_total(self) -> int:
+        """Tokens of all rows together."""
         return self.info["tokens"]
 
     @property
@@ -125,8 +126,8 @@ class Corpus:
 
     @cached_property
     def spans(self) -> np.ndarray:
-        """uint32 [rows, 2]: of each row of questions, the tokens of its context from the first to the last place where
-        its answer stands; 0, 0 where it does not."""
+        """uint32 [rows, 2]: of each row of questions, the tokens of its context from the first to the last occurrence
+        of its answer; 0, 0 if there is none."""
         self._check_questions()
         return np.asarray(np.load(self.folder / "spans.npy", mmap_mode="r"))
 
@@ -162,11 +163,11 @@ class Corpus:
         return self._tokens[int(self._offsets[at]) : int(self._offsets[at + 1])]
 
     def document(self, i: int) -> np.ndarray:
-        """Tokens [T] of a document, or of a row's context: a read-only view of the file, of its unsigned type."""
+        """Return the tokens [T] of a document, or of a row's context: a read-only view of the file, in its type."""
         return self._run(i, 0)
 
     def row(self, i: int) -> Row:
-        """A row of a corpus of questions.
+        """Return a row of a corpus of questions.
 
         Raises:
             InputError: this is a corpus of text.

@@ -121,7 +121,7 @@ class Variant:
     prose: bool = False
 
     def keys(self, rng: np.random.Generator, count: int) -> list[str]:
-        """Different keys."""
+        """Return `count` different keys."""
         if not self.digits:
             return [str(uuid.UUID(bytes=rng.bytes(16), version=4)) for _ in range(count)]
         low = 10 ** (self.digits - 1)
@@ -171,7 +171,7 @@ class Text:
     key: str
 
     def replaced(self, config: RCCConfig) -> np.ndarray:
-        """The control [T]: every segment that holds a token of the key gives way to what stands there without it."""
+        """Return the control [T]: every segment that holds a token of the key is replaced by the text without it."""
         ids, (start, end) = self.ids.copy(), self.key_at
         for segment in encoder.segments(torch.arange(len(ids)), config):
             if bool(((segment >= start) & (segment < end)).any()):
@@ -188,7 +188,7 @@ def make_text(
     seed: int = 0,
     prose: Sequence[np.ndarray] = (),
 ) -> Text:
-    """The text of a sample, the same whenever it is made.
+    """Return the text of a sample, the same whenever it is made.
 
     Args:
         variant, position: of :data:`VARIANTS` and :data:`POSITIONS`.
@@ -222,7 +222,7 @@ def make_text(
 
 
 def prose_sentences(text: str) -> Iterator[str]:
-    """Running text as sentences, each with a space before it; of at most 40 words, lest one fill a whole context."""
+    """Yield running text as sentences, each after a space; of at most 40 words, lest one fill a whole context."""
     words: list[str] = []
     for word in text.split():
         words.append(word)
@@ -234,5 +234,5 @@ def prose_sentences(text: str) -> Iterator[str]:
 
 
 def is_right(written: str, key: str) -> bool:
-    """Whether the key is the first thing written, and nothing longer."""
+    """Return whether the key is the first thing written, and nothing longer."""
     return re.match(rf"\W*{re.escape(key)}(?![\w-])", written) is not None

@@ -91,13 +91,13 @@ class Interleave:
         return Interleave, (self.shares, self.seed)
 
     def at(self, k: int) -> tuple[int, int]:
-        """Draw `k`, from 0 on → the thing's number, and how many draws before this one took it."""
+        """Return the number of the thing that draw `k` takes, from 0 on, and how many draws before it took the same."""
         block, draw = divmod(k, self.SIZE)
         which, number = self._block(block)
         return int(which[draw]), int(number[draw])
 
     def _make_block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """What :meth:`at` answers for a block's draws, [1024] each."""
+        """Return what :meth:`at` answers for a block's draws, [1024] each."""
         period, b = divmod(block, self.SIZE)
         here = self._before[b + 1] - self._before[b]
         which = np.repeat(np.arange(len(here)), here)
@@ -136,7 +136,7 @@ class Mixture:
         return sum(self.counts)
 
     def at(self, k: int) -> tuple[int, int]:
-        """Draw `k`, from 0 on → corpus number, item number.
+        """Return the numbers of the corpus and of its item that draw `k` takes, from 0 on.
 
         Draws near each other are fast; one far away has to make its epoch's order anew.
         """
@@ -213,12 +213,12 @@ class TextStream:
         return len(self.mixture)
 
     def draw(self, k: int) -> np.ndarray:
-        """Draw `k` → token ids int64 [at most window]."""
+        """Return the token ids of draw `k`, int64 [at most window]."""
         corpus, item = self.mixture.at(k)
         return self._cut(corpus, item, _rng(self.seed, _START, k))
 
     def stretch(self, rng: np.random.Generator) -> np.ndarray:
-        """A random item of a random document → token ids int64 [at most window]; for text beside a sample's own."""
+        """Return a random item's token ids, int64 [at most window]; for text beside a sample's own."""
         return self._cut(*_group_and_item(self._ends, int(rng.integers(len(self)))), rng)
 
     def _cut(self, corpus: int, item: int, rng: np.random.Generator) -> np.ndarray:
@@ -286,12 +286,12 @@ class QuestionStream:
         return len(self.mixture)
 
     def draw(self, k: int) -> Row:
-        """Draw `k` → a row."""
+        """Return the row of draw `k`."""
         corpus, item = self.mixture.at(k)
         return self._row(int(self._ends[corpus]) - len(self._items[corpus]) + item)
 
     def other(self, rng: np.random.Generator, not_hash: int) -> Row:
-        """A random row whose context is another than that of hash `not_hash`.
+        """Return a random row whose context does not have the hash `not_hash`.
 
         Raises:
             InputError: all rows share that one context.
@@ -308,7 +308,7 @@ class QuestionStream:
         return self._row(i)
 
     def same(self, rng: np.random.Generator, context_hash: int) -> Row:
-        """A random row whose context is that of hash `context_hash`; there must be one."""
+        """Return a random row whose context has the hash `context_hash`; there must be one."""
         low, high = (
             self._hashes.searchsorted(np.uint64(context_hash), side, self._by_hash) for side in ("left", "right")
         )

@@ -80,11 +80,11 @@ def token_folder(
 
 
 def _key(source: Source, tokenizer: PreTrainedTokenizerBase, kind: str, files: list[Path] | None, dataset: Any) -> str:
-    """SHA-256 over everything that the cache's content depends on."""
+    """Return the SHA-256 of everything that the cache's content depends on."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         content = json.loads(backend.to_str())
-        # left behind by whichever call came last, and set anew by the next one
+        # settings of whichever call came last, which the next one replaces
         content |= {"truncation": None, "padding": None}
     else:
         content = [type(tokenizer).__name__, tokenizer.get_vocab()]
@@ -187,9 +187,11 @@ class _Writer:
             raise InputError(f"{name} has no row with a field {missing}: name one of those that it has ({has}).")
 
     def missing(self, present: dict[str, None]) -> str:
+        """Return the names of the fields that no row has."""
         return " or ".join(repr(name) for name in self.source.fields(self.kind) if name not in present)
 
     def broken(self, location: str, why: str) -> None:
+        """Count a row that cannot be used."""
         self.broken_count += 1
         if len(self.broken_first) < 10:
             self.broken_first.append(f"{location}: {why}")
@@ -229,7 +231,7 @@ class _Writer:
         self.say(f"tokenising {self.source.path}: {len(self.hashes)} rows, {self.offsets[-1] / 1e6:.1f}M tokens")
 
     def no_rows(self) -> str:
-        """Why there is no row, by what was met and what is set."""
+        """Return why there is no row, by what was met and what is set."""
         if self.broken_first:
             return f"{self.source.path} has no row that can be used (the first is broken: {self.broken_first[0]})."
         if not self.rows:
@@ -238,6 +240,7 @@ class _Writer:
         return f"{self.source.path} has no row that can be used: its {filters or 'settings'} leave none of {self.rows}."
 
     def finish(self, files: list[str]) -> None:
+        """Write what is left, and the description of it all."""
         self.flush()
         if not self.hashes:
             raise InputError(self.no_rows())

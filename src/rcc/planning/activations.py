@@ -66,7 +66,7 @@ def activations(blueprint: Blueprint, batch: Batch, frozen: Collection[str] = ()
 
 @dataclass
 class _Block:
-    """One block of a side as it was run: bytes of its input, and bytes that it and its hooks leave behind."""
+    """One block of a side as it was run: bytes of its input, and bytes kept when it and its hooks are done."""
 
     run: int
     entry: int

@@ -127,13 +127,13 @@ def _reading(model: RCCForCausalLM, rate: int | None, position: int, weights: in
 
 
 def _training(name: str, blueprint: Blueprint, model: RCCForCausalLM, tokens: int, frozen: list[str]) -> dict[str, Any]:
-    """Memory to train on one text, at the lowest rate at which it fits the window."""
+    """Return the memory to train on one text, at the lowest rate at which it fits the window."""
     config = blueprint.config
     freeze(model, frozen, blueprint.dtype)
     tokens = max(tokens, config.segment_length)
     fitting = (r for r in sorted(config.rates) if encoding.positions(tokens, r, config) + TARGET <= model.window)
     batch = Batch(1, tokens, next(fitting, max(config.rates)), TARGET)
-    kept = activations(blueprint, batch, frozen)
+    memory = activations(blueprint, batch, frozen)
     return {
         "learns": name,
         "frozen": frozen,
@@ -143,6 +143,6 @@ def _training(name: str, blueprint: Blueprint, model: RCCForCausalLM, tokens: in
         "decoder_tokens": batch.target,
         "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "state_bytes": learning_bytes(model),
-        "estimated_activations_bytes": kept.kept,
-        "estimated_checkpointed_bytes": kept.checkpointed,
+        "estimated_activations_bytes": memory.kept,
+        "estimated_checkpointed_bytes": memory.checkpointed,
     }

@@ -82,7 +82,7 @@ class Reading:
 
     @staticmethod
     def _ends(cache: Cache, new: int, n: int) -> Iterator[int]:
-        """Positions of the last batch, `new` of them, with the cache as if all others had been read before."""
+        """Yield the positions of the last batch, `new` of them, with the cache as if all others had been read."""
         if n > new:
             yield 1  # which makes the cache
             for layer in cache.layers:

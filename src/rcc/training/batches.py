@@ -56,19 +56,19 @@ class Schedule:
         self._rates = [Interleave(shares, _seed(seed, 1, i)) for i, shares in enumerate(rates)]
 
     def at(self, batch: int) -> tuple[Kind, int, int]:
-        """Batch number → its kind, its stream's number, and which batch of that stream it is."""
+        """Return a batch's kind, its stream's number, and which batch of that stream it is."""
         stream, count = self._streams.at(batch)
         task, length = self.streams[stream]
         rate = list(self.rates[task, length])[self._rates[stream].at(count)[0]]
         return Kind(task, length, rate), stream, count
 
     def tokens(self, batch: int) -> int:
-        """Context tokens of a batch of one process, as they are counted: full contexts."""
+        """Return the context tokens of a batch of one process, as they are counted: full contexts."""
         length = self.at(batch)[0].length
         return self.stage.rows(length) * length
 
     def steps(self, world: int) -> int:
-        """Optimiser steps after which a budget of tokens is spent; `world` is the number of processes."""
+        """Return the optimizer steps after which a budget of tokens is spent; `world` is the number of processes."""
         if self.stage.max_steps is not None:
             return self.stage.max_steps
         if self.stage.max_tokens is None:
@@ -111,7 +111,7 @@ class Corpora:
                 self.rows[f"evaluation_{kind}", "held_out"] = [np.arange(len(corpus)) for corpus in others]
 
     def stream(self, reads: str, part: str, seed: int, window: int, minimum: int) -> TextStream | QuestionStream:
-        """A stream over one part (`train` or `held_out`) of the text or the questions."""
+        """Return a stream over one part (`train` or `held_out`) of the text or the questions."""
         key = f"evaluation_{reads}" if part == "held_out" and f"evaluation_{reads}" in self.sources else reads
         corpora, rows = self.sources[key], self.rows[key, part]
         if reads == "text":
@@ -204,21 +204,21 @@ class Samples:
         return stream if isinstance(stream, TextStream) else None
 
     def sample(self, stream: int, k: int) -> Sample:
-        """Sample number k of a stream."""
+        """Return sample number k of a stream."""
         name, length = self.schedule.streams[stream]
         rng = np.random.default_rng([self.recipe.seed, self.number, stream, k, self.part == "held_out"])
         draw = _Draw(self, self.streams[stream], k)
         return self.stage.tasks[name].sample(draw, rng, length, self.stage.target_tokens, self.marks)
 
     def batch(self, batch: int, rank: int = 0, world: int = 1) -> dict[str, Any]:
-        """What process `rank` of `world` reads as batch number `batch`: the arguments of the training pass."""
+        """Return what process `rank` of `world` reads as batch number `batch`: the arguments of the training pass."""
         kind, stream, count = self.schedule.at(batch)
         rows = self.stage.rows(kind.length)
         first = (count * world + rank) * rows
         return self.collate([self.sample(stream, first + j) for j in range(rows)], kind)
 
     def collate(self, samples: list[Sample], kind: Kind) -> dict[str, Any]:
-        """Samples of one kind → a batch."""
+        """Return the batch of samples of one kind."""
         if self.stage.plain:
             return {**collate_plain(samples, self.marks.eos), "kind": str(kind)}
         distillation = self.stage.distillation
@@ -247,5 +247,5 @@ class Batches(IterableDataset):
 
 
 def _seed(*numbers: int) -> int:
-    """One seed from several."""
+    """Return one seed from several."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)

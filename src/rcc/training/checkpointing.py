@@ -112,7 +112,7 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 
 def _all(folder: Path) -> list[Path]:
-    """Checkpoints in a folder, the newest first."""
+    """Return the checkpoints in a folder, the newest first."""
     numbered = [(int(m[1]), p) for p in folder.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))]
     return [path for _, path in sorted(numbered, reverse=True)]
 
@@ -136,7 +136,7 @@ def _described(path: Path) -> dict[str, Any]:
 
 
 def _no_room(folder: Path) -> str | None:
-    """Why nothing more can be written to a folder, which torch.save does not tell; None where that is not so."""
+    """Return why nothing more can be written to a folder, which torch.save does not tell; None if it can."""
     try:
         with (folder / "trial").open("wb") as file:
             file.write(bytes(1 << 20))

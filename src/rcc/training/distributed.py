@@ -80,7 +80,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def shard(objective: Objective, process: Process) -> None:
-    """FSDP2: shard what learns, block by block; a base under LoRA, which both sides may share, stays whole."""
+    """Shard what learns with FSDP2, block by block; a base under LoRA, which both sides may share, stays whole."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 

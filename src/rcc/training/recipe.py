@@ -243,7 +243,7 @@ class Recipe:
 
 
 def _one_budget(data: dict, overrides: list[str]) -> None:
-    """A budget that was set from outside takes the place of the file's."""
+    """Drop a stage's budget of the file where another one was set from outside."""
     given = [setting.partition("=")[0].split(".") for setting in overrides]
     stages = data.get("stages")
     for i, stage in enumerate(stages if isinstance(stages, list) else []):

@@ -58,10 +58,10 @@ class Run:
         Raises:
             InputError, FileError, ModelError: what the message says. Interrupted: by a signal, after saving.
         """
-        self._check_outcopy_weights()
+        self._check_output()
         self.process = Process.join(self.recipe.run.device, self.recipe.run.threads)
         with FolderLock(self.output) if self.process.first else nullcontext():
-            self._check_outcopy_weights()  # another process may have been at work until now
+            self._check_output()  # another process may have been at work until now
             self._go()
 
     def _go(self) -> None:
@@ -82,6 +82,7 @@ class Run:
             display.say(f"done: {self.output} holds the model")
 
     def folder(self, number: int) -> Path:
+        """Return the folder of a stage, by its number from 0."""
         return self.output / "stages" / f"{number + 1}-{self.recipe.stages[number].name}"
 
     def _stage(
@@ -139,7 +140,7 @@ class Run:
             logger.warning("nothing held out can be measured (data.held_out, data.evaluation_text): %s", error)
             return None
 
-    def _check_outcopy_weights(self) -> None:
+    def _check_output(self) -> None:
         """Refuse before the work what would destroy or mix up a run."""
         stored = self.output / "recipe.yaml"
         if self.output.exists() and not self.output.is_dir():
@@ -171,7 +172,7 @@ class Run:
 
 
 def _flat(value: Any, path: str = "") -> dict[str, str]:
-    """Nested settings → {path: text}."""
+    """Return nested settings as {path: text}."""
     if isinstance(value, dict) and value:
         return {k: v for key in value for k, v in _flat(value[key], f"{path}.{key}".lstrip(".")).items()}
     if isinstance(value, list) and value:

@@ -240,7 +240,7 @@ class StageTrainer(Trainer):
         self.display.saved(self)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """The weights were loaded when the model was made, before it was sharded."""
+        """Leave the weights as they are: they were loaded when the model was made, before it was sharded."""
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
@@ -274,7 +274,7 @@ class StageTrainer(Trainer):
 
 
 def _alone(worker: int) -> None:
-    """In a worker process: the tokenizer's threads did not come along when it was forked."""
+    """Set up a worker process, which the tokenizer's threads did not follow when it was forked."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the first process's to answer
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -300,7 +300,7 @@ class _Steps(TrainerCallback):
         self.mark = time.perf_counter(), time.process_time()
 
     def _since(self) -> float:
-        """Seconds of training since the clock was started, without those that the process was stopped for."""
+        """Return the seconds of training since the clock was started, without those that the process was stopped."""
         wall, busy = time.perf_counter() - self.mark[0], time.process_time() - self.mark[1]
         return wall if busy > wall / 10 else busy
 
@@ -336,7 +336,7 @@ class _Steps(TrainerCallback):
 
 @contextmanager
 def _signals(trainer: StageTrainer) -> Iterator[None]:
-    """Ctrl-C, SIGTERM and a terminal that is closed ask for a checkpoint and an end; a second one is not waited for."""
+    """Have Ctrl-C, SIGTERM and a closed terminal ask for a checkpoint and an end; a second one ends at once."""
 
     def ask(number: int, frame: Any) -> None:
         if trainer.stopped_by is not None:

@@ -90,19 +90,19 @@ class Draw(Protocol):
     """Tokens of a segment."""
 
     def text(self) -> np.ndarray:
-        """At most `Task.window` consecutive tokens of one document."""
+        """Return at most `Task.window` consecutive tokens of one document."""
 
     def row(self) -> Row:
-        """A question with its context and answer."""
+        """Return a question with its context and answer."""
 
     def other(self, rng: np.random.Generator, not_hash: int) -> Row:
-        """Another row, never one whose context is that of that hash."""
+        """Return another row, never one whose context has that hash."""
 
     def same(self, rng: np.random.Generator, context_hash: int) -> Row:
-        """A row whose context is that of that hash."""
+        """Return a row whose context has that hash."""
 
     def prose(self, rng: np.random.Generator) -> np.ndarray | None:
-        """A stretch of ordinary text; None where the recipe has no source of text."""
+        """Return a stretch of ordinary text; None where the recipe has no source of text."""
 
 
 @dataclass
