@@ -21,7 +21,6 @@ import torch
 import rcc
 from learning import LENGTH, PART, SPLIT, make_base, passkey_words
 from rcc import InputError, RCCConfig, RCCForCausalLM, checkpoints
-from rcc.cli.console import parse_count, parse_counts, show_count
 from rcc.data.haystack import (
     FILLER,
     OPENING,
@@ -38,6 +37,7 @@ from rcc.evaluation import results
 from rcc.evaluation.passkey import run as task
 from rcc.evaluation.results import Results
 from rcc.model import encoder
+from rcc.text.counts import parse_count, parse_counts, show_count
 from rcc.text.tokens import token_ids
 
 TOKENIZER = rcc.load_tokenizer("rcc-smollm2-135m")
@@ -350,10 +350,10 @@ def test_going_on(able: tuple[RCCForCausalLM, Any], tmp_path: Path, monkeypatch:
 # ---------------------------------------------------------------- a long text
 MEASURE = """
 import json, sys
-from rcc import allocator
+from rcc.runtime import allocator
 allocator.configure()
 from rcc import RCCForCausalLM, load_tokenizer
-from rcc.evaluation.passkey import passkey
+from rcc.evaluation.passkey.run import passkey
 model = RCCForCausalLM.from_pretrained(sys.argv[1])
 prose = {"book": open(sys.argv[2], encoding="utf-8").read()}
 run = passkey(model, load_tokenizer(sys.argv[1]), [2**16, 2**18], keys=1, controls=0, positions=["middle"],
@@ -400,7 +400,7 @@ def test_memory_is_bounded(tmp_path: Path) -> None:
         (["--seed", "-1"], ("'--seed'", "0")),
         (["--filler-data", "book.txt"], ("--filler-data is for the variant prose",)),
         (["--variants", "prose", "--filler-data", "none.txt"], ("none.txt does not exist",)),
-        (["--lengths", "72", "--device", "abacus"], ("--device abacus",)),
+        (["--lengths", "72", "--device", "abacus"], ("device abacus",)),
     ],
 )
 def test_refusals(args: list[str], words: tuple[str, ...], passkey_model: Any, call: Callable[..., Any]) -> None:

@@ -209,6 +209,19 @@ def test_padding() -> None:
     assert torch.equal(Texts(some, TOKENIZER, 10)(some[4]), own)  # longer than that by itself
 
 
+@pytest.mark.parametrize("field", ["context", "question", "answers"])
+def test_a_row_with_half_a_character_is_left_out_and_named(tmp_path: Path, field: str) -> None:
+    """JSON can spell one half of a surrogate pair; UTF-8 cannot."""
+    rows: list[dict[str, Any]] = [
+        {"id": f"a/{i}", "context": "a text", "question": "who?", "answers": "me"} for i in range(3)
+    ]
+    rows[1][field] = "half \ud800"
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    found, notes = questions.open_questions([str(file)], None, [])
+    assert [question.id for question in found] == ["a/0", "a/2"]
+    assert f"{file}:2: {field!r} is not Unicode" in notes[0]
+
+
 # ---------------------------------------------------------------- methods
 def test_ends_and_ranking() -> None:
     assert ends(torch.arange(10), 5).tolist() == [0, 1, 2, 8, 9]

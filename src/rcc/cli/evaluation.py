@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..documents.plain import read_text
 from ..errors import InputError
 from ..evaluation.example import example_text
 from ..text.counts import parse_choices, parse_count, parse_counts
@@ -20,15 +21,11 @@ from .console import (
     Dtype,
     Json,
     Model,
-    check_device,
-    check_dtype,
-    default_model,
     err,
-    load_model,
+    load_engine,
     out,
     print_json,
     progress,
-    read_text,
     status,
 )
 
@@ -108,7 +105,8 @@ def reconstruction(
         from ..evaluation.reconstruction.table import Report
     known = list(measuring.CONTROLS)
     chosen = _some_of(known, controls, "--controls")
-    rcc, tokenizer = load_model(model, device, dtype)
+    engine = load_engine(model, device, dtype)
+    rcc, tokenizer = engine.compressor, engine.tokenizer
     protocol = measuring.Protocol(
         rates=numbers["rates"] or rcc.config.rates,
         lengths=numbers["lengths"] or [max(512, rcc.config.segment_length)],
@@ -190,7 +188,8 @@ def passkey(
         if example is None:
             raise InputError("the variant prose needs real prose for its filler: name a text file with --filler-data.")
         prose = {example.name: read_text(str(example))}
-    rcc, tokenizer = load_model(model, device, dtype)
+    engine = load_engine(model, device, dtype)
+    rcc, tokenizer = engine.compressor, engine.tokenizer
     with progress("reading", 1) as advance:
         results = task.passkey(
             rcc,
@@ -267,7 +266,8 @@ def qa(
     with status("reading the questions"):
         some_ids = include.split(",") if include else []
         asked, notes = questions.open_questions(data, suite, some_ids)
-    rcc, tokenizer = load_model(model, device, dtype)
+    engine = load_engine(model, device, dtype)
+    rcc, tokenizer = engine.compressor, engine.tokenizer
     for rate in divisors or []:
         rcc.config.check_rate(rate)
     protocol = task.Protocol(
@@ -283,8 +283,8 @@ def qa(
         tokenizer,
         forms,
         chosen,
-        tuned=None if tuned is None else load_model(tuned, device, dtype)[0],
-        beside={name: load_model(folder, device, dtype)[0] for name, folder in others.items()},
+        tuned=None if tuned is None else load_engine(tuned, device, dtype).compressor,
+        beside={name: load_engine(folder, device, dtype).compressor for name, folder in others.items()},
         hint=protocol.hint,
     )
     run = task.QA(tokenizer, asked, methods, protocol)
@@ -354,9 +354,11 @@ def resources(
     text = None if data is None else read_text(str(data))
     with status("loading torch and transformers"):
         from .. import checkpoints
+        from ..engine import default_model
         from ..evaluation.resources import run as task
+        from ..runtime.precision import parse_device, parse_dtype
         from ..text.tokens import token_ids
-    kind = check_dtype(dtype)
+    kind = parse_dtype(dtype)
     if shape is not None:
         subject = task.shaped(
             shape,
@@ -368,7 +370,7 @@ def resources(
         )
     else:
         subject = task.trained(model or default_model(), kind)
-    place = check_device(device) if shape is None or random else "cpu"
+    place = parse_device(device) if shape is None or random else "cpu"
     ids = None
     if text is not None:
         tokenizer = checkpoints.load_tokenizer(model or default_model())

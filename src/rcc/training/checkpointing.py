@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import random
 import re
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import TrainerState
 
 from ..checkpoints.hashing import file_sha256
 from ..errors import FileError, brief
@@ -87,6 +89,28 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
         return torch.load(checkpoint / STATE, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a damaged file ends in whatever its bytes look like to the unpickler
         raise FileError(f"{checkpoint / STATE} is damaged or cannot be read ({brief(error)}).") from error
+
+
+def load_about(checkpoint: Path) -> dict[str, Any]:
+    """Return what `about.json` says of a checkpoint; what transformers reads beside it is checked as well.
+
+    Raises:
+        FileError: one of the two is damaged or cannot be read.
+    """
+    name = ABOUT
+    try:
+        about = json.loads((checkpoint / ABOUT).read_text(encoding="utf-8"))
+        if type(about["batch"]) is not int or (about.get("over") and not isinstance(about["held_out"], dict)):
+            raise TypeError("it lacks what a run goes on from")
+        name = TRAINER_STATE
+        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE))
+        steps = (state.global_step, state.logging_steps, state.eval_steps, state.save_steps)
+        counts = (*steps, state.train_batch_size)
+        if not all(isinstance(count, (int, float)) and math.isfinite(count) for count in counts):
+            raise TypeError("it counts no steps")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise FileError(f"{checkpoint / name} is damaged or cannot be read ({brief(error)}).") from error
+    return about
 
 
 def random_state() -> dict[str, Any]:

@@ -28,7 +28,7 @@ from ..errors import ModelError
 from ..runtime.provenance import commit, libraries
 from . import checkpointing
 from .batches import Batches, Samples
-from .checkpointing import ABOUT, STATE, TRAINER_STATE, load_state, random_state, set_random_state
+from .checkpointing import ABOUT, STATE, TRAINER_STATE, load_about, load_state, random_state, set_random_state
 from .distributed import Process, Wrapped, agree, gather, sharded_like, unsharded
 from .groups import make_optimizer, make_schedule
 from .held_out import measure
@@ -262,7 +262,7 @@ class StageTrainer(Trainer):
         """Train to the end of the stage, from a checkpoint of it if there is one."""
         if checkpoint is not None:
             state = load_state(checkpoint)
-            about = json.loads((checkpoint / ABOUT).read_text(encoding="utf-8"))
+            about = load_about(checkpoint)
             self.tokens, self.spent, self.first_batch = state["tokens"], state["spent"], about["batch"]
             if about.get("over"):  # all but the model is there
                 self.figures = about["held_out"]

@@ -68,7 +68,8 @@ class Marks:
         """Return the marks of a tokenizer."""
         fixed = prompting.HEADER, prompting.TURN, prompting.END, prompting.FOLLOWING
         header, turn, end, following, letter, between = (
-            token_ids(tokenizer, text)[0].numpy() for text in (*fixed, "x", f"x{prompting.SEPARATOR}x")
+            token_ids(tokenizer, text, allow_special=True)[0].numpy()
+            for text in (*fixed, "x", f"x{prompting.SEPARATOR}x")
         )
         eos = tokenizer.eos_token_id
         separator = between[len(letter) : len(between) - len(letter)]
@@ -76,7 +77,7 @@ class Marks:
 
     def encode(self, text: str) -> np.ndarray:
         """Return the token ids [T] of a text, as it is tokenised for a question."""
-        return token_ids(self.tokenizer, text)[0].numpy()
+        return token_ids(self.tokenizer, text, allow_special=True)[0].numpy()
 
     def decode(self, ids: np.ndarray) -> str:
         """Return the text of token ids [T]."""
