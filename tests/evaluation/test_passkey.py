@@ -21,14 +21,24 @@ import torch
 import rcc
 from learning import LENGTH, PART, SPLIT, make_base, passkey_words
 from rcc import InputError, RCCConfig, RCCForCausalLM, checkpoints
-from rcc.data.haystack import POSITIONS, VARIANTS, Text, is_right, make_text, prose_sentences
+from rcc.data.haystack import (
+    FILLER,
+    OPENING,
+    POSITIONS,
+    QUESTION,
+    VARIANTS,
+    Text,
+    is_right,
+    make_text,
+    passkey_ids,
+    prose_sentences,
+)
 from rcc.evaluation import results
 from rcc.evaluation.passkey import run as task
 from rcc.evaluation.results import Results
 from rcc.model import encoder
 from rcc.text.counts import parse_count, parse_counts, show_count
 from rcc.text.tokens import token_ids
-from rcc.training.tasks import FILLER, OPENING, QUESTION, passkey_ids
 
 TOKENIZER = rcc.load_tokenizer("rcc-smollm2-135m")
 BOOK = Path(__file__).resolve().parents[2] / "examples/simple-susan.txt"
@@ -68,7 +78,7 @@ def test_texts(variant: str, position: str, write: Callable[..., Text], sentence
         whole = TOKENIZER.decode(text.ids)
         times = 1 if variant.startswith("niah") else 2
         assert whole.count(text.key) == times
-        start, end = text.place
+        start, end = text.key_at
         assert TOKENIZER.decode(text.ids[start:end]).count(text.key) == times
         low, high = POSITIONS[position]
         told = encode(VARIANTS[variant].opening)
@@ -139,7 +149,7 @@ def test_texts_are_drawn_by_the_seed(write: Callable[..., Text]) -> None:
     """The same sample is the same text, whatever was made before; another seed, position or length is another."""
     one, again = write("several", "start", 3), write("several", "start", 3)
     assert np.array_equal(one.ids, again.ids)
-    assert (one.key, one.question, one.place) == (again.key, again.question, again.place)
+    assert (one.key, one.question, one.key_at) == (again.key, again.question, again.key_at)
     others = [
         write("several", "end", 3),
         write("several", "start", 3, seed=1),
@@ -158,7 +168,7 @@ def test_the_control_holds_no_key(variant: str, padding: str, write: Callable[..
         control = text.replaced(config)
         assert len(control) == len(text.ids)
         assert text.key not in TOKENIZER.decode(control)
-        start, end = text.place
+        start, end = text.key_at
         before, after = (encoder.segments(torch.from_numpy(ids), config) for ids in (text.ids, control))
         places = encoder.segments(torch.arange(len(control)), config)
         own = {int(i) for place in places if set(range(start, end)) & set(place.tolist()) for i in place}

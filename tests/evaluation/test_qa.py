@@ -28,7 +28,7 @@ from rcc.evaluation.qa.questions import Question, Texts, bucket, choose
 from rcc.text import prompting
 from rcc.text.tokens import token_ids
 from rcc.training.recipe import Recipe
-from rcc.training.trainer import Run
+from rcc.training.run import Run
 
 TOKENIZER = rcc.load_tokenizer("rcc-smollm2-135m")
 FACTS = [

@@ -203,7 +203,7 @@ class _Run:
             "written": written,
             "text": {
                 "tokens": len(ids),
-                "key_at": list(text.place),
+                "key_at": list(text.key_at),
                 "segments": len(encoder.segments(torch.from_numpy(ids), model.config)),
                 "positions": len(context),
             },

@@ -28,6 +28,7 @@ from ...model import backbones, encoder
 from ...model.rcc import BATCH_TOKENS, RCCForCausalLM, batch_tokens_on
 from ...planning import blueprint as planning
 from ...planning import shapes
+from ...planning.reading import Reading
 from ...runtime import memory
 from ...text.counts import show_count
 from .. import plots
@@ -69,8 +70,8 @@ class Subject:
         return self.blueprint.build()
 
     @cached_property
-    def reading(self) -> planning.Reading:
-        return planning.Reading(self.blueprint)
+    def reading(self) -> Reading:
+        return Reading(self.blueprint)
 
     @cached_property
     def position_bytes(self) -> int:
