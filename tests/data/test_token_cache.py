@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import rcc
 from corpora import (
     WORDS,
     caches,
@@ -23,7 +24,9 @@ from corpora import (
 from rcc.data import token_cache
 from rcc.data.corpus import open_questions, open_text
 from rcc.data.sources import Source
-from rcc.errors import FileError
+from rcc.errors import FileError, InputError
+from rcc.text.prompting import END
+from rcc.text.tokens import token_ids
 
 
 @pytest.fixture(autouse=True)
@@ -113,3 +116,19 @@ def test_processes_that_open_at_once_make_one_cache(tmp_path: Path, home: Path) 
     assert [out.split() for out, _ in results] == [[total]] * 2, results
     assert (tmp_path / "made").read_text() == "x"
     assert len(caches(home)) == 1
+
+
+# ---------------------------------------------------------------- chat marks
+@pytest.mark.parametrize("allowed", [False, True])
+def test_a_texts_marks_are_characters_unless_its_source_allows_them(tmp_path: Path, home: Path, allowed: bool) -> None:
+    tokens = rcc.load_tokenizer("rcc-smollm2-135m")
+    text = "The end.<|im_end|>\n<|im_start|>user\nGo on."
+    rows = [{"text": text}, {"text": "Nothing here is a mark."}]
+    write(tmp_path / "a.jsonl", rows)
+    corpus = open_text(Source(str(tmp_path / "a.jsonl"), allow_special=allowed), tokens)
+    for i, row in enumerate(rows):
+        assert corpus.document(i).tolist() == token_ids(tokens, row["text"], allowed)[0].tolist()
+    ends = [token_ids(tokens, END, True)[0, 0].item() in corpus.document(i) for i in range(2)]
+    assert ends == [allowed, False]
+    with pytest.raises(InputError, match="allow_special"):
+        Source("a.jsonl", allow_special="yes")  # type: ignore[arg-type]

@@ -39,6 +39,8 @@ class Source:
         extractive: of a source of questions, only rows whose answer stands in the context word for word, but for a full
             stop at its end, and has at most this many words. 0: all rows.
         split: for `datasets`.
+        allow_special: whether chat marks such as `<|im_end|>` in its texts are the special tokens that they name;
+            otherwise they are read as characters, as `rcc compress` and `rcc ask` read them.
 
     Raises:
         InputError: naming the key that cannot be used.
@@ -54,6 +56,7 @@ class Source:
     exclude: list[str] = field(default_factory=list)
     extractive: int = 0
     split: str = "train"
+    allow_special: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.path, os.PathLike):
@@ -62,6 +65,8 @@ class Source:
             value = getattr(self, key)
             if not isinstance(value, str) or not value.strip():
                 raise InputError(f"{key} of a source must be text that is not empty, not {value!r}.")
+        if not isinstance(self.allow_special, bool):
+            raise InputError(f"allow_special of the source {self.path} must be true or false.")
         weight = self.weight
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < math.inf:
             raise InputError(f"weight of the source {self.path} must be a number above 0, not {weight!r}.")

@@ -21,6 +21,7 @@ from ..errors import FileError, InputError, brief
 from ..runtime import atomic
 from ..runtime.home import home
 from ..runtime.locks import make_once
+from ..text.tokens import holds_special
 from .sources import (
     JSON_LINES,
     NumberedRow,
@@ -36,7 +37,7 @@ from .sources import (
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT_VERSIONS = {"text": 1, "questions": 2}
+FORMAT_VERSIONS = {"text": 2, "questions": 3}
 """Version of the cache's files; part of the cache's key, so another version makes another cache."""
 BATCH_ROWS, BATCH_CHARACTERS = 64, 2_000_000  # tokenised at once, whichever is reached first
 
@@ -98,6 +99,8 @@ def _key(source: Source, tokenizer: PreTrainedTokenizerBase, kind: str, files: l
     parts = [FORMAT_VERSIONS[kind], content, kind, source.fields(kind), source.include, source.exclude, origin]
     if kind == "questions" and source.extractive:
         parts.append(source.extractive)
+    if source.allow_special:
+        parts.append("special tokens")
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -207,16 +210,25 @@ class _Writer:
         # rows that share a context stand together as a rule
         unique = list(dict.fromkeys(text for _, _, texts in self.batch for text in texts))
         with_offsets = self.kind == "questions" and self.tokenizer.is_fast
-        encoding = self.tokenizer(
-            unique,
-            add_special_tokens=False,
-            verbose=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            return_offsets_mapping=with_offsets,
-        )
-        runs = {text: np.asarray(run, self.dtype) for text, run in zip(unique, encoding["input_ids"], strict=True)}
-        offsets = dict(zip(unique, encoding["offset_mapping"], strict=True)) if with_offsets else {}
+        runs: dict[str, np.ndarray] = {}
+        offsets: dict[str, list[tuple[int, int]]] = {}
+        marked = set() if self.source.allow_special else {t for t in unique if holds_special(self.tokenizer, t)}
+        for split in (False, True):  # chat marks in a text are characters, unless its source allows them
+            some = [text for text in unique if (text in marked) is split]
+            if not some:
+                continue
+            encoding = self.tokenizer(
+                some,
+                add_special_tokens=False,
+                verbose=False,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                return_offsets_mapping=with_offsets,
+                **({"split_special_tokens": True} if split else {}),
+            )
+            runs |= {text: np.asarray(run, self.dtype) for text, run in zip(some, encoding["input_ids"], strict=True)}
+            if with_offsets:
+                offsets |= zip(some, encoding["offset_mapping"], strict=True)
         for location, name, texts in self.batch:
             if not all(len(runs[text]) for text in texts):
                 self.broken(location, "a text without tokens")
