@@ -30,8 +30,8 @@ quick = settings(max_examples=150, deadline=None, derandomize=True)
 
 
 def ids(text: str) -> list[int]:
-    """The token ids that `rcc ask` makes of a text."""
-    return token_ids(TOKENIZER, text)[0].tolist()
+    """The token ids of a text that rcc itself writes, chat marks included."""
+    return token_ids(TOKENIZER, text, allow_special=True)[0].tolist()
 
 
 def within(part: np.ndarray, whole: np.ndarray) -> int:

@@ -165,7 +165,7 @@ def test_the_control_holds_no_key(variant: str, padding: str, write: Callable[..
     config = RCCConfig(segment_length=64, rates=[4], segment_padding=padding)
     for position in POSITIONS:
         text = write(variant, position)
-        control = text.replaced(config)
+        control = text.replaced(encoder.segments(torch.arange(len(text.ids)), config))
         assert len(control) == len(text.ids)
         assert text.key not in TOKENIZER.decode(control)
         start, end = text.key_at

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import re
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
-from ..config import RCCConfig
 from ..errors import InputError
-from ..model import encoder
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 OPENING = (
     "One important fact is hidden in this long and tedious text. Find it and keep it in mind: it will be asked for."
@@ -170,10 +171,14 @@ class Text:
     question: str
     key: str
 
-    def replaced(self, config: RCCConfig) -> np.ndarray:
-        """Return the control [T]: every segment that holds a token of the key is replaced by the text without it."""
+    def replaced(self, segments: Iterable[Tensor]) -> np.ndarray:
+        """Return the control [T]: every segment that holds a token of the key is replaced by the text without it.
+
+        Args:
+            segments: how a model cuts the text: the positions of each segment's tokens.
+        """
         ids, (start, end) = self.ids.copy(), self.key_at
-        for segment in encoder.segments(torch.arange(len(ids)), config):
+        for segment in segments:
             if bool(((segment >= start) & (segment < end)).any()):
                 ids[segment.numpy()] = self.without[segment.numpy()]
         return ids

@@ -130,6 +130,10 @@ class _Run:
     def encode(self, text: str) -> np.ndarray:
         return token_ids(self.tokenizer, text)[0].numpy()
 
+    def segments(self, text: Text) -> tuple[torch.Tensor, ...]:
+        """The positions of the tokens of each segment that the model cuts a text into."""
+        return encoder.segments(torch.arange(len(text.ids)), self.model.config)
+
     def text(self, key: Any) -> Text:
         return make_text(
             key["variant"], key["position"], key["length"], key["sample"], self.encode, self.seed, self.prose
@@ -183,7 +187,7 @@ class _Run:
         question = token_ids(self.tokenizer, text.question)
         new = max(ANSWER, len(self.encode(f" {text.key}")) + 2)
         self.check_window(length, rate, question.shape[1] + new)
-        ids = text.ids if key["context"] == "whole" else text.replaced(model.config)
+        ids = text.ids if key["context"] == "whole" else text.replaced(self.segments(text))
         memory.reset_peak(model.device)
         start = time.perf_counter()
         with _counted(model) as segments:
