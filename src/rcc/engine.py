@@ -27,8 +27,8 @@ from .errors import InputError, ModelError
 from .model.answering import NEVER as NEVER
 from .model.answering import Pieces, generate, write
 from .model.answering import ask as ask
-from .model.encoder import piece_of
 from .model.rcc import RCCForCausalLM
+from .model.segments import piece_of
 from .runtime.precision import computing, parse_device, parse_dtype
 from .text import prompting
 from .text.prompting import Prompt

@@ -25,7 +25,7 @@ from rcc.data.haystack import POSITIONS, VARIANTS, Text, is_right, make_text, pr
 from rcc.evaluation import results
 from rcc.evaluation.passkey import run as task
 from rcc.evaluation.results import Results
-from rcc.model import encoder
+from rcc.model import segments
 from rcc.text.counts import parse_count, parse_counts, show_count
 from rcc.text.tokens import token_ids
 from rcc.training.tasks import FILLER, OPENING, QUESTION, passkey_ids
@@ -159,8 +159,8 @@ def test_the_control_holds_no_key(variant: str, padding: str, write: Callable[..
         assert len(control) == len(text.ids)
         assert text.key not in TOKENIZER.decode(control)
         start, end = text.place
-        before, after = (encoder.segments(torch.from_numpy(ids), config) for ids in (text.ids, control))
-        places = encoder.segments(torch.arange(len(control)), config)
+        before, after = (segments.split(torch.from_numpy(ids), config) for ids in (text.ids, control))
+        places = segments.split(torch.arange(len(control)), config)
         own = {int(i) for place in places if set(range(start, end)) & set(place.tolist()) for i in place}
         for old, new, place in zip(before, after, places, strict=True):
             assert own & set(place.tolist()) or torch.equal(old, new)  # what pads the first segment stands in the last

@@ -42,9 +42,10 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from conftest import VOCABULARY, make_backbone, randomise
+from equality import run_training_pass
 from rcc import InputError, RCCForCausalLM
 from rcc.cli import app as cli
-from rcc.model import rcc as modeling
+from rcc.model import training_pass as modeling
 from rcc.runtime import allocator
 from rcc.text import prompting
 from rcc.training import checkpointing, trainer
@@ -837,8 +838,10 @@ def test_texts_of_a_row_are_as_if_appended(tiny, family: str, share: bool) -> No
     labels = prompt.masked_fill(torch.arange(7) < 4, -100)
     keep = torch.tensor([3, 4, 5])
     with torch.no_grad():
-        whole = model(prompt, context_ids=ids, context_mask=numbers, rate=4, labels=labels)
-        kept = model(prompt, context_ids=ids, context_mask=numbers, rate=4, labels=labels, logits_to_keep=keep)
+        whole = run_training_pass(model, prompt, context_ids=ids, context_mask=numbers, rate=4, labels=labels)
+        kept = run_training_pass(
+            model, prompt, context_ids=ids, context_mask=numbers, rate=4, labels=labels, logits_to_keep=keep
+        )
     torch.testing.assert_close(kept.logits, whole.logits[:, keep])
     torch.testing.assert_close(kept.loss, whole.loss)
     for b, row in enumerate(pieces):
@@ -883,7 +886,9 @@ def test_a_frozen_encoder_keeps_nothing(fresh, monkeypatch: pytest.MonkeyPatch, 
         mask = (torch.arange(tokens) < torch.tensor([[tokens], [tokens - 21]])).long()
         mask[:, 20:] *= 2  # two texts a row
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            out = model(some(2, 5), context_ids=some(2, tokens, seed=1), context_mask=mask, rate=4, labels=some(2, 5))
+            out = run_training_pass(
+                model, some(2, 5), context_ids=some(2, tokens, seed=1), context_mask=mask, rate=4, labels=some(2, 5)
+            )
         out.loss.backward()
         return saved, widest, out.logits.detach()
 
@@ -1047,7 +1052,7 @@ POINTS: dict[str, tuple[str, int]] = {
     "between the two copies of the first stage's model": ("rcc.model.rcc:RCCForCausalLM.save_pretrained", 2),
     "between the stages": ("rcc.training.trainer:make_model", 3),
     "in the second stage": (TRAINING_STEP, 12),
-    "while the last model is written": ("rcc.model.rcc:RCCConfig.save", 3),
+    "while the last model is written": ("rcc.model.loading:RCCConfig.save", 3),
     "between the two copies of the last": ("rcc.model.rcc:RCCForCausalLM.save_pretrained", 4),
 }
 
@@ -1205,7 +1210,7 @@ def fill_around(log: str) -> None:
 def test_a_full_disk_elsewhere(shared: Settings, tmp_path: Path, what: str) -> None:
     log = str(tmp_path / "run/log.jsonl")
     fault = {
-        "model.safetensors": partial(at, "rcc.model.rcc:_write_weights", 1, partial(fill_disk, 4_000)),
+        "model.safetensors": partial(at, "rcc.model.loading:_write_weights", 1, partial(fill_disk, 4_000)),
         "log.jsonl": partial(at, "rcc.training.progress:Log.write", 3, partial(fill_around, log)),
     }[what]
     result = train(changed(shared, stages=shared["stages"][:1]), tmp_path / "run", faults=[fault])

@@ -34,7 +34,9 @@ from .. import checkpoints
 from ..config import BaseReference, RCCConfig
 from ..context import file as fileformat
 from ..errors import FileError, InputError, ModelError, RCCError
-from ..model.rcc import WEIGHTS, RCCForCausalLM, fingerprint_of
+from ..model.fingerprint import fingerprint_of
+from ..model.loading import WEIGHTS
+from ..model.rcc import RCCForCausalLM
 from ..runtime import atomic
 
 Progress = Callable[[int, int], None]

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ..config import RCCConfig
-from ..model import encoder
+from ..model import segments
 from ..training.tasks import FILLER, HIDDEN, OPENING, QUESTION, hide
 
 POSITIONS = {"start": (0.0, 0.1), "middle": (0.45, 0.55), "end": (0.9, 1.0)}
@@ -98,7 +98,7 @@ class Text:
     def replaced(self, config: RCCConfig) -> np.ndarray:
         """The control [T]: every segment that holds a token of the key gives way to what stands there without it."""
         ids, (start, end) = self.ids.copy(), self.place
-        for segment in encoder.segments(torch.arange(len(ids)), config):
+        for segment in segments.split(torch.arange(len(ids)), config):
             if bool(((segment >= start) & (segment < end)).any()):
                 ids[segment.numpy()] = self.without[segment.numpy()]
         return ids

@@ -22,12 +22,14 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreT
 from transformers.cache_utils import Cache
 
 from ..config import RCCConfig
-from ..context.context import SPARE, BlockLayer
+from ..context.cache import SPARE, new_cache
 from ..errors import ModelError, RCCError, brief
-from ..model import backbones
-from ..model import encoder as encoding
+from ..model import backbones, training_pass
+from ..model.encoder import Additions, read_segments
+from ..model.prefix import prefix_pass
 from ..model.projection import layer_map
 from ..model.rcc import RCCForCausalLM
+from ..model.segments import positions as positions_of
 from ..training.groups import freeze
 from . import shapes
 
@@ -115,9 +117,9 @@ class Blueprint:
 @torch.no_grad()
 def position_bytes(model: RCCForCausalLM) -> int:
     """Bytes of a position in the decoder's KV cache: what `compress` allocates for one, in the model's dtype."""
-    cache = Cache(layers=[BlockLayer(1) for _ in backbones.blocks(model.decoder.base_model)])
+    cache = new_cache(len(backbones.blocks(model.decoder.base_model)), 1)
     one = torch.empty(1, 1, model.encoder.config.hidden_size, dtype=model.dtype, device=model.device)
-    model._prefix_pass(cache, None, [(dict.fromkeys(model.projections.states, one), None)])
+    prefix_pass(model.prefix_maker, cache, None, [(dict.fromkeys(model.projections.states, one), None)])
     return sum(tensor.nbytes for layer in cache.layers for tensor in layer.block)
 
 
@@ -231,18 +233,18 @@ def _run(blueprint: Blueprint, batch: Batch, frozen: Collection[str], recompute:
         prompt = torch.zeros(batch.rows, batch.target, dtype=torch.long)
         if exactly:
             texts = [torch.zeros(batch.tokens, dtype=torch.long)] * batch.rows
-            out = model._read_to_train(texts, prompt, None, prompt, None)
+            out = training_pass.read_and_decode(model, texts, training_pass.TrainingBatch(prompt, labels=prompt))
         else:
             if learning and not scans:
                 ids = [torch.zeros(length, dtype=torch.long)] * segments
                 sink = blueprint.config.sink_token
-                read, _ = encoding._read(model.encoder, ids, batch.rate, wanted, model.memory, sink=sink)
+                read, _ = read_segments(model.encoder, ids, batch.rate, wanted, Additions(model.memory, sink=sink))
                 states = {k: h.reshape(shape) for k, h in read.items()}
                 del read
             else:
                 states = {k: torch.empty(shape, dtype=blueprint.dtype, requires_grad=learning) for k in wanted}
             state = next(iter(states.values())).nbytes
-            out = model._decode_to_train(states, None, prompt, None, prompt, None)
+            out = training_pass.decode_states(model, states, None, training_pass.TrainingBatch(prompt, labels=prompt))
     after = live.now
     with live:
         torch.autograd.grad(out.loss, out.logits)  # logits are in memory most often on the way back
@@ -329,7 +331,7 @@ class Reading:
         """Bytes that `compress` holds at most beside the weights: the KV cache with its spare room, and a batch."""
         config, model = self.blueprint.config, self.model
         length = min(tokens, config.segment_length)
-        each, n = encoding.positions(length, rate, config), encoding.positions(tokens, rate, config)
+        each, n = positions_of(length, rate, config), positions_of(tokens, rate, config)
         new = min(n, each * max(1, batch_tokens // config.segment_length))
         cache = self._cache(n + SPARE)
         scans = model.encoder.config.model_type in backbones.STATE_SPACE
@@ -343,15 +345,14 @@ class Reading:
                     states = {k: torch.empty(1, batch, width, dtype=model.dtype) for k in model.projections.states}
                 else:
                     ids = [torch.zeros(length, dtype=torch.long)] * segments
-                    read, _ = encoding._read(
-                        model.encoder, ids, rate, model.projections.states, model.memory, sink=config.sink_token
-                    )
+                    additions = Additions(model.memory, sink=config.sink_token)
+                    read, _ = read_segments(model.encoder, ids, rate, model.projections.states, additions)
                     states = {k: h.reshape(1, -1, width)[:, :batch] for k, h in read.items()}
                 yield states, None
                 del states
 
         with self.live:
-            model._prefix_pass(cache, None, chunks())
+            prefix_pass(model.prefix_maker, cache, None, chunks())
         return self.live.peak
 
     @torch.no_grad()
@@ -371,7 +372,7 @@ class Reading:
 
     def _cache(self, capacity: int) -> Cache:
         self.live.peak = self.live.now
-        return Cache(layers=[BlockLayer(capacity) for _ in backbones.blocks(self.base.base_model)])
+        return new_cache(len(backbones.blocks(self.base.base_model)), capacity)
 
     @staticmethod
     def _ends(cache: Cache, new: int, n: int) -> Iterator[int]:
@@ -479,7 +480,7 @@ def _reading(model: RCCForCausalLM, rate: int | None, position: int, weights: in
     """The longest text at a rate, and the memory that texts take; rate None: the base's own, read as plain text."""
     texts = []
     for tokens in TEXTS:
-        positions = encoding.positions(tokens, rate or 1, model.config)
+        positions = positions_of(tokens, rate or 1, model.config)
         kv, fits = positions * position, positions <= model.room()
         texts.append({"tokens": tokens, "positions": positions, "kv_bytes": kv, "bytes": weights + kv, "fits": fits})
     return {"rate": rate, "longest_text": model.room() * (rate or 1), "weights_bytes": weights, "texts": texts}
@@ -490,7 +491,7 @@ def _training(name: str, blueprint: Blueprint, model: RCCForCausalLM, tokens: in
     config = blueprint.config
     freeze(model, frozen, blueprint.dtype)
     tokens = max(tokens, config.segment_length)
-    fitting = (r for r in sorted(config.rates) if encoding.positions(tokens, r, config) + TARGET <= model.window)
+    fitting = (r for r in sorted(config.rates) if positions_of(tokens, r, config) + TARGET <= model.window)
     batch = Batch(1, tokens, next(fitting, max(config.rates)), TARGET)
     found = activations(blueprint, batch, frozen)
     return {

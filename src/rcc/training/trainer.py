@@ -32,7 +32,8 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, Trai
 from .. import checkpoints
 from ..errors import FileError, InputError, ModelError, brief
 from ..model import backbones
-from ..model.rcc import RCCForCausalLM, token_loss
+from ..model.losses import token_loss
+from ..model.rcc import RCCForCausalLM
 from ..runtime import atomic
 from ..runtime.locks import FolderLock
 from ..runtime.precision import computing
