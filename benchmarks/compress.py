@@ -37,7 +37,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, float | None]:
 
     from rcc import RCCForCausalLM, checkpoints
     from rcc.model import backbones
-    from rcc.model.rcc import batch_tokens_on
+    from rcc.model.encoder import batch_tokens_on
 
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)

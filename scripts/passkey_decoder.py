@@ -95,8 +95,10 @@ class Vectors:
         """As :meth:`read`, all at once, with gradients where the encoder learns; segments may be shorter."""
         import torch
 
+        from rcc.model.training_pass import encode_texts
+
         texts = [(torch.from_numpy(ids),) for ids in segments]
-        states, _ = self.model._encode_to_train(texts, max(self.model.config.rates))
+        states, _ = encode_texts(self.model, texts, max(self.model.config.rates))
         return torch.stack([states[k][:, 0] for k in self.model.projections.states], 1)
 
     def hidden(self, numbers, length=None):
@@ -165,6 +167,7 @@ def main() -> None:
     from rcc import RCCForCausalLM, load_tokenizer
     from rcc.data import haystack
     from rcc.model.freezing import freeze
+    from rcc.model.training_pass import TrainingBatch, decode_states
     from rcc.runtime.precision import computing
     from rcc.training.collate import prompts_and_targets
     from rcc.training.groups import Group
@@ -208,12 +211,9 @@ def main() -> None:
             hidden = vectors.hidden([number for number, _ in placed], length)
             rows = [vectors.text(place, found) for (_, place), found in zip(placed, hidden, strict=True)]
             states = torch.stack(rows).to(dtype)  # kept ones may be another machine's
-            out = model._decode_to_train(
-                {k: states[:, :, i] for i, k in enumerate(model.projections.states)},
-                None,
-                attention_mask=None,
-                **prompts_and_targets([(question, asked[number]) for number, _ in placed], marks.eos),
-            )
+            prompts = prompts_and_targets([(question, asked[number]) for number, _ in placed], marks.eos)
+            named = {k: states[:, :, i] for i, k in enumerate(model.projections.states)}
+            out = decode_states(model, named, None, TrainingBatch(**prompts))
         return out.loss, len(rows), n
 
     start, step, seen, log = time.time(), 0, 0, []

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from .config import RCCConfig
     from .context.context import CompressedContext
     from .context.store import ContextStore
+    from .context.vectors import CompressedVectors
     from .engine import Engine
-    from .model.encoder import CompressedVectors
     from .model.rcc import RCCForCausalLM
 
 _HOMES = {
@@ -38,7 +38,7 @@ _HOMES = {
     "RCCConfig": "config",
     "RCCForCausalLM": "model.rcc",
     "CompressedContext": "context.context",
-    "CompressedVectors": "model.encoder",
+    "CompressedVectors": "context.vectors",
     "load_tokenizer": "checkpoints",
 }
 

@@ -160,7 +160,7 @@ class RCCConfig:
         """
         if rate is None:
             return self.rates[0]
-        if not isinstance(rate, int) or isinstance(rate, bool) or rate < 1 or self.segment_length % rate:
+        if not _is_count(rate) or rate < 1 or self.segment_length % rate:
             divisors = [d for d in range(1, self.segment_length + 1) if self.segment_length % d == 0]
             raise InputError(
                 f"rate={rate!r} does not divide the segment of {self.segment_length} tokens:"
@@ -181,6 +181,10 @@ class RCCConfig:
     def direct(self) -> bool:
         """Whether the prefix is made directly of the encoder's states."""
         return self.prefix == "direct"
+
+    def decoder_reads(self, rate: int) -> bool:
+        """Return whether the decoder reads a text itself, as it is: a direct prefix at rate 1."""
+        return self.direct and rate == 1
 
     def method(self) -> dict[str, Any]:
         """The settings that change what a context holds, for the fingerprint."""

@@ -27,8 +27,8 @@ from .errors import InputError, ModelError
 from .model.answering import NEVER as NEVER
 from .model.answering import Pieces, generate, write
 from .model.answering import ask as ask
-from .model.encoder import piece_of
 from .model.rcc import RCCForCausalLM
+from .model.segments import piece_of
 from .runtime.precision import computing, parse_device, parse_dtype
 from .text import prompting
 from .text.prompting import Prompt
@@ -220,10 +220,19 @@ class Engine:
             for ids in rows:
                 tell = None if progress is None else partial(_add, progress, done, total)
                 context = self.compressor.compress(ids, rate=rate, context=context, progress=tell)
+                context = self._with_special_tokens(context, ids)
                 done += ids.shape[1]
         if context is None:
             raise InputError("source holds no text: give at least one.")
         return context.to(dtype=self.compressor.decoder.config.dtype)
+
+    def _with_special_tokens(self, context: CompressedContext, ids: Tensor) -> CompressedContext:
+        """The context, which says of its last text whether chat marks in it were read as special tokens."""
+        special = [number for number, token in self.tokenizer.added_tokens_decoder.items() if token.special]
+        if not bool(torch.isin(ids, torch.tensor(special, dtype=ids.dtype)).any()):
+            return context
+        *before, last = context.pieces[0]
+        return replace(context, pieces=((*before, replace(last, special_tokens=True)),))
 
     # ---------------------------------------------------------------- questions
     def ask(

@@ -183,7 +183,7 @@ def test_folder(tmp_path: Path, variant: str) -> None:
     assert model.config.name == "ours"
     assert model.dtype == done.dtype == (torch.bfloat16 if variant == "bfloat16" else torch.float32)
     assert {parameter.dtype for parameter in model.parameters()} == {done.dtype}
-    assert model.fingerprint == model._compute_fingerprint()
+    assert model.fingerprint == model.compute_fingerprint()
     model.save_pretrained(tmp_path / "again")
     again = RCCForCausalLM.from_pretrained(tmp_path / "again")
     assert again.fingerprint == model.fingerprint

@@ -235,7 +235,7 @@ def test_links_are_written_through(call: Callable[..., Result], text: Path, tmp_
 
 def test_automatic_rate(call: Callable[..., Result], context: Path, tmp_path: Path, length: int) -> None:
     """4× where it fits, 8× where only that does; the numbers and what to do where nothing does."""
-    from rcc.context.context import SPARE
+    from rcc.context.cache import SPARE
 
     config = RCCForCausalLM.from_pretrained(MODEL)
     room = config.window - SPARE

@@ -96,7 +96,7 @@ def test_eight_bits_are_the_model(folder: Path) -> None:
     assert stored["projections.0.weight.int8"].dtype == torch.int8
     assert not any(name.endswith(".lora_A.weight") for name in stored)
     model = RCCForCausalLM.from_pretrained(folder)
-    assert model._compute_fingerprint() == model.config.fingerprint
+    assert model.compute_fingerprint() == model.config.fingerprint
 
 
 def test_packing() -> None:

@@ -23,7 +23,7 @@ from safetensors import safe_open
 from transformers import GenerationConfig
 
 from rcc import CompressedContext, CompressedVectors, ContextError, FileError, InputError, RCCError
-from rcc.context.context import KVBlocks
+from rcc.context.cache import KVBlocks
 from rcc.runtime import allocator
 from rcc.runtime.memory import peak_mb, reset_peak, resident
 

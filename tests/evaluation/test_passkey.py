@@ -36,7 +36,7 @@ from rcc.data.haystack import (
 from rcc.evaluation import results
 from rcc.evaluation.passkey import run as task
 from rcc.evaluation.results import Results
-from rcc.model import encoder
+from rcc.model import segments
 from rcc.text.counts import parse_count, parse_counts, show_count
 from rcc.text.tokens import token_ids
 
@@ -165,12 +165,12 @@ def test_the_control_holds_no_key(variant: str, padding: str, write: Callable[..
     config = RCCConfig(segment_length=64, rates=[4], segment_padding=padding)
     for position in POSITIONS:
         text = write(variant, position)
-        control = text.replaced(encoder.segments(torch.arange(len(text.ids)), config))
+        control = text.replaced(segments.split(torch.arange(len(text.ids)), config))
         assert len(control) == len(text.ids)
         assert text.key not in TOKENIZER.decode(control)
         start, end = text.key_at
-        before, after = (encoder.segments(torch.from_numpy(ids), config) for ids in (text.ids, control))
-        places = encoder.segments(torch.arange(len(control)), config)
+        before, after = (segments.split(torch.from_numpy(ids), config) for ids in (text.ids, control))
+        places = segments.split(torch.arange(len(control)), config)
         own = {int(i) for place in places if set(range(start, end)) & set(place.tolist()) for i in place}
         for old, new, place in zip(before, after, places, strict=True):
             assert own & set(place.tolist()) or torch.equal(old, new)  # what pads the first segment stands in the last

@@ -5,12 +5,22 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_equality import CLOSE, LENGTHS, assert_same_model, exact_in_float64, gradients, new_tokens, one, same_bits
 from transformers import AutoModelForCausalLM
 
 import conftest
 import rcc.model.encoder
 from conftest import batch, make_model, randomise, tokens
+from equality import (
+    CLOSE,
+    LENGTHS,
+    assert_same_model,
+    exact_in_float64,
+    gradients,
+    new_tokens,
+    one,
+    run_training_pass,
+    same_bits,
+)
 from rcc import ModelError, RCCConfig, RCCForCausalLM
 
 STATE_SPACE = {name: sides for name, sides in conftest.SIDES.items() if name in ("gpt_neox-mamba", "gpt_neox-mamba2")}
@@ -81,7 +91,7 @@ def test_sliding_layers(expected, family, more, attn):
     assert {context.layer(i)[0].shape[2] for i in range(len(kinds))} == {38}
     prompt_ids, prompt_mask = batch(prompts, "left")
     cached = model(prompt_ids, prompt_mask, context=context).logits
-    trained = model(prompt_ids, prompt_mask, context_ids=ids, context_mask=mask).logits
+    trained = run_training_pass(model, prompt_ids, prompt_mask, context_ids=ids, context_mask=mask).logits
     out = model.generate(prompt_ids, prompt_mask, context=context, max_new_tokens=9)
     for b, (text, prompt) in enumerate(zip(texts, prompts, strict=True)):
         logits = want.logits([text], prompt)

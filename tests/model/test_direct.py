@@ -9,9 +9,9 @@ from transformers.cache_utils import DynamicCache
 
 import conftest
 import reference as ref
-from rcc import CompressedContext, ContextError, InputError, RCCConfig, RCCForCausalLM, WindowError
+from equality import run_training_pass
+from rcc import CompressedContext, CompressedVectors, ContextError, InputError, RCCConfig, RCCForCausalLM, WindowError
 from rcc.model.backbones import CACHE
-from rcc.model.encoder import CompressedVectors
 
 sides = pytest.mark.parametrize("sides", conftest.SIDES.values(), ids=conftest.SIDES)
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
@@ -42,7 +42,7 @@ def test_direct_equals_the_reference(tiny, tokens, sides, rate):
         context = model.compress(one(ids), rate=rate)
         assert len(context) == -(-length // rate)
         torch.testing.assert_close(model(one(prompt), context=context).logits[0], want, **CLOSE)
-        trained = model(one(prompt), context_ids=one(ids), rate=rate).logits[0]
+        trained = run_training_pass(model, one(prompt), context_ids=one(ids), rate=rate).logits[0]
         torch.testing.assert_close(trained, want, **CLOSE)
     out = model.generate(one(prompt), context=context, max_new_tokens=2, do_sample=False)[0, 7:].tolist()
     for k, token in enumerate(out):
@@ -59,7 +59,7 @@ def test_direct_untrained_at_1x_is_the_cache_of_the_base(backbone, tokens, famil
     ids, prompt = tokens(40), tokens(6, 1)
     cache = DynamicCache(config=base.config)
     base(one([5, *ids]), use_cache=True, **{CACHE: cache})
-    placed = model.place(model.compress(one(ids), rate=1, batch_tokens=16))
+    placed = model.as_cache(model.compress(one(ids), rate=1, batch_tokens=16))
     for i, layer in enumerate(placed.blocks.layers):
         if family == "gemma3_text" and not i % 2:
             continue  # the base's own cache of a sliding layer keeps its window only
@@ -97,7 +97,7 @@ def test_direct_batches_of_different_lengths(tiny, tokens, batch, family):
             got = model(asked, asked_mask, context=context).logits
             for b, logits in enumerate(want):
                 torch.testing.assert_close(got[b, -len(logits) :], logits, **CLOSE)
-        trained = model(asked, asked_mask, context_ids=ids, context_mask=mask, rate=rate).logits
+        trained = run_training_pass(model, asked, asked_mask, context_ids=ids, context_mask=mask, rate=rate).logits
         for b, logits in enumerate(want):
             torch.testing.assert_close(trained[b, -len(logits) :], logits, **CLOSE)
         three = model(one(prompts[0]).expand(3, -1), context=together[0].expand(3)).logits
@@ -123,7 +123,7 @@ def test_direct_gradients_reach_everything_that_is_used(fresh, tokens, rate):
     model = fresh(prefix="direct", rate_embeddings=True)
     ids, prompt = tokens(32), tokens(12, 1)
     labels = one(prompt)
-    model(one(prompt), context_ids=one(ids), rate=rate, labels=labels).loss.backward()
+    run_training_pass(model, one(prompt), context_ids=one(ids), rate=rate, labels=labels).loss.backward()
     got = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     assert got["sink"].abs().sum() > 0
     assert all((got[f"projections.{i}.weight"] is not None) == (rate > 1) for i in range(3))
@@ -238,10 +238,10 @@ def test_questions_share_the_placed_cache(tiny, tokens):
     model = tiny(prefix="direct")
     context, prompt = model.compress(one(tokens(37)), rate=4), tokens(5, 1)
     first = model(one(prompt), context=context).logits
-    placed = context.placed
+    placed = context.decoder_cache
     assert placed is not None
     model.generate(one(tokens(9, 2)), context=context, max_new_tokens=3, do_sample=False)
-    assert context.placed is placed
+    assert context.decoder_cache is placed
     assert torch.equal(model(one(prompt), context=context).logits, first)
 
 

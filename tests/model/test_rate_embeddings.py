@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_equality import (
+
+from conftest import batch, make_model, tokens
+from equality import (
     CLOSE,
     assert_central_difference,
     assert_same_model,
     exact_in_float64,
     gradients,
     one,
+    run_training_pass,
     same_bits,
 )
-
-from conftest import batch, make_model, tokens
 from rcc import InputError, ModelError, RCCForCausalLM
 
 RATES = {"rates": (4, 16), "rate_embeddings": True}
@@ -49,7 +50,9 @@ def test_every_rate_reads_with_its_own(expected, sides):
         context = model.compress(one(texts[0]), rate=rate)
         for got in (
             model(one(prompt), context=context).logits[0],
-            model(torch.tensor([prompt] * 2), context_ids=ids, context_mask=mask, rate=rate).logits[0],
+            run_training_pass(model, torch.tensor([prompt] * 2), context_ids=ids, context_mask=mask, rate=rate).logits[
+                0
+            ],
         ):
             torch.testing.assert_close(got, want.logits(texts[:1], prompt, rate), **CLOSE)
         vectors = model.encode(one(texts[0]), rate=rate)

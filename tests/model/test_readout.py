@@ -6,7 +6,9 @@ import copy
 
 import pytest
 import torch
-from test_equality import (
+
+from conftest import batch, make_backbone, make_model, tokens
+from equality import (
     CLOSE,
     LENGTHS,
     assert_central_difference,
@@ -15,10 +17,9 @@ from test_equality import (
     gradients,
     new_tokens,
     one,
+    run_training_pass,
     same_bits,
 )
-
-from conftest import batch, make_backbone, make_model, tokens
 from rcc import InputError, ModelError, RCCConfig, RCCForCausalLM
 
 MEMORY = {"readout": "memory_tokens", "rates": (4, 2, 8, 16)}
@@ -81,7 +82,7 @@ def test_batch_and_training(tiny, expected, sides, padding):
         for side, at_once in (("left", 1), ("right", 4096))
     ]
     ids, mask = batch(texts)
-    logits.append(model(prompt_ids, prompt_mask, context_ids=ids, context_mask=mask).logits)
+    logits.append(run_training_pass(model, prompt_ids, prompt_mask, context_ids=ids, context_mask=mask).logits)
     for b, (text, prompt) in enumerate(zip(texts, prompts, strict=True)):
         reference = want.logits([text], prompt)
         for got in logits:
@@ -158,7 +159,7 @@ def test_a_rate_without_enough_memory(tiny):
     calls = [
         lambda: model.compress(text, rate=1),
         lambda: model.encode(text, rate=1),
-        lambda: model(input_ids=text, context_ids=text, rate=1),
+        lambda: run_training_pass(model, input_ids=text, context_ids=text, rate=1),
     ]
     for call in calls:
         with pytest.raises(InputError, match=r"rate=1 .*memory tokens.*use 2 or a higher"):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from equality import run_training_pass
 from rcc import RCCForCausalLM, checkpoints, load_tokenizer
 from rcc.evaluation.reconstruction.run import PROMPT, teacher_forced
 from rcc.runtime.precision import computing
@@ -38,7 +39,7 @@ def test_what_it_recalls_is_what_the_reference_recalls(ids: torch.Tensor, expect
     for dtype, exact in ((torch.float32, 1e-3), (torch.bfloat16, 0.05)):
         model = RCCForCausalLM.from_pretrained(MODEL, dtype=dtype)
         with torch.no_grad():
-            trained = model(span, context_ids=text, rate=rate, labels=labels).loss.item()
+            trained = run_training_pass(model, span, context_ids=text, rate=rate, labels=labels).loss.item()
         measured = teacher_forced(model, model.compress(text, rate=rate), span[0])
         assert measured.tokens == span.shape[1] - PROMPT
         assert measured.loss == pytest.approx(wanted, abs=exact)

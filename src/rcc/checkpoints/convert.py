@@ -23,7 +23,9 @@ from .. import checkpoints
 from ..config import BaseReference, RCCConfig
 from ..context import file as fileformat
 from ..errors import FileError, InputError, ModelError, RCCError
-from ..model.rcc import WEIGHTS, RCCForCausalLM, fingerprint_of
+from ..model.fingerprint import fingerprint_of
+from ..model.loading import WEIGHTS
+from ..model.rcc import RCCForCausalLM
 from ..runtime import atomic
 from .published import DTYPES, UNKNOWN, Fate, Stored, match, our_name, read_json, stored_tensors
 

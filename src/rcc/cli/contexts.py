@@ -214,7 +214,9 @@ def inspect(
         return
     for key, value in info.items():
         if key == "pieces":
-            value = ", ".join(f"{p['tokens']:,} tokens at {p['rate']}×" for p in value)
+            value = ", ".join(
+                f"{p['tokens']:,} tokens at {p['rate']}×{' with chat marks' * p['special_tokens']}" for p in value
+            )
         elif key == "versions":
             value = ", ".join(f"{k} {v}" for k, v in value.items())
         out.print(f"{key.replace('_', ' '):20}{f'{value:,}' if isinstance(value, int) else shown(value)}", markup=False)

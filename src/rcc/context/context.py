@@ -4,127 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache
 
 from ..errors import ContextError, InputError
-from ..model.encoder import Piece, pieces_from
 from . import file as fileformat
 from . import joining
+from .cache import SPARE, KVBlocks
+from .manifest import Manifest
+from .pieces import Piece
 
 if TYPE_CHECKING:
     from ..model.rcc import RCCForCausalLM
 
-SPARE = 512
-"""Positions kept free behind a prefix, for a question and its answer."""
-
-
-class BlockLayer(DynamicLayer):
-    """One layer of a KV cache that writes into spare capacity instead of concatenating.
-
-    `DynamicLayer` would copy the whole prefix for every token; this one copies it only when the block is full.
-    """
-
-    def __init__(self, capacity: int, keys: Tensor | None = None, values: Tensor | None = None, length: int = 0):
-        super().__init__()
-        self.capacity, self.length = capacity, length
-        if keys is not None and values is not None:
-            self._hold(keys, values)
-
-    def _hold(self, keys: Tensor, values: Tensor) -> None:
-        self.block = (keys, values)  # [B, KV heads, capacity, head dim] each
-        self.capacity = keys.shape[-2]
-        self.dtype, self.device = keys.dtype, keys.device
-        self.is_initialized = True
-        self._show()
-
-    def _show(self) -> None:
-        self.keys, self.values = (b[:, :, : self.length] for b in self.block)
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append [B, KV heads, T, head dim] each → all keys and values so far."""
-        end = self.length + key_states.shape[-2]
-        if not self.is_initialized or end > self.capacity:
-            size = max(self.capacity, end + (SPARE if self.length else 0))
-            grown = [k.new_empty(*k.shape[:2], size, k.shape[-1]) for k in (key_states, value_states)]
-            if self.length:
-                for new, old in zip(grown, (self.keys, self.values), strict=True):
-                    new[:, :, : self.length] = old
-            self._hold(*grown)
-        for block, new in zip(self.block, (key_states, value_states), strict=True):
-            block[:, :, self.length : end] = new
-        self.length = end
-        self._show()
-        return self.keys, self.values
-
-    def _map(self, change: Callable[[Tensor], Tensor]) -> None:
-        if self.is_initialized:
-            self._hold(*map(change, self.block))
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Reorder the batch for beam search, spare capacity included."""
-        self._map(lambda block: block.index_select(0, beam_idx.to(block.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row, spare capacity included."""
-        self._map(lambda block: block.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep some rows."""
-        self._map(lambda block: block[indices, ...])
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last -`tokens_to_remove` positions; their memory becomes spare."""
-        if tokens_to_remove > 0:
-            raise ValueError(f"crop takes the negative number of positions to remove, not {tokens_to_remove}.")
-        if self.is_initialized:
-            self.length = max(0, self.length + tokens_to_remove)
-            self._show()
-
-    def reset(self) -> None:
-        """Forget everything."""
-        self.length = 0
-        self.is_initialized = False
-
-
-class KVBlocks:
-    """Keys and values of every layer, [B, KV heads, capacity, head dim], shared by the contexts that grew from
-    one another. `used` counts the positions that some context calls its own; what lies behind is free. `release`
-    lets go of the memory of what is mapped from a file, until it is used again."""
-
-    def __init__(
-        self,
-        layers: Sequence[tuple[Tensor, Tensor]],
-        used: int,
-        writable: bool,
-        release: Callable[[], None] | None = None,
-    ):
-        self.layers, self.used, self.writable, self._release = layers, used, writable, release
-        self.lock = threading.Lock()
-
-    def release(self) -> None:
-        """Let go of the memory of what is mapped from a file, until it is used again."""
-        if self._release is not None:
-            self._release()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """What a copy is made of: the tensors; not the lock, nor a file's mapping."""
-        return {"layers": self.layers, "used": self.used}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["layers"], state["used"], writable=True)  # type: ignore[misc]
-
-    @property
-    def capacity(self) -> int:
-        return self.layers[0][0].shape[-2]
+_DERIVED = ("repeats", "decoder_cache")
+"""Attributes that a copy does without."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,9 +39,9 @@ class CompressedContext:
         mask: [B, n] bool, False where a shorter text of the batch has a gap; None without gaps.
         versions: of the libraries that made it.
         rotated: whether the keys are rotated to their positions. Those of a direct prefix are not, and have no sink at
-            the front: the model's `place` makes the decoder's cache of them.
+            the front: the model's `as_cache` makes the decoder's cache of them.
         repeats: the context of one text that this one holds several times (:meth:`expand`).
-        placed: the decoder's cache that the model made of this context, for the next question.
+        decoder_cache: the decoder's cache that the model made of this context, for the next question.
     """
 
     blocks: KVBlocks
@@ -154,7 +54,7 @@ class CompressedContext:
     mask: Tensor | None = None
     rotated: bool = True
     repeats: CompressedContext | None = field(default=None, init=False)
-    placed: CompressedContext | None = field(default=None, init=False)
+    decoder_cache: CompressedContext | None = field(default=None, init=False)
 
     # ---------------------------------------------------------------- a value
     def __getstate__(self) -> dict[str, Any]:
@@ -162,11 +62,11 @@ class CompressedContext:
         cache that a model has made of it."""
         layers = [(k.clone(), v.clone()) for k, v in (self.layer(i) for i in range(len(self.blocks.layers)))]
         self.blocks.release()
-        state = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in ("repeats", "placed")}
+        state = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in _DERIVED}
         return {**state, "blocks": KVBlocks(layers, self.length, writable=True)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        for name, value in {"repeats": None, "placed": None, **state}.items():
+        for name, value in {**dict.fromkeys(_DERIVED), **state}.items():
             object.__setattr__(self, name, value)
 
     # ---------------------------------------------------------------- what it is
@@ -253,74 +153,106 @@ class CompressedContext:
 
     @contextlib.contextmanager
     def borrow(self, extra: int, spare: int = 0) -> Iterator[Cache]:
-        """A transformers cache that starts as this context and has room for `extra` more positions.
+        """Yield a transformers cache that starts as this context and has room for `extra` more positions.
 
-        It writes into the spare capacity behind the prefix where that is free, and into a copy where it is not
+        It writes into the spare capacity after the prefix where that is free, and into a copy where it is not
         (another thread is writing there, a longer context shares the memory, it is a mapped file, or rows were
         expanded), which then has room for `spare` more. The cache must not be used after the `with` block.
         """
-        blocks = self.blocks
-        free = self.length + extra <= blocks.capacity and blocks.writable
-        if free and blocks.used == self.length and blocks.lock.acquire(blocking=False):
-            try:
-                # an append may have finished between the check and the lock
-                yield self._cache(blocks.layers) if blocks.used == self.length else self._copy(extra + spare)
-            finally:
-                blocks.lock.release()
-        else:
-            yield self._copy(extra + spare)
+        with self.blocks.borrow(self.length, extra, spare) as cache:
+            yield cache
 
     @contextlib.contextmanager
     def lend(self, extra: int) -> Iterator[Cache]:
         """As :meth:`borrow`, a cache of its own, which may be used after the `with` block."""
-        yield self._copy(extra)
-
-    def _cache(self, layers: Sequence[tuple[Tensor, Tensor]]) -> Cache:
-        return Cache(layers=[BlockLayer(0, keys, values, self.length) for keys, values in layers])
-
-    def _copy(self, extra: int) -> Cache:
-        return self._cache(self._rooms(extra))
-
-    def _rooms(self, extra: int, device: Any = None, dtype: torch.dtype | None = None) -> list[tuple[Tensor, Tensor]]:
-        """Copies of all keys and values with capacity for `extra` more positions, one layer after the other: of what
-        is mapped from a file, no more than one layer is in memory beside its copy."""
-        layers = []
-        for i in range(len(self.blocks.layers)):
-            layers.append(_room(*self.layer(i), extra, device, dtype))
-            self.blocks.release()
-        return layers
+        yield self.blocks.cache(self.length, extra)
 
     def grown(self, cache: Cache, pieces: tuple[tuple[Piece, ...], ...], mask: Tensor | None) -> CompressedContext:
-        """The longer context that `cache` has become since :meth:`borrow`: shares memory with this one where it can."""
-        length = cache.get_seq_length()
-        layers = [layer.block for layer in cache.layers]
-        blocks = self.blocks
-        if layers[0][0] is blocks.layers[0][0]:
-            blocks.used = length
-        else:
-            blocks = KVBlocks(layers, length, writable=True)
-        return replace(self, blocks=blocks, length=length, pieces=pieces, mask=mask)
+        """Return the longer context that a cache from :meth:`borrow` has become; it shares memory where it can."""
+        blocks = KVBlocks.of(cache)
+        if blocks.layers[0][0] is self.blocks.layers[0][0]:
+            self.blocks.used, blocks = blocks.used, self.blocks
+        return replace(self, blocks=blocks, length=cache.get_seq_length(), pieces=pieces, mask=mask)
 
-    # ---------------------------------------------------------------- other forms of it
+    def keep_decoder_cache(self, blocks: KVBlocks, length: int, mask: Tensor | None) -> CompressedContext:
+        """Keep, and return, the decoder's cache that a model has made of this context."""
+        cache = replace(self, blocks=blocks, length=length, mask=mask, rotated=True)
+        object.__setattr__(self, "decoder_cache", cache)  # as computed from the value, not a part of it
+        return cache
+
+    # ---------------------------------------------------------------- its segments (a direct prefix)
     @property
     def segments(self) -> tuple[joining.Segment, ...]:
-        """The parts of this context that were read on their own; see :func:`rcc.context.joining.segments`."""
-        return joining.segments(self)
+        """The segments of a context of one text, in order: its parts that were read on their own.
+
+        Raises:
+            InputError: it holds several texts. ContextError: its segments depend on one another.
+        """
+        self._check_independent("cut")
+        return joining.segments_of(self.pieces[0], self.segment_length)
 
     def select(self, segments: Sequence[int]) -> CompressedContext:
-        """Some of the segments, in any order; see :func:`rcc.context.joining.select`."""
-        return joining.select(self, segments)
+        """Return a context of chosen segments of this one, in any order.
+
+        Args:
+            segments: numbers of segments, from 0.
+
+        Raises:
+            InputError: no number, one that there is not, or a context of several texts.
+            ContextError: its segments depend on one another.
+        """
+        own = self.segments
+        if not segments:
+            raise InputError("segments is empty: name at least one.")
+        for number in segments:
+            if not isinstance(number, int) or not 0 <= number < len(own):
+                raise InputError(f"segments has {number!r}, but the context's segments are 0 to {len(own) - 1}.")
+        chosen = [own[number] for number in segments]
+        index = torch.cat([torch.arange(segment.start, segment.stop) for segment in chosen])
+        return replace(self.take(index), pieces=(joining.pieces_of(chosen, own, self.pieces[0]),))
+
+    def take(self, index: Tensor) -> CompressedContext:
+        """Return a context of chosen positions of this one, in any order; its pieces stay these.
+
+        Args:
+            index: [n], numbers of positions.
+
+        Raises:
+            InputError: it holds several texts. ContextError: its positions depend on one another.
+        """
+        self._check_independent("cut")
+        blocks = joining.take(self.blocks, self.length, index.to(self.device))
+        return replace(self, blocks=blocks, length=len(index), mask=None)
 
     @classmethod
     def join(cls, contexts: Sequence[CompressedContext]) -> CompressedContext:
-        """Several contexts of a direct prefix as one, in that order; see :func:`rcc.context.joining.join`."""
-        return joining.join(contexts)
+        """Return one context of several of a direct prefix, in that order, on the device and in the precision of the
+        first.
 
-    def keep_placed(self, blocks: KVBlocks, length: int, mask: Tensor | None) -> None:
-        """Keep the decoder's cache that a model has made of this context, to be found in `placed`."""
-        placed = replace(self, blocks=blocks, length=length, mask=mask, rotated=True)
-        object.__setattr__(self, "placed", placed)  # as computed from the value, not a part of it
+        Raises:
+            InputError: there are none, or one holds several texts.
+            ContextError: different models made them, or their segments depend on one another.
+        """
+        if not contexts:
+            raise InputError("contexts is empty: give at least one.")
+        for context in contexts:
+            context._check_independent("joined")
+        cls.check_one_model(contexts, "joined")
+        first = contexts[0]
+        blocks = joining.concatenate([(c.blocks, c.length) for c in contexts], first.device, first.dtype)
+        pieces = tuple(piece for context in contexts for piece in context.pieces[0])
+        return replace(first, blocks=blocks, length=blocks.used, pieces=(pieces,), mask=None)
 
+    def _check_independent(self, what: str) -> None:
+        if self.batch_size != 1:
+            raise InputError(f"the context holds {self.batch_size} texts: take one of them, context[i].")
+        if self.rotated:
+            raise ContextError(
+                f"a context of {self.model_name} cannot be {what}: its segments depend on one another. Use a model with"
+                ' prefix="direct", or compress the texts again.'
+            )
+
+    # ---------------------------------------------------------------- other forms of it
     def expand(self, n: int) -> CompressedContext:
         """The one text of this context n times over, for n questions in one batch; shares memory until it is used.
 
@@ -333,7 +265,7 @@ class CompressedContext:
             raise InputError(f"n must be at least 1, not {n!r}.")
         layers = [(k.expand(n, -1, -1, -1), v.expand(n, -1, -1, -1)) for k, v in self.blocks.layers]
         mask = None if self.mask is None else self.mask.expand(n, -1)
-        blocks = KVBlocks(layers, self.length, False, self.blocks.release)
+        blocks = self.blocks.with_layers(layers, self.length)
         expanded = replace(self, blocks=blocks, pieces=self.pieces * n, mask=mask)
         object.__setattr__(expanded, "repeats", self)
         return expanded
@@ -349,7 +281,7 @@ class CompressedContext:
             keep = self.mask[i].nonzero()[:, 0]
             layers = [(k[:, :, keep], v[:, :, keep]) for k, v in layers]
             length = len(keep)
-        blocks = KVBlocks(layers, length, False, self.blocks.release)
+        blocks = self.blocks.with_layers(layers, length)
         return replace(self, blocks=blocks, length=length, pieces=(self.pieces[i],), mask=None)
 
     @classmethod
@@ -400,7 +332,7 @@ class CompressedContext:
         dtype = dtype or self.dtype
         if (device, dtype) == (self.device, self.dtype):
             return self
-        layers = self._rooms(SPARE, device, dtype)
+        layers = self.blocks.copies(self.length, SPARE, device, dtype)
         mask = None if self.mask is None else self.mask.to(device)
         return replace(self, blocks=KVBlocks(layers, self.length, writable=True), mask=mask)
 
@@ -419,21 +351,21 @@ class CompressedContext:
         if self.batch_size != 1:
             raise InputError(f"save needs a context of one text, this one holds {self.batch_size}: save context[i].")
         one = self[0] if self.mask is not None else self
-        manifest = {
-            "model": self.model_name,
-            "fingerprint": self.fingerprint,
-            "segment_length": self.segment_length,
-            "layers": len(self.blocks.layers),
-            "pieces": [vars(piece) for piece in self.pieces[0]],
-            "versions": self.versions,
-            **({} if self.rotated else {"rotated": False}),
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        }
+        depth = len(self.blocks.layers)
+        manifest = Manifest(
+            self.model_name,
+            self.fingerprint,
+            self.segment_length,
+            depth,
+            self.pieces[0],
+            self.versions,
+            self.rotated,
+        )
         tensors = {}
-        for i in range(len(one.blocks.layers)):
+        for i in range(depth):
             for name, tensor in zip(("keys", "values"), one.layer(i), strict=True):
                 tensors[f"{name}.{i}"] = fileformat.lazy(tensor)
-        fileformat.write(Path(path), "context", manifest, tensors, replace, private)
+        fileformat.write(Path(path), "context", manifest.as_dict(), tensors, replace, private)
 
     @classmethod
     def load(
@@ -451,47 +383,24 @@ class CompressedContext:
             FileError: the file cannot be read.
             ContextError: it is damaged, truncated, of a newer format, not a context, or made by another model.
         """
-        manifest, tensors, release = fileformat.read(Path(path), "context", verify)
-        try:
-            pieces = tuple(pieces_from(manifest["pieces"]))
-            fingerprint, name = manifest["fingerprint"], manifest["model"]
-            if not isinstance(fingerprint, str) or not isinstance(name, str):
-                raise TypeError("names that are no text")
-            layers = [(tensors.pop(f"keys.{i}"), tensors.pop(f"values.{i}")) for i in range(manifest["layers"])]
-            versions, segment_length = dict(manifest["versions"]), int(manifest["segment_length"])
-            rotated = manifest.get("rotated", True)
-            if not isinstance(rotated, bool):
-                raise TypeError("rotated is neither true nor false")
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
-            raise ContextError(f"{path} is damaged: its manifest is not whole ({error}).") from None
-        length = sum(piece.positions for piece in pieces)
-        like = layers[0][0] if layers else torch.empty(0)
-        alike = all(t.shape == like.shape and t.dtype == like.dtype for layer in layers for t in layer)
-        sized = like.ndim == 4 and like.is_floating_point() and (like.shape[0], like.shape[2]) == (1, length)
-        if tensors or not alike or not sized:
-            raise ContextError(f"{path} is damaged: its tensors are not the keys and values of {length} positions.")
+        data, tensors, release = fileformat.read(Path(path), "context", verify)
+        manifest = Manifest.read(path, data)
+        layers = manifest.layers_of(path, tensors)
         if model is not None:
-            model.check_fingerprint(fingerprint, name, str(path))
-        blocks = KVBlocks(layers, length, False, release)
-        context = cls(blocks, length, (pieces,), fingerprint, name, segment_length, versions, rotated=rotated)
+            model.check_fingerprint(manifest.fingerprint, manifest.model_name, str(path))
+        length = sum(piece.positions for piece in manifest.pieces)
+        context = cls(
+            KVBlocks(layers, length, False, release),
+            length,
+            (manifest.pieces,),
+            manifest.fingerprint,
+            manifest.model_name,
+            manifest.segment_length,
+            manifest.versions,
+            rotated=manifest.rotated,
+        )
         target = device if device is not None or model is None else model.device
         moved = context.to(target, None if model is None else model.dtype)
         if moved is context and verify == "full":
-            moved = replace(context, blocks=KVBlocks(context._rooms(SPARE), length, writable=True))
+            moved = replace(context, blocks=KVBlocks(context.blocks.copies(length, SPARE), length, writable=True))
         return moved
-
-
-def _room(
-    keys: Tensor, values: Tensor, extra: int, device: Any = None, dtype: torch.dtype | None = None
-) -> tuple[Tensor, Tensor]:
-    """Copies of keys and values [B, KV heads, n, head dim] with capacity for `extra` more positions."""
-
-    def copy(tensor: Tensor) -> Tensor:
-        n = tensor.shape[-2]
-        new = torch.empty(
-            *tensor.shape[:2], n + extra, tensor.shape[-1], device=device or tensor.device, dtype=dtype or tensor.dtype
-        )
-        new[:, :, :n] = tensor
-        return new
-
-    return copy(keys), copy(values)

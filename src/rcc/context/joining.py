@@ -1,24 +1,21 @@
-"""Contexts of a direct prefix as sums of independent pieces: joined, cut and reordered, with nothing read again.
+"""Contexts of a direct prefix as sums of independent segments: joined, cut and reordered, with nothing read again.
 
 Possible because such a context's keys are stored before their rotation and depend on no other segment. The result has
-the very bits of compressing the texts in that order.
+the very bits of compressing the texts in that order. These functions work on what a context is made of, its pieces and
+its blocks; `CompressedContext` has them as methods.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..errors import ContextError, InputError
-from ..model.encoder import Piece
-
-if TYPE_CHECKING:
-    from .context import CompressedContext, KVBlocks
+from .cache import KVBlocks
+from .pieces import Piece
 
 
 @dataclass(frozen=True)
@@ -39,105 +36,19 @@ class Segment:
     whole: bool
 
 
-def segments(context: CompressedContext) -> tuple[Segment, ...]:
-    """The segments of a context of one text, in order.
-
-    Raises:
-        InputError: it holds several texts. ContextError: its segments depend on one another.
-    """
-    _check(context, "cut")
-    parts, start = [], 0
-    for number, piece in enumerate(context.pieces[0]):
-        size = piece.tokens if piece.rate == 1 else context.segment_length
+def segments_of(pieces: Sequence[Piece], segment_length: int) -> tuple[Segment, ...]:
+    """Return the segments of a context of one text, in order."""
+    segments, start = [], 0
+    for number, piece in enumerate(pieces):
+        size = piece.tokens if piece.rate == 1 else segment_length
         for first in range(0, piece.tokens, size):
             tokens = min(size, piece.tokens - first)
             stop = start + -(-tokens // piece.rate)
             whole = tokens == piece.tokens
-            parts.append(Segment(start, stop, piece if whole else _part(piece, first, tokens), number, whole))
+            alone = piece if whole else _part(piece, first, tokens)
+            segments.append(Segment(start, stop, alone, number, whole))
             start = stop
-    return tuple(parts)
-
-
-def select(context: CompressedContext, chosen: Sequence[int]) -> CompressedContext:
-    """A context of some segments of another, in any order.
-
-    Args:
-        context: of one text.
-        chosen: numbers of its segments, from 0.
-
-    Raises:
-        InputError: no number, one that there is not, or a context of several texts.
-        ContextError: the context's segments depend on one another.
-    """
-    parts = segments(context)
-    if not chosen:
-        raise InputError("segments is empty: name at least one.")
-    for number in chosen:
-        if not isinstance(number, int) or not 0 <= number < len(parts):
-            raise InputError(f"segments has {number!r}, but the context's segments are 0 to {len(parts) - 1}.")
-    index = torch.cat([torch.arange(parts[k].start, parts[k].stop) for k in chosen])
-    pieces = tuple(_pieces([parts[k] for k in chosen], parts, context.pieces[0]))
-    return replace(positions(context, index), pieces=(pieces,))
-
-
-def positions(context: CompressedContext, index: Tensor) -> CompressedContext:
-    """A context of some positions of another, in any order; its pieces are the other's.
-
-    Args:
-        context: of one text.
-        index: [n], numbers of positions.
-
-    Raises:
-        InputError: a context of several texts. ContextError: its positions depend on one another.
-    """
-    _check(context, "cut")
-    index, layers = index.to(context.device), []
-    for i in range(len(context.blocks.layers)):
-        keys, values = (t.index_select(2, index) for t in context.layer(i))
-        layers.append((keys, values))
-        context.blocks.release()
-    return replace(context, blocks=_blocks(layers, len(index)), length=len(index), mask=None)
-
-
-def join(contexts: Sequence[CompressedContext]) -> CompressedContext:
-    """One context of several, one after the other, on the device and in the precision of the first.
-
-    Raises:
-        InputError: there are none, or one holds several texts.
-        ContextError: different models made them, or their segments depend on one another.
-    """
-    if not contexts:
-        raise InputError("contexts is empty: give at least one.")
-    for context in contexts:
-        _check(context, "joined")
-    first = contexts[0]
-    first.check_one_model(contexts, "joined")
-    layers = []
-    for i in range(len(first.blocks.layers)):
-        pairs = [context.layer(i) for context in contexts]
-        keys, values = (torch.cat([pair[k].to(first.device, first.dtype) for pair in pairs], 2) for k in (0, 1))
-        layers.append((keys, values))
-        for context in contexts:
-            context.blocks.release()
-    length = sum(map(len, contexts))
-    pieces = tuple(piece for context in contexts for piece in context.pieces[0])
-    return replace(first, blocks=_blocks(layers, length), length=length, pieces=(pieces,), mask=None)
-
-
-def _blocks(layers: list[tuple[Tensor, Tensor]], length: int) -> KVBlocks:
-    from .context import KVBlocks
-
-    return KVBlocks(layers, length, writable=True)
-
-
-def _check(context: CompressedContext, what: str) -> None:
-    if context.batch_size != 1:
-        raise InputError(f"the context holds {context.batch_size} texts: take one of them, context[i].")
-    if context.rotated:
-        raise ContextError(
-            f"a context of {context.model_name} cannot be {what}: its segments depend on one another. Use a model with"
-            ' prefix="direct", or compress the texts again.'
-        )
+    return tuple(segments)
 
 
 def _part(piece: Piece, first: int, tokens: int) -> Piece:
@@ -147,16 +58,49 @@ def _part(piece: Piece, first: int, tokens: int) -> Piece:
     return Piece(tokens, -(-tokens // piece.rate), piece.rate, digest, opening)
 
 
-def _pieces(parts: list[Segment], every: Sequence[Segment], own: Sequence[Piece]) -> list[Piece]:
-    """The pieces of some segments; those of a whole piece, in order, are that piece again."""
-    pieces: list[Piece] = []
+def pieces_of(chosen: Sequence[Segment], segments: Sequence[Segment], pieces: Sequence[Piece]) -> tuple[Piece, ...]:
+    """Return the pieces of chosen segments; all those of one piece, in order, are that piece again.
+
+    Args:
+        chosen: of `segments`, in any order.
+        segments, pieces: all of the context's.
+    """
+    result: list[Piece] = []
     k = 0
-    while k < len(parts):
-        whole = [part for part in every if part.of == parts[k].of]
-        if parts[k : k + len(whole)] == whole:
-            pieces.append(own[parts[k].of])
+    while k < len(chosen):
+        whole = [segment for segment in segments if segment.of == chosen[k].of]
+        if list(chosen[k : k + len(whole)]) == whole:
+            result.append(pieces[chosen[k].of])
             k += len(whole)
         else:
-            pieces.append(parts[k].piece)
+            result.append(chosen[k].piece)
             k += 1
-    return pieces
+    return tuple(result)
+
+
+def take(blocks: KVBlocks, length: int, index: Tensor) -> KVBlocks:
+    """Return positions, in the order of an index [n] into the first `length`, as blocks of their own."""
+    layers = []
+    for keys, values in blocks.layers:
+        layers.append((keys[:, :, :length].index_select(2, index), values[:, :, :length].index_select(2, index)))
+        blocks.release()
+    return KVBlocks(layers, len(index), writable=True)
+
+
+def concatenate(parts: Sequence[tuple[KVBlocks, int]], device: torch.device, dtype: torch.dtype) -> KVBlocks:
+    """Return blocks of several contexts, one after the other.
+
+    Args:
+        parts: blocks, and how many of their positions count.
+        device, dtype: of the result.
+    """
+    layers = []
+    for pairs in zip(*(blocks.layers for blocks, _ in parts), strict=True):
+        keys, values = (
+            torch.cat([pair[k][:, :, :n].to(device, dtype) for pair, (_, n) in zip(pairs, parts, strict=True)], 2)
+            for k in (0, 1)
+        )
+        layers.append((keys, values))
+        for blocks, _ in parts:
+            blocks.release()
+    return KVBlocks(layers, sum(length for _, length in parts), writable=True)

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from ..context.context import BlockLayer, CompressedContext, KVBlocks
+from ..context.cache import BlockLayer, KVBlocks
+from ..context.context import CompressedContext
+from ..context.pieces import Piece
 from ..model import backbones
-from ..model.encoder import Piece
 from ..model.rcc import RCCForCausalLM
 from ..runtime.provenance import libraries
 

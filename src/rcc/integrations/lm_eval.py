@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerBase, StoppingCriteria
 from .. import engine
 from ..context.context import CompressedContext
 from ..errors import InputError, WindowError
-from ..model import encoder
+from ..model import segments
 from ..text import prompting
 from ..text.tokens import token_ids
 
@@ -225,7 +225,7 @@ class RCCLM(TemplateLM):
         rate, positions = None, 0
         if parts.head:
             rate = self.rate or model.fitting_rate([parts.tokens], reserve=rest)
-            positions = encoder.positions(parts.tokens, rate, model.config)
+            positions = segments.positions(parts.tokens, rate, model.config)
             self._counts.update(compressed=1, compressed_tokens=parts.tokens, positions=positions)
         if positions + rest > model.window:
             raise WindowError(
@@ -327,7 +327,7 @@ class RCCLM(TemplateLM):
         total, origin, done, whole = 0.0, 0, 0, None
         for start in range(0, len(ids), size):
             full = origin + (start - origin) // segment * segment
-            held = sum(encoder.positions(n, rate, model.config) for n in (full - origin, start - full))
+            held = sum(segments.positions(n, rate, model.config) for n in (full - origin, start - full))
             if held + size > model.window:
                 origin = done = full = start
                 whole = None

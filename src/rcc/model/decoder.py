@@ -1,4 +1,4 @@
-"""A decoder whose blocks let a prefix change what enters them: one stateless hook, no copied model code."""
+"""A decoder whose blocks let a prefix change what enters them: stateless hooks, no copied model code."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from .projection import Projections
 _KEY = "rcc_prefix"  # travels through the model's keyword arguments to every block
 
 
-class Prefix(Protocol):
-    """What a forward pass hands to every block of a prepared decoder."""
+class BlockHook(Protocol):
+    """What a forward pass hands to every block of a prepared decoder, to change its input."""
 
     def enter(self, i: int, hidden: Tensor) -> Tensor:
-        """What enters block i (from 0) in place of `hidden` [B, T, H]."""
+        """Return what enters block i (from 0) in place of `hidden` [B, T, H]."""
         ...
 
 
 class Residuals:
-    """What the first positions of a forward pass receive after each block: prefix vectors and their maps.
+    """The paper's prefix: what the first positions of a forward pass receive after each block (section 3).
 
     The maps are applied where they are needed, block by block, so that one term at a time is in memory.
 
@@ -36,11 +36,11 @@ class Residuals:
         self.projections, self.states = projections, states
 
     def inputs(self) -> Tensor:
-        """The prefix's input embeddings P_0 · h_0, [B, n, H]."""
+        """Return the prefix's input embeddings P_0 · h_0, [B, n, H]."""
         return self.projections.project(0, self.states)
 
     def enter(self, i: int, hidden: Tensor) -> Tensor:
-        """`hidden` [B, T, H], the input of block i (from 0), with P_i's term added to its first n ≤ T positions."""
+        """Return `hidden` [B, T, H], the input of block i (from 0), with P_i's term added to its first n positions."""
         if not 0 < i < len(self.projections):
             return hidden
         term = self.projections.project(i, self.states)
@@ -51,15 +51,15 @@ class Residuals:
 
 
 def accept_prefix(body: PreTrainedModel) -> None:
-    """Make every block of a decoder's base model look for a :class:`Prefix` among its keyword arguments.
+    """Make every block of a decoder's base model look for a :class:`BlockHook` among its keyword arguments.
 
     Stateless, hence safe in threads, under activation checkpointing and in a sharded model.
     """
     for i, block in enumerate(backbones.blocks(body)):
 
         def enter(module: nn.Module, args: tuple, kwargs: dict, i: int = i) -> tuple[tuple, dict] | None:
-            prefix = kwargs.pop(_KEY, None)
-            return None if prefix is None else ((prefix.enter(i, args[0]), *args[1:]), kwargs)
+            hook = kwargs.pop(_KEY, None)
+            return None if hook is None else ((hook.enter(i, args[0]), *args[1:]), kwargs)
 
         block.register_forward_pre_hook(enter, with_kwargs=True)
 
@@ -94,6 +94,6 @@ def window_by_position(body: PreTrainedModel) -> None:
     body.register_forward_pre_hook(masks, with_kwargs=True)
 
 
-def prefix_arguments(prefix: Prefix) -> dict[str, Prefix]:
-    """Keyword arguments that hand a prefix to a forward pass of a prepared decoder."""
-    return {_KEY: prefix}
+def hook_arguments(hook: BlockHook) -> dict[str, BlockHook]:
+    """Return keyword arguments that hand a hook to a forward pass of a prepared decoder."""
+    return {_KEY: hook}

@@ -1,15 +1,18 @@
-"""The direct prefix: the decoder's keys and values, made of encoder states without a pass through the decoder.
+"""States in, cache out: the two ways in which encoder states become the decoder's KV cache.
 
-At prefix position j, what enters decoder block i is P_i · h_i[j], the encoder's state before its block i. Of it the
-block's input norm and its key and value projections are computed, and nothing else: no query, no feed-forward layer, no
-other position. So what is kept does not depend on where it stands; keys are stored before their rotation and rotated
-when a context is placed: after the sink, one learnt position that attention can rest on. (The paper's prefix is in
-`decoder.py`: its terms are added to the residual stream.)
+`ResidualPrefix` (the paper, section 3): at a prefix position, the encoder's states pass their maps and are added to the
+decoder's residual stream, which runs through its blocks.
+
+`DirectPrefix`: at prefix position j, what enters decoder block i is P_i · h_i[j], the encoder's state before its block
+i. Of it the block's input norm and its key and value projections are computed, and nothing else: no query, no
+feed-forward layer, no other position. So what is kept does not depend on its place in the context; keys are stored
+before their rotation and rotated when the decoder's cache is made (:func:`as_cache`): after the sink, one learnt
+position that attention can rest on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -18,17 +21,19 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
-from ..context.context import BlockLayer, CompressedContext
+from ..context.cache import SPARE, KVBlocks, new_cache
+from ..context.context import CompressedContext
 from . import backbones
-from .decoder import prefix_arguments
+from .decoder import BlockHook, Residuals, hook_arguments
+from .positions import count_real, mask_and_order
 from .projection import Projections
 
 
 class BlockInputs(Protocol):
-    """What enters each decoder block at prefix positions."""
+    """What enters each decoder block at the positions of a direct prefix."""
 
     def block_input(self, i: int) -> Tensor:
-        """The input of block i (from 0), [B, n, H]."""
+        """Return the input of block i (from 0), [B, n, H]."""
         ...
 
 
@@ -44,7 +49,7 @@ class ProjectedStates:
         self.projections, self.states = projections, states
 
     def block_input(self, i: int) -> Tensor:
-        """P_i · h_i, [B, n, H]."""
+        """Return P_i · h_i, [B, n, H]."""
         return self.projections.project(i, self.states)
 
 
@@ -60,11 +65,11 @@ class RecordedStates:
         return hidden
 
     def block_input(self, i: int) -> Tensor:
-        """The recorded input of block i, [B, n, H]."""
+        """Return the recorded input of block i, [B, n, H]."""
         return self.states[i]
 
 
-class DirectPrefix:
+class SinkAndStates:
     """A direct prefix in a training pass: the sink and the projected states replace what enters each block.
 
     What the blocks make of the prefix positions is replaced again before the next one, so it reaches nothing.
@@ -79,7 +84,7 @@ class DirectPrefix:
         self.sink, self.source, self.batch = sink, inputs, batch
 
     def block_input(self, i: int) -> Tensor:
-        """The prefix's input of block i, [B, 1 + n, H]."""
+        """Return the prefix's input of block i, [B, 1 + n, H]."""
         first = self.sink[i].expand(self.batch, 1, -1)
         if self.source is None:
             return first
@@ -87,11 +92,135 @@ class DirectPrefix:
         return torch.cat([first.to(states.dtype), states], 1)
 
     def enter(self, i: int, hidden: Tensor) -> Tensor:
-        """`hidden` [B, T, H] with its first positions replaced."""
+        """Return `hidden` [B, T, H] with its first positions replaced."""
         prefix = self.block_input(i).to(hidden.dtype)
         return torch.cat([prefix, hidden[:, prefix.shape[1] :]], 1)
 
 
+States = dict[int, Tensor] | RecordedStates
+"""{encoder state number: [B, n, H_encoder]}; or what the decoder recorded of a text that it read itself."""
+
+
+def any_state(states: States) -> Tensor:
+    """Return one of the states, [B, n, H], for its shape and device."""
+    return next(iter(states.values() if isinstance(states, dict) else states.states.values()))
+
+
+class PrefixMaker(Protocol):
+    """One of the two ways in which encoder states become a prefix of the decoder: states in, cache out.
+
+    Attributes:
+        sink_positions: positions that stand in the decoder's cache before all others.
+        rotated: whether a context's keys are rotated to their positions.
+    """
+
+    sink_positions: int
+    rotated: bool
+
+    def append(self, cache: Cache, states: States, mask: Tensor | None, order: Tensor) -> None:
+        """Append prefix positions to a cache.
+
+        Args:
+            cache: layers of [B, KV heads, past, head dim].
+            states: of the n positions to append.
+            mask: [B, past + n], which positions are real (None: all).
+            order: [B or 1, n], numbers of the new positions.
+        """
+        ...
+
+    def training_inputs(self, states: dict[int, Tensor]) -> tuple[BlockHook, Tensor]:
+        """Return what changes the inputs of the decoder's blocks in a training pass, and the input of the first one.
+
+        The latter is [B, sink_positions + n, H].
+        """
+        ...
+
+
+Chunks = Iterable[tuple[States, Tensor | None]]
+"""States of prefix positions, a batch at a time, and which of them are real, [B, m] (None: all)."""
+
+
+def prefix_pass(maker: PrefixMaker, cache: Cache, mask: Tensor | None, chunks: Chunks) -> Tensor | None:
+    """Append prefix positions to a cache, chunk by chunk.
+
+    Args:
+        maker: of this kind of prefix.
+        cache: layers of [B, KV heads, past, head dim].
+        mask: [B, past], which of its entries are real (None: all).
+        chunks: states of the positions to append.
+
+    Returns:
+        The mask [B, n] of all entries (None: no gaps).
+    """
+    for states, valid in chunks:
+        like = any_state(states)
+        full, order = mask_and_order(cache.get_seq_length(), mask, like.shape[1], valid, like)
+        maker.append(cache, states, full, order)
+        mask = None if full is None else full.bool()
+        del states, valid, like  # before the next batch is read
+    return mask
+
+
+class ResidualPrefix:
+    """The paper's prefix (section 3): a pass of the decoder, with the projected states added to its residual stream.
+
+    Args:
+        body: the decoder's base model, prepared by :func:`rcc.model.decoder.accept_prefix`.
+        projections: P_0, P_1, …
+    """
+
+    sink_positions = 0
+    rotated = True
+
+    def __init__(self, body: PreTrainedModel, projections: Projections):
+        self.body, self.projections = body, projections
+
+    def append(self, cache: Cache, states: States, mask: Tensor | None, order: Tensor) -> None:
+        """Append prefix positions to a cache by a pass through the decoder; see :class:`PrefixMaker`."""
+        assert isinstance(states, dict)
+        residuals = Residuals(self.projections, states)
+        self.body(
+            inputs_embeds=residuals.inputs(),
+            attention_mask=mask,
+            position_ids=order,
+            **{backbones.CACHE: cache},
+            use_cache=True,
+            **hook_arguments(residuals),
+        )
+
+    def training_inputs(self, states: dict[int, Tensor]) -> tuple[BlockHook, Tensor]:
+        """Return the residuals, and the first block's input [B, n, H]."""
+        residuals = Residuals(self.projections, states)
+        return residuals, residuals.inputs()
+
+
+class DirectPrefix:
+    """Keys, before rotation, and values made of the projected states, without a pass through the decoder.
+
+    Args:
+        body: the decoder's base model, prepared by :func:`rcc.model.decoder.accept_prefix`.
+        projections: P_0, P_1, …
+        sink: [L, H].
+    """
+
+    sink_positions = 1
+    rotated = False
+
+    def __init__(self, body: PreTrainedModel, projections: Projections, sink: Tensor):
+        self.body, self.projections, self.sink = body, projections, sink
+
+    def append(self, cache: Cache, states: States, mask: Tensor | None, order: Tensor) -> None:
+        """Append prefix positions to a cache; see :class:`PrefixMaker`."""
+        inputs: BlockInputs = ProjectedStates(self.projections, states) if isinstance(states, dict) else states
+        store(self.body, inputs, cache)
+
+    def training_inputs(self, states: dict[int, Tensor]) -> tuple[BlockHook, Tensor]:
+        """Return the sink and the states, and the first block's input [B, 1 + n, H]."""
+        prefix = SinkAndStates(self.sink, ProjectedStates(self.projections, states), len(any_state(states)))
+        return prefix, prefix.block_input(0)
+
+
+# ---------------------------------------------------------------- keys and values of a direct prefix
 class _Stored(Exception):
     """A block has handed over its keys and values: the rest of it need not run."""
 
@@ -128,7 +257,7 @@ def store(body: PreTrainedModel, inputs: BlockInputs, cache: Cache) -> None:
 
 
 def rotate(keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Keys [B, KV heads, n, head dim] at their positions; cos and sin are [B or 1, n, rotary dimensions].
+    """Rotate keys [B, KV heads, n, head dim] to their positions; cos and sin are [B or 1, n, rotary dimensions].
 
     Computed in the order and precision of transformers' models, so that the same keys have the same bits.
     """
@@ -139,52 +268,65 @@ def rotate(keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([turned, rest], -1) if rest.shape[-1] else turned
 
 
+@torch.no_grad()
+def new_sink(body: PreTrainedModel, token: int | None) -> Tensor:
+    """Return what enters each of the decoder's blocks at the first token of a text, [L, H]: attention rests there."""
+    if body.device.type == "meta":  # a plan: shapes alone, and transformers' masks look at values
+        return torch.empty(len(backbones.blocks(body)), body.config.hidden_size, dtype=body.dtype, device=body.device)
+    recorded = RecordedStates()
+    ids = torch.tensor([[token]], device=body.device)
+    body(input_ids=ids, use_cache=False, **hook_arguments(recorded))
+    return torch.cat([recorded.states[i][0] for i in range(len(recorded.states))]).clone()
+
+
 def sink_layers(body: PreTrainedModel, sink: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Keys, before rotation, and values of the sink in each layer, [1, KV heads, 1, head dim].
+    """Return keys, before rotation, and values of the sink in each layer, [1, KV heads, 1, head dim].
 
     Args:
         body: the decoder's base model.
         sink: [L, H].
     """
     cache = Cache(layers=[DynamicLayer() for _ in sink])
-    store(body, DirectPrefix(sink.to(body.dtype), None, 1), cache)
+    store(body, SinkAndStates(sink.to(body.dtype), None, 1), cache)
     return [(layer.keys, layer.values) for layer in cache.layers]
 
 
-def place(
-    body: PreTrainedModel, sink: Tensor, context: CompressedContext, mask: Tensor | None, spare: int
-) -> list[tuple[Tensor, Tensor]]:
-    """The decoder's cache of a context: the sink, then keys rotated to their positions, and values.
+@torch.no_grad()
+def as_cache(body: PreTrainedModel, sink: Tensor, context: CompressedContext) -> CompressedContext:
+    """Return a context of a direct prefix as the decoder's cache: the sink, then rotated keys, and values.
+
+    The result is kept with the context, so that further questions have it.
 
     Args:
         body: the decoder's base model.
         sink: [L, H].
         context: with keys before rotation, on the decoder's device and in its precision.
-        mask: [B, 1 + n], which positions are real, the sink's first; None: all.
-        spare: positions to leave free at the end.
-
-    Returns:
-        For each layer keys and values, [B, KV heads, 1 + n + spare, head dim].
     """
+    if context.repeats is not None:
+        return as_cache(body, sink, context.repeats).expand(context.batch_size)
+    if context.decoder_cache is not None:
+        return context.decoder_cache
     n = 1 + len(context)
-    order = torch.arange(n, device=body.device)[None] if mask is None else (mask.cumsum(1) - 1).clamp(min=0)
+    mask = None if context.mask is None else torch.nn.functional.pad(context.mask, (1, 0), value=True)
+    order = torch.arange(n, device=body.device)[None] if mask is None else count_real(mask)
     firsts, layers = sink_layers(body, sink), []
     for i, (cos, sin) in enumerate(backbones.rotary(body, order)):
-        placed = []
+        blocks = []
         for entries, first in zip(context.layer(i), firsts[i], strict=True):
-            new = entries.new_empty(*entries.shape[:2], n + spare, entries.shape[-1])
-            new[:, :, :1], new[:, :, 1:n] = first, entries
-            placed.append(new)
-        placed[0][:, :, :n] = rotate(placed[0][:, :, :n], cos, sin)
-        layers.append((placed[0], placed[1]))
+            block = entries.new_empty(*entries.shape[:2], n + SPARE, entries.shape[-1])
+            block[:, :, :1], block[:, :, 1:n] = first, entries
+            blocks.append(block)
+        blocks[0][:, :, :n] = rotate(blocks[0][:, :, :n], cos, sin)
+        layers.append((blocks[0], blocks[1]))
         context.blocks.release()
-    return layers
+    return context.keep_decoder_cache(KVBlocks(layers, n, writable=True), n, mask)
 
 
-def read_exactly(
+# ---------------------------------------------------------------- texts that the decoder reads itself, at rate 1
+def read_with_decoder(
     body: PreTrainedModel, sink: Tensor, rows: list[Tensor], step: int
 ) -> Iterator[tuple[RecordedStates, Tensor | None, int]]:
-    """What enters a decoder's blocks at each token of texts that it reads itself, after the sink.
+    """Yield what enters a decoder's blocks at each token of texts that it reads itself, after the sink.
 
     Args:
         body: the decoder's base model.
@@ -197,10 +339,10 @@ def read_exactly(
         have been read so far.
     """
     lengths = torch.tensor([len(row) for row in rows], device=body.device)
-    ids = pad_sequence(rows, batch_first=True)  # padding stands after each text, so no token of it sees any
+    ids = pad_sequence(rows, batch_first=True)  # padding follows each text, so no token of it sees any
     width = max(1, step // len(rows))
     tables = backbones.rotary(body, torch.zeros(1, 1, dtype=torch.long, device=body.device))
-    cache = Cache(layers=[BlockLayer(1 + ids.shape[1]) for _ in sink])
+    cache = new_cache(len(sink), 1 + ids.shape[1])
     for layer, (keys, values), (cos, sin) in zip(cache.layers, sink_layers(body, sink), tables, strict=True):
         layer.update(rotate(keys, cos, sin).expand(len(rows), -1, -1, -1), values.expand(len(rows), -1, -1, -1))
     for start in range(0, ids.shape[1], width):
@@ -211,7 +353,27 @@ def read_exactly(
             position_ids=order,
             **{backbones.CACHE: cache},
             use_cache=True,
-            **prefix_arguments(recorded),
+            **hook_arguments(recorded),
         )
         real = lengths[:, None] >= order
         yield recorded, None if bool(real.all()) else real, int(lengths.clamp(max=start + part.shape[1]).sum())
+
+
+def text_inputs(sink: Tensor, texts: Tensor, lengths: list[int]) -> tuple[BlockHook, Tensor, Tensor | None]:
+    """Return what a training pass has before the prompts where the decoder reads the texts itself.
+
+    Args:
+        sink: [L, H].
+        texts: [B, T, H] embeddings of the texts, padded on the right.
+        lengths: tokens of each.
+
+    Returns:
+        What changes the inputs of the blocks, the first one's input [B, 1 + T, H], and which of it are real,
+        [B, 1 + T] (None: all).
+    """
+    hook = SinkAndStates(sink, None, len(texts))
+    inputs = torch.cat([hook.block_input(0).to(texts.dtype), texts], 1)
+    if min(lengths) == texts.shape[1]:
+        return hook, inputs, None
+    ends = torch.tensor(lengths, device=texts.device)[:, None]
+    return hook, inputs, torch.arange(inputs.shape[1], device=texts.device) <= ends

@@ -9,8 +9,8 @@ from functools import partial
 import torch
 from torch import nn
 
-from ..model import backbones
-from ..model import encoder as encoding
+from ..model import backbones, training_pass
+from ..model.encoder import Additions, read_segments
 from ..model.freezing import freeze
 from .blueprint import Blueprint
 from .live import LiveBytes
@@ -116,18 +116,18 @@ def _run(blueprint: Blueprint, batch: Batch, frozen: Collection[str], recompute:
         prompt = torch.zeros(batch.rows, batch.target, dtype=torch.long)
         if exactly:
             texts = [torch.zeros(batch.tokens, dtype=torch.long)] * batch.rows
-            out = model._read_to_train(texts, prompt, None, prompt, None)
+            out = training_pass.read_and_decode(model, texts, training_pass.TrainingBatch(prompt, labels=prompt))
         else:
             if learning and not scans:
                 ids = [torch.zeros(length, dtype=torch.long)] * segments
                 sink = blueprint.config.sink_token
-                read, _ = encoding._read(model.encoder, ids, batch.rate, wanted, model.memory, sink=sink)
+                read, _ = read_segments(model.encoder, ids, batch.rate, wanted, Additions(model.memory, sink=sink))
                 states = {k: h.reshape(shape) for k, h in read.items()}
                 del read
             else:
                 states = {k: torch.empty(shape, dtype=blueprint.dtype, requires_grad=learning) for k in wanted}
             state = next(iter(states.values())).nbytes
-            out = model._decode_to_train(states, None, prompt, None, prompt, None)
+            out = training_pass.decode_states(model, states, None, training_pass.TrainingBatch(prompt, labels=prompt))
     after = live.now
     with live:
         torch.autograd.grad(out.loss, out.logits)  # logits are in memory most often on the way back

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache
 
 from ..config import RCCConfig
-from ..context.context import BlockLayer
+from ..context.cache import new_cache
 from ..errors import ModelError, RCCError, brief
 from ..model import backbones
+from ..model.prefix import prefix_pass
 from ..model.projection import layer_map
 from ..model.rcc import RCCForCausalLM
 
@@ -103,9 +103,9 @@ class Blueprint:
 @torch.no_grad()
 def position_bytes(model: RCCForCausalLM) -> int:
     """Return the bytes of a position in the decoder's KV cache: what `compress` allocates, in the model's dtype."""
-    cache = Cache(layers=[BlockLayer(1) for _ in backbones.blocks(model.decoder.base_model)])
+    cache = new_cache(len(backbones.blocks(model.decoder.base_model)), 1)
     one = torch.empty(1, 1, model.encoder.config.hidden_size, dtype=model.dtype, device=model.device)
-    model._prefix_pass(cache, None, [(dict.fromkeys(model.projections.states, one), None)])
+    prefix_pass(model.prefix_maker, cache, None, [(dict.fromkeys(model.projections.states, one), None)])
     return sum(tensor.nbytes for layer in cache.layers for tensor in layer.block)
 
 

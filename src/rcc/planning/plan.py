@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 
 from ..config import RCCConfig
 from ..model import backbones
-from ..model import encoder as encoding
 from ..model.freezing import freeze
 from ..model.rcc import RCCForCausalLM
+from ..model.segments import positions as positions_of
 from . import shapes
 from .activations import Batch, activations
 from .blueprint import Blueprint, learning_bytes, position_bytes, stored_bytes
@@ -120,7 +120,7 @@ def _reading(model: RCCForCausalLM, rate: int | None, position: int, weights: in
     """Return the longest text at a rate, and the memory that texts take; rate None: of plain text, read by the base."""
     texts = []
     for tokens in TEXTS:
-        positions = encoding.positions(tokens, rate or 1, model.config)
+        positions = positions_of(tokens, rate or 1, model.config)
         kv, fits = positions * position, positions <= model.room()
         texts.append({"tokens": tokens, "positions": positions, "kv_bytes": kv, "bytes": weights + kv, "fits": fits})
     return {"rate": rate, "longest_text": model.room() * (rate or 1), "weights_bytes": weights, "texts": texts}
@@ -131,7 +131,7 @@ def _training(name: str, blueprint: Blueprint, model: RCCForCausalLM, tokens: in
     config = blueprint.config
     freeze(model, frozen, blueprint.dtype)
     tokens = max(tokens, config.segment_length)
-    fitting = (r for r in sorted(config.rates) if encoding.positions(tokens, r, config) + TARGET <= model.window)
+    fitting = (r for r in sorted(config.rates) if positions_of(tokens, r, config) + TARGET <= model.window)
     batch = Batch(1, tokens, next(fitting, max(config.rates)), TARGET)
     memory = activations(blueprint, batch, frozen)
     return {

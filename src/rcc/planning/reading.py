@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from ..context.context import SPARE, BlockLayer
+from ..context.cache import SPARE, new_cache
 from ..model import backbones
-from ..model import encoder as encoding
+from ..model.encoder import Additions, read_segments
+from ..model.prefix import prefix_pass
+from ..model.segments import positions as positions_of
 from .blueprint import Blueprint
 from .live import LiveBytes
 
@@ -36,7 +38,7 @@ class Reading:
         """Return the bytes that `compress` holds at most beside the weights: the KV cache with spare room, a batch."""
         config, model = self.blueprint.config, self.model
         length = min(tokens, config.segment_length)
-        each, n = encoding.positions(length, rate, config), encoding.positions(tokens, rate, config)
+        each, n = positions_of(length, rate, config), positions_of(tokens, rate, config)
         new = min(n, each * max(1, batch_tokens // config.segment_length))
         cache = self._cache(n + SPARE)
         scans = model.encoder.config.model_type in backbones.STATE_SPACE
@@ -50,15 +52,14 @@ class Reading:
                     states = {k: torch.empty(1, batch, width, dtype=model.dtype) for k in model.projections.states}
                 else:
                     ids = [torch.zeros(length, dtype=torch.long)] * segments
-                    read, _ = encoding._read(
-                        model.encoder, ids, rate, model.projections.states, model.memory, sink=config.sink_token
-                    )
+                    additions = Additions(model.memory, sink=config.sink_token)
+                    read, _ = read_segments(model.encoder, ids, rate, model.projections.states, additions)
                     states = {k: h.reshape(1, -1, width)[:, :batch] for k, h in read.items()}
                 yield states, None
                 del states
 
         with self.live:
-            model._prefix_pass(cache, None, chunks())
+            prefix_pass(model.prefix_maker, cache, None, chunks())
         return self.live.peak
 
     @torch.no_grad()
@@ -78,7 +79,7 @@ class Reading:
 
     def _cache(self, capacity: int) -> Cache:
         self.live.peak = self.live.now
-        return Cache(layers=[BlockLayer(capacity) for _ in backbones.blocks(self.base.base_model)])
+        return new_cache(len(backbones.blocks(self.base.base_model)), capacity)
 
     @staticmethod
     def _ends(cache: Cache, new: int, n: int) -> Iterator[int]:

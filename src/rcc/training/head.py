@@ -62,7 +62,7 @@ class _ChunkedLoss(torch.autograd.Function):
 
 
 class FrozenHead:
-    """What a model in training computes its losses with (:class:`rcc.model.rcc.LossHead`).
+    """What a model in training computes its losses with (:class:`rcc.model.losses.LossHead`).
 
     Not a module: it has no state of its own, and is neither saved nor sharded nor handed out to processes.
 

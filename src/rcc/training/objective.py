@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .. import checkpoints
 from ..errors import ModelError
 from ..model.rcc import RCCForCausalLM
+from ..model.training_pass import TrainingBatch, likeliest, training_pass
 from .stage import Distillation
 
 
@@ -49,7 +50,7 @@ class Objective(nn.Module):
             training the likeliest `tokens` [B, U].
         """
         with torch.autocast(input_ids.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            out = self.model(
+            batch = TrainingBatch(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 labels=labels,
@@ -59,6 +60,7 @@ class Objective(nn.Module):
                 rate=rate,
                 predicted=predicted,
             )
+            out = training_pass(self.model, batch)
             loss = out.loss
             if teacher_ids is not None and self.distillation is not None:
                 with torch.no_grad():
@@ -75,7 +77,7 @@ class Objective(nn.Module):
                 real = nn.functional.pad(labels, (0, 1), value=-100)[:, logits_to_keep + 1] != -100
                 distance = divergence(out.logits[real], wanted[real], self.distillation)
                 loss = (1 - self.distillation.weight) * loss + self.distillation.weight * distance
-        return {"loss": loss, "logits": out.logits, "tokens": None if self.training else self.model.likeliest(out)}
+        return {"loss": loss, "logits": out.logits, "tokens": None if self.training else likeliest(self.model, out)}
 
 
 def divergence(student: Tensor, teacher: Tensor, settings: Distillation) -> Tensor:

@@ -13,7 +13,8 @@ from .. import checkpoints
 from ..errors import InputError, ModelError
 from ..model import backbones
 from ..model.freezing import freeze
-from ..model.rcc import RCCForCausalLM, token_loss
+from ..model.losses import token_loss
+from ..model.rcc import RCCForCausalLM
 from ..runtime.precision import computing
 from .head import FrozenHead, chunk_loss
 from .recipe import Recipe

@@ -22,8 +22,10 @@ from transformers import PreTrainedTokenizerBase
 
 from ...data.haystack import POSITIONS, VARIANTS, Text, is_right, make_text, prose_sentences
 from ...errors import InputError, WindowError
-from ...model import encoder
-from ...model.rcc import BATCH_TOKENS, Progress, RCCForCausalLM
+from ...model import segments as segmenting
+from ...model.compressor import ReadProgress
+from ...model.encoder import BATCH_TOKENS, remembering
+from ...model.rcc import RCCForCausalLM
 from ...runtime import memory
 from ...text.counts import show_count
 from ...text.tokens import token_ids
@@ -53,7 +55,7 @@ def passkey(
     batch_tokens: int | None = None,
     limit: int | None = None,
     folder: Path | None = None,
-    progress: Progress | None = None,
+    progress: ReadProgress | None = None,
 ) -> Results:
     """Ask for keys hidden in long texts; a cell whose prefix does not fit the decoder's window says so.
 
@@ -110,7 +112,7 @@ def passkey(
     results = Results("passkey", settings, folder)
     counts = {"whole": min(keys, limit or keys), "replaced": min(controls, limit or controls)}
     cases = run.cases(rates, sorted(lengths), variants, positions, counts)
-    with encoder.remembering():
+    with remembering():
         results.collect(cases, run.done)
     results.notes += _notes(results, model)
     return results
@@ -123,7 +125,7 @@ class _Run:
     prose: Sequence[np.ndarray]
     seed: int
     batch_tokens: int | None
-    progress: Progress | None
+    progress: ReadProgress | None
     ends: Sequence[int] = (0,)
     """Tokens up to the end of each case, the first of them before any."""
 
@@ -132,7 +134,7 @@ class _Run:
 
     def segments(self, text: Text) -> tuple[torch.Tensor, ...]:
         """The positions of the tokens of each segment that the model cuts a text into."""
-        return encoder.segments(torch.arange(len(text.ids)), self.model.config)
+        return segmenting.split(torch.arange(len(text.ids)), self.model.config)
 
     def text(self, key: Any) -> Text:
         return make_text(
@@ -173,7 +175,7 @@ class _Run:
             self.progress(before + done, self.ends[-1])
 
     def check_window(self, length: int, rate: int, rest: int) -> None:
-        positions = encoder.positions(length, rate, self.model.config)
+        positions = segmenting.positions(length, rate, self.model.config)
         if positions + rest > self.model.window:
             raise Skipped(
                 f"{show_count(length)} tokens at {rate}× take {positions:,} positions, with the question and the answer"
@@ -208,7 +210,7 @@ class _Run:
             "text": {
                 "tokens": len(ids),
                 "key_at": list(text.key_at),
-                "segments": len(encoder.segments(torch.from_numpy(ids), model.config)),
+                "segments": len(segmenting.split(torch.from_numpy(ids), model.config)),
                 "positions": len(context),
             },
             "segments_read": sum(segments),

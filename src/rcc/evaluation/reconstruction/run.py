@@ -16,11 +16,10 @@ from torch import Tensor
 
 from ... import engine
 from ...config import RCCConfig
-from ...context import joining
 from ...context.context import CompressedContext
+from ...context.vectors import CompressedVectors
 from ...errors import InputError
-from ...model import encoder as encoding
-from ...model.encoder import CompressedVectors
+from ...model import segments
 from ...model.rcc import RCCForCausalLM
 from .. import metrics
 from ..example import EXAMPLE, example_text
@@ -310,7 +309,7 @@ class Reconstruction:
         """Why a control cannot be made, or a context not be read at this length and rate."""
         held = length if kind == "plain-text" else 0
         if rate is not None:
-            held = encoding.positions(length, rate, self.model.config)
+            held = segments.positions(length, rate, self.model.config)
         tokens = max(end - start for start, end in self.protocol.spans(length))
         if held + tokens > self.model.window:
             return (
@@ -343,7 +342,7 @@ class Reconstruction:
         if kind != "shuffled":
             return context
         order = another_order(len(context), self.protocol.seed)
-        return joining.positions(context, order) if vectors is None else reordered(self.model, vectors, order)
+        return context.take(order) if vectors is None else reordered(self.model, vectors, order)
 
     def _measure(
         self, length: int, number: int, rate: int | None, kinds: list[str]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ...config import RCCConfig
-from ...model import encoder as encoding
+from ...model import segments
 from .. import plots, results
 from ..results import Interval, Results
 from .run import BY, CONTROLS, PROMPT, REAL
@@ -27,7 +27,7 @@ def by_place(rows: Sequence[dict[str, Any]], length: int, rate: int, config: RCC
     Args:
         rows: samples, of any lengths, rates and contexts.
     """
-    lead, segment = encoding.lead(length, config), config.segment_length
+    lead, segment = segments.padding_before(length, config), config.segment_length
     places, right, groups = [], [], []
     for row in rows:
         key = row["key"]

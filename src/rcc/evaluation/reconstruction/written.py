@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ...answers import Reconstruction
 from ...context.context import CompressedContext
 from ...engine import Engine
-from ...model.encoder import piece_of
+from ...model.segments import piece_of
 from ...text.tokens import token_ids
 from .run import PROMPT as PROMPT_TOKENS
 from .run import Recovery, teacher_forced

@@ -24,7 +24,8 @@ from transformers.utils import logging as quiet
 
 from ... import checkpoints
 from ...config import RCCConfig
-from ...context.context import BlockLayer, CompressedContext
+from ...context.cache import BlockLayer
+from ...context.context import CompressedContext
 from ...errors import RCCError
 from ...model import backbones
 from ...model.rcc import RCCForCausalLM
@@ -68,7 +69,8 @@ class Job:
             model = RCCForCausalLM.from_pretrained(self.model, device=self.device, dtype=self.dtype)
         else:
             model = self.model.build(self.device)
-            model._record("random")  # hashing them all would take long, and the seed is the same in every process
+            # hashing all the weights would take long, and the seed is the same in every process
+            model.record_fingerprint("random")
         return _read_in(model)
 
     def load_base(self) -> PreTrainedModel:

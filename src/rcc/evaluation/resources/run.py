@@ -22,10 +22,11 @@ from transformers import PreTrainedConfig
 
 from ... import checkpoints
 from ...config import RCCConfig
-from ...context.context import SPARE
+from ...context.cache import SPARE
 from ...errors import InputError, WindowError
-from ...model import backbones, encoder
-from ...model.rcc import BATCH_TOKENS, RCCForCausalLM, batch_tokens_on
+from ...model import backbones, segments
+from ...model.encoder import BATCH_TOKENS, batch_tokens_on
+from ...model.rcc import RCCForCausalLM
 from ...planning import blueprint as planning
 from ...planning import shapes
 from ...planning.reading import Reading
@@ -78,7 +79,7 @@ class Subject:
         return planning.position_bytes(self.model)
 
     def positions(self, tokens: int, rate: int) -> int:
-        return encoder.positions(tokens, rate, self.blueprint.config)
+        return segments.positions(tokens, rate, self.blueprint.config)
 
     @property
     def is_the_papers(self) -> bool:
@@ -173,7 +174,7 @@ def resources(
         question_tokens: behind which the first token is written.
         plain: also the same base reading the text as it is, in batches of `batch_tokens`.
         dtype: of a trained model; None: as it is stored.
-        batch_tokens: that are read at once. None: :func:`rcc.model.rcc.batch_tokens_on` the device.
+        batch_tokens: that are read at once. None: :func:`rcc.model.encoder.batch_tokens_on` the device.
         text: [T] token ids, repeated if need be. None: random ids.
         limit: lengths at most, the shortest ones.
         folder: where results are kept, and are gone on with. None: nowhere.
@@ -206,7 +207,7 @@ def resources(
         "question_tokens": question_tokens,
         "plain": plain,
         "batch_tokens": batch,
-        "text": "random token ids" if text is None else encoder.piece_of(torch.tensor(text), 1, RCCConfig()).sha256,
+        "text": "random token ids" if text is None else segments.piece_of(torch.tensor(text), 1, RCCConfig()).sha256,
         "paper": subject.is_the_papers,
     }
     results = Results("resources", settings, folder)

@@ -1,0 +1,178 @@
+"""The KV cache that a context lives in: blocks with spare room, shared by the contexts that grew from one another."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+SPARE = 512
+"""Positions kept free after a prefix, for a question and its answer."""
+
+
+class BlockLayer(DynamicLayer):
+    """One layer of a KV cache that writes into spare capacity instead of concatenating.
+
+    `DynamicLayer` would copy the whole prefix for every token; this one copies it only when the block is full.
+    """
+
+    def __init__(self, capacity: int, keys: Tensor | None = None, values: Tensor | None = None, length: int = 0):
+        super().__init__()
+        self.capacity, self.length = capacity, length
+        if keys is not None and values is not None:
+            self._hold(keys, values)
+
+    def _hold(self, keys: Tensor, values: Tensor) -> None:
+        self.block = (keys, values)  # [B, KV heads, capacity, head dim] each
+        self.capacity = keys.shape[-2]
+        self.dtype, self.device = keys.dtype, keys.device
+        self.is_initialized = True
+        self._show()
+
+    def _show(self) -> None:
+        self.keys, self.values = (b[:, :, : self.length] for b in self.block)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append keys and values, [B, KV heads, T, head dim] each, and return all of them so far."""
+        end = self.length + key_states.shape[-2]
+        if not self.is_initialized or end > self.capacity:
+            size = max(self.capacity, end + (SPARE if self.length else 0))
+            grown = [k.new_empty(*k.shape[:2], size, k.shape[-1]) for k in (key_states, value_states)]
+            if self.length:
+                for new, old in zip(grown, (self.keys, self.values), strict=True):
+                    new[:, :, : self.length] = old
+            self._hold(*grown)
+        for block, new in zip(self.block, (key_states, value_states), strict=True):
+            block[:, :, self.length : end] = new
+        self.length = end
+        self._show()
+        return self.keys, self.values
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> None:
+        if self.is_initialized:
+            self._hold(*map(change, self.block))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorder the batch for beam search, spare capacity included."""
+        self._map(lambda block: block.index_select(0, beam_idx.to(block.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row, spare capacity included."""
+        self._map(lambda block: block.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep only the rows of these indices."""
+        self._map(lambda block: block[indices, ...])
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last -`tokens_to_remove` positions; their memory becomes spare."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes the negative number of positions to remove, not {tokens_to_remove}.")
+        if self.is_initialized:
+            self.length = max(0, self.length + tokens_to_remove)
+            self._show()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.length = 0
+        self.is_initialized = False
+
+
+def new_cache(layers: int, capacity: int) -> Cache:
+    """Return an empty cache with room for `capacity` positions in each layer."""
+    return Cache(layers=[BlockLayer(capacity) for _ in range(layers)])
+
+
+class KVBlocks:
+    """Keys and values of every layer, shared by the contexts that grew from one another.
+
+    Args:
+        layers: keys and values, [B, KV heads, capacity, head dim] each.
+        used: positions that a context calls its own; what comes after them is free.
+        writable: whether what is free may be written to: not in a mapped file, nor in rows that share memory.
+        release: lets go of the memory of what is mapped from a file.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[tuple[Tensor, Tensor]],
+        used: int,
+        writable: bool,
+        release: Callable[[], None] | None = None,
+    ):
+        self.layers, self.used, self.writable, self._release = layers, used, writable, release
+        self.lock = threading.Lock()
+
+    @classmethod
+    def of(cls, cache: Cache) -> KVBlocks:
+        """Return the blocks of a cache of :class:`BlockLayer`, which go on belonging to it."""
+        return cls([layer.block for layer in cache.layers], cache.get_seq_length(), writable=True)
+
+    def release(self) -> None:
+        """Let go of the memory of what is mapped from a file, until it is used again."""
+        if self._release is not None:
+            self._release()
+
+    def with_layers(self, layers: Sequence[tuple[Tensor, Tensor]], length: int) -> KVBlocks:
+        """Return blocks of views of these, not to be written to."""
+        return KVBlocks(layers, length, False, self._release)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy is made of: the tensors; not the lock, nor a file's mapping."""
+        return {"layers": self.layers, "used": self.used}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["layers"], state["used"], writable=True)  # type: ignore[misc]
+
+    @property
+    def capacity(self) -> int:
+        """Positions that there is memory for."""
+        return self.layers[0][0].shape[-2]
+
+    def copies(
+        self, length: int, extra: int, device: Any = None, dtype: torch.dtype | None = None
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Copy the first positions of all layers, with room for more.
+
+        Of what is mapped from a file, no more than one layer is in memory beside its copy.
+
+        Args:
+            length: positions to copy.
+            extra: more positions to have capacity for.
+            device, dtype: of the copies; None: as these.
+        """
+
+        def copy(block: Tensor) -> Tensor:
+            like: dict[str, Any] = {"device": device or block.device, "dtype": dtype or block.dtype}
+            new = torch.empty(*block.shape[:2], length + extra, block.shape[-1], **like)
+            new[:, :, :length] = block[:, :, :length]
+            return new
+
+        layers = []
+        for keys, values in self.layers:
+            layers.append((copy(keys), copy(values)))
+            self.release()
+        return layers
+
+    @contextlib.contextmanager
+    def borrow(self, length: int, extra: int, spare: int) -> Iterator[Cache]:
+        """Yield a cache of the first `length` positions with room for `extra` more; see `CompressedContext.borrow`."""
+        free = length + extra <= self.capacity and self.writable
+        if free and self.used == length and self.lock.acquire(blocking=False):
+            try:
+                # an append may have finished between the check and the lock
+                yield self.cache(length) if self.used == length else self.cache(length, extra + spare)
+            finally:
+                self.lock.release()
+        else:
+            yield self.cache(length, extra + spare)
+
+    def cache(self, length: int, extra: int | None = None) -> Cache:
+        """Return a cache of the first `length` positions: in these blocks, or in a copy with room for `extra` more."""
+        layers = self.layers if extra is None else self.copies(length, extra)
+        return Cache(layers=[BlockLayer(0, keys, values, length) for keys, values in layers])
