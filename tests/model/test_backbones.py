@@ -1,5 +1,5 @@
 """Families: what is refused, sliding layers, tied weights, and what is Mamba's own. That each family works, as decoder
-and as encoder, is shown by the tests of tests/test_equality.py that run on conftest.SIDES."""
+and as encoder, is shown by the tests of tests/model/ that run on conftest.SIDES."""
 
 from __future__ import annotations
 

@@ -188,7 +188,7 @@ class CompressedContext:
         Raises:
             InputError: it holds several texts. ContextError: its segments depend on one another.
         """
-        self._check_independent("cut")
+        _check_independent(self, "cut")
         return joining.segments_of(self.pieces[0], self.segment_length)
 
     def select(self, segments: Sequence[int]) -> CompressedContext:
@@ -220,7 +220,7 @@ class CompressedContext:
         Raises:
             InputError: it holds several texts. ContextError: its positions depend on one another.
         """
-        self._check_independent("cut")
+        _check_independent(self, "cut")
         blocks = joining.take(self.blocks, self.length, index.to(self.device))
         return replace(self, blocks=blocks, length=len(index), mask=None)
 
@@ -236,25 +236,16 @@ class CompressedContext:
         if not contexts:
             raise InputError("contexts is empty: give at least one.")
         for context in contexts:
-            context._check_independent("joined")
-        cls.check_one_model(contexts, "joined")
+            _check_independent(context, "joined")
+        _check_one_model(contexts, "joined")
         first = contexts[0]
         blocks = joining.concatenate([(c.blocks, c.length) for c in contexts], first.device, first.dtype)
         pieces = tuple(piece for context in contexts for piece in context.pieces[0])
         return replace(first, blocks=blocks, length=blocks.used, pieces=(pieces,), mask=None)
 
-    def _check_independent(self, what: str) -> None:
-        if self.batch_size != 1:
-            raise InputError(f"the context holds {self.batch_size} texts: take one of them, context[i].")
-        if self.rotated:
-            raise ContextError(
-                f"a context of {self.model_name} cannot be {what}: its segments depend on one another. Use a model with"
-                ' prefix="direct", or compress the texts again.'
-            )
-
     # ---------------------------------------------------------------- other forms of it
     def expand(self, n: int) -> CompressedContext:
-        """The one text of this context n times over, for n questions in one batch; shares memory until it is used.
+        """Return the one text of this context n times over, for n questions in one batch; it shares memory.
 
         Raises:
             InputError: it holds more than one text.
@@ -271,7 +262,7 @@ class CompressedContext:
         return expanded
 
     def __getitem__(self, i: int) -> CompressedContext:
-        """Text i on its own, without the gaps that a batch gives it; copies it out where there are some."""
+        """Return text i on its own, without the gaps that a batch gives it; copies it out where there are some."""
         if not -self.batch_size <= i < self.batch_size:
             raise IndexError(i)
         i %= self.batch_size
@@ -286,7 +277,7 @@ class CompressedContext:
 
     @classmethod
     def stack(cls, contexts: Sequence[CompressedContext]) -> CompressedContext:
-        """Several contexts of the same model as one batch; gaps stand before the shorter ones.
+        """Return several contexts of one model as one batch; gaps stand before the shorter ones.
 
         Raises:
             InputError: there are none. ContextError: different models made them.
@@ -294,32 +285,15 @@ class CompressedContext:
         if not contexts:
             raise InputError("contexts is empty: give at least one.")
         first = contexts[0]
-        cls.check_one_model(contexts, "stacked")
+        _check_one_model(contexts, "stacked")
         length = max(map(len, contexts))
-
-        def fill(tensors: Sequence[Tensor]) -> Tensor:
-            rows = [torch.nn.functional.pad(t, (0, 0, length - t.shape[2], 0)) for t in tensors]
-            return torch.cat([row.to(first.device, first.dtype) for row in rows])
-
-        layers = []
-        for i in range(len(first.blocks.layers)):
-            keys, values = zip(*(c.layer(i) for c in contexts), strict=True)
-            layers.append((fill(keys), fill(values)))
+        blocks = joining.stack([(c.blocks, c.length) for c in contexts], length, first.device, first.dtype)
         masks = [
             torch.nn.functional.pad(c._mask().to(first.device), (length - len(c), 0), value=False) for c in contexts
         ]
         mask = torch.cat(masks)
         pieces = tuple(row for c in contexts for row in c.pieces)
-        blocks = KVBlocks(layers, length, writable=True)
         return replace(first, blocks=blocks, length=length, pieces=pieces, mask=None if bool(mask.all()) else mask)
-
-    @staticmethod
-    def check_one_model(contexts: Sequence[CompressedContext], what: str) -> None:
-        """Raise ContextError unless one model made all of them."""
-        names = {c.fingerprint: c.model_name for c in contexts}
-        if len(names) > 1:
-            made = " and ".join(f"{name} ({fingerprint[:12]})" for fingerprint, name in list(names.items())[:2])
-            raise ContextError(f"contexts of different models, {made}, cannot be {what}: use those of one model.")
 
     def _mask(self) -> Tensor:
         if self.mask is not None:
@@ -327,7 +301,7 @@ class CompressedContext:
         return torch.ones(self.batch_size, len(self), dtype=torch.bool, device=self.device)
 
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> CompressedContext:
-        """The same context elsewhere or in another precision; itself where nothing changes."""
+        """Return the same context on another device or in another precision; itself where nothing changes."""
         device = self.device if device is None else torch.device(device)
         dtype = dtype or self.dtype
         if (device, dtype) == (self.device, self.dtype):
@@ -404,3 +378,21 @@ class CompressedContext:
         if moved is context and verify == "full":
             moved = replace(context, blocks=KVBlocks(context.blocks.copies(length, SPARE), length, writable=True))
         return moved
+
+
+def _check_independent(context: CompressedContext, what: str) -> None:
+    if context.batch_size != 1:
+        raise InputError(f"the context holds {context.batch_size} texts: take one of them, context[i].")
+    if context.rotated:
+        raise ContextError(
+            f"a context of {context.model_name} cannot be {what}: its segments depend on one another. Use a model with"
+            ' prefix="direct", or compress the texts again.'
+        )
+
+
+def _check_one_model(contexts: Sequence[CompressedContext], what: str) -> None:
+    """Raise ContextError unless one model made all of them."""
+    names = {c.fingerprint: c.model_name for c in contexts}
+    if len(names) > 1:
+        made = " and ".join(f"{name} ({fingerprint[:12]})" for fingerprint, name in list(names.items())[:2])
+        raise ContextError(f"contexts of different models, {made}, cannot be {what}: use those of one model.")

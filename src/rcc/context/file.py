@@ -167,12 +167,12 @@ def read(path: Path, kind: str, verify: str) -> tuple[dict[str, Any], dict[str, 
     try:
         header = json.loads(text)
         metadata = header.pop("__metadata__")
-        version, found, manifest = int(metadata["version"]), metadata["format"], json.loads(metadata["rcc"])
+        version, kind_inside, manifest = int(metadata["version"]), metadata["format"], json.loads(metadata["rcc"])
         total = 8 + size + max((entry["data_offsets"][1] for entry in header.values()), default=0)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError):
         raise ContextError(f"{damaged} (its header cannot be read).") from None
-    if found != f"rcc-{kind}":
-        raise ContextError(f"{path} holds {found!r}, not an rcc {kind} file.")
+    if kind_inside != f"rcc-{kind}":
+        raise ContextError(f"{path} holds {kind_inside!r}, not an rcc {kind} file.")
     if version > VERSION:
         raise ContextError(f"{path} has format version {version}, this rcc reads up to {VERSION}: update rcc.")
     if not isinstance(manifest, dict):

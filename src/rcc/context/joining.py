@@ -1,8 +1,9 @@
-"""Contexts of a direct prefix as sums of independent segments: joined, cut and reordered, with nothing read again.
+"""Contexts of a direct prefix as sums of independent segments: joined, cut and reordered, with nothing read again; and
+contexts of any kind as a batch.
 
-Possible because such a context's keys are stored before their rotation and depend on no other segment. The result has
-the very bits of compressing the texts in that order. These functions work on what a context is made of, its pieces and
-its blocks; `CompressedContext` has them as methods.
+The former is possible because such a context's keys are stored before their rotation and depend on no other segment.
+The result has the very bits of compressing the texts in that order. These functions work on what a context is made of,
+its pieces and its blocks; `CompressedContext` has them as methods.
 """
 
 from __future__ import annotations
@@ -104,3 +105,24 @@ def concatenate(parts: Sequence[tuple[KVBlocks, int]], device: torch.device, dty
         for blocks, _ in parts:
             blocks.release()
     return KVBlocks(layers, sum(length for _, length in parts), writable=True)
+
+
+def stack(parts: Sequence[tuple[KVBlocks, int]], length: int, device: torch.device, dtype: torch.dtype) -> KVBlocks:
+    """Return blocks of several contexts as one batch, filled up with zeros on the left.
+
+    Args:
+        parts: blocks, and how many of their positions count.
+        length: positions of the result, no fewer than of any part.
+        device, dtype: of the result.
+    """
+
+    def fill(block: Tensor, own: int) -> Tensor:
+        return torch.nn.functional.pad(block[:, :, :own], (0, 0, length - own, 0)).to(device, dtype)
+
+    layers = []
+    for pairs in zip(*(blocks.layers for blocks, _ in parts), strict=True):
+        keys, values = (
+            torch.cat([fill(pair[k], own) for pair, (_, own) in zip(pairs, parts, strict=True)]) for k in (0, 1)
+        )
+        layers.append((keys, values))
+    return KVBlocks(layers, length, writable=True)

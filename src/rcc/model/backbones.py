@@ -1,7 +1,7 @@
 """The transformers families that work as encoder and decoder, and what rcc needs to know of each.
 
-A family is listed when the equality tests (`tests/test_equality.py`; of an encoder alone, `tests/test_backbones.py`)
-pass for it.
+A family is listed when the equality tests pass for it: those of `tests/model/` on `conftest.SIDES`, and of an encoder
+alone, `test_backbones.py`.
 """
 
 from __future__ import annotations

@@ -19,10 +19,10 @@ PARTS = {"projections": lambda name: name.startswith("projections."), "lora": la
 
 
 def pack(state: Mapping[str, Tensor], parts: Collection[str]) -> dict[str, Tensor]:
-    """A state with the matrices of some parts in 8 bits: whole numbers, and in one tensor the steps of all, bfloat16.
+    """Return a state with the matrices of these parts in 8 bits: whole numbers, and all their steps in one tensor.
 
-    A step belongs to a row, or to a column where there are fewer of these: so one belongs to each rank of LoRA. The
-    steps stand in the order of the matrices' names.
+    A step, in bfloat16, belongs to a row, or to a column where there are fewer of these: so one belongs to each rank of
+    LoRA. The steps stand in the order of the matrices' names.
 
     Raises:
         InputError: an unknown part.
@@ -43,7 +43,7 @@ def pack(state: Mapping[str, Tensor], parts: Collection[str]) -> dict[str, Tenso
 
 
 def unpack(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What :func:`pack` was given, to its precision.
+    """Return what :func:`pack` was given, to its precision.
 
     Raises:
         ModelError: there are other steps than the matrices need.
@@ -61,7 +61,7 @@ def unpack(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def is_packed(name: str) -> bool:
-    """Whether a tensor is one of those that :func:`pack` makes, whose precision is fixed."""
+    """Return whether a tensor is one of those that :func:`pack` makes, whose precision is fixed."""
     return name.endswith(_NUMBERS) or name == _STEPS
 
 
