@@ -21,12 +21,12 @@ import torch
 import rcc
 from learning import LENGTH, PART, SPLIT, make_base, passkey_words
 from rcc import InputError, RCCConfig, RCCForCausalLM, checkpoints
-from rcc.cli.console import parse_count, parse_counts, show_count
 from rcc.data.haystack import POSITIONS, VARIANTS, Text, is_right, make_text, prose_sentences
 from rcc.evaluation import results
 from rcc.evaluation.passkey import run as task
 from rcc.evaluation.results import Results
 from rcc.model import encoder
+from rcc.text.counts import parse_count, parse_counts, show_count
 from rcc.text.tokens import token_ids
 from rcc.training.tasks import FILLER, OPENING, QUESTION, passkey_ids
 
@@ -340,10 +340,10 @@ def test_going_on(able: tuple[RCCForCausalLM, Any], tmp_path: Path, monkeypatch:
 # ---------------------------------------------------------------- a long text
 MEASURE = """
 import json, sys
-from rcc import allocator
+from rcc.runtime import allocator
 allocator.configure()
 from rcc import RCCForCausalLM, load_tokenizer
-from rcc.evaluation.passkey import passkey
+from rcc.evaluation.passkey.run import passkey
 model = RCCForCausalLM.from_pretrained(sys.argv[1])
 prose = {"book": open(sys.argv[2], encoding="utf-8").read()}
 run = passkey(model, load_tokenizer(sys.argv[1]), [2**16, 2**18], keys=1, controls=0, positions=["middle"],
