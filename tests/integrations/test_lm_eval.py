@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 import rcc
 from conftest import make_backbone, randomise
 from rcc import InputError, RCCConfig, RCCForCausalLM, WindowError, engine
-from rcc.evaluation.plain import base_decoder
+from rcc.evaluation.uncompressed import base_decoder
 from rcc.text import prompting
 from rcc.text.tokens import token_ids
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rcc import RCCForCausalLM, checkpoints, load_tokenizer
-from rcc.evaluation.reconstruction.run import PROMPT, teacher_forced
+from rcc.evaluation.reconstruction.teacher_forcing import PROMPT, teacher_forced
 from rcc.runtime.precision import computing
 from rcc.text.tokens import token_ids
 

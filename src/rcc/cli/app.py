@@ -729,7 +729,7 @@ def _compare(
     show: bool,
 ) -> dict[str, Any]:
     """What was written, beside the text; and how much of the whole text the context gives back."""
-    from ..evaluation.reconstruction.run import PROMPT, teacher_forced
+    from ..evaluation.reconstruction.teacher_forcing import PROMPT, teacher_forced
     from ..model.encoder import piece_of
     from ..text.tokens import token_ids
 

@@ -318,7 +318,7 @@ def resources(runs: list[Run], samples: Samples) -> Iterator[Group]:
 
 def paper() -> Iterator[tuple[Look, Point]]:
     """The paper's own figures."""
-    from ..resources.run import PAPER, PAPER_RATE  # which needs torch, as nothing else here does
+    from ..resources.table import PAPER, PAPER_RATE  # which needs torch, as nothing else here does
 
     for reader, name in (("rcc", f"paper, RCC {PAPER_RATE}×"), ("plain", "paper, plain")):
         for length, mb in PAPER[reader].items():
