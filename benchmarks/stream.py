@@ -23,15 +23,16 @@ import time
 from pathlib import Path
 
 from rcc import load_tokenizer
-from rcc.cli.console import parse_counts, show_count
 from rcc.data.corpus import Source, open_text
 from rcc.runtime.memory import resident
+from rcc.text.counts import parse_counts, show_count
 
 LOAD = """
 import sys, time
-from rcc import allocator
+from rcc.runtime import allocator
 allocator.configure()
-from rcc import CompressedContext, RCCForCausalLM, load_tokenizer, prompting
+from rcc import CompressedContext, RCCForCausalLM, load_tokenizer
+from rcc.text.tokens import token_ids
 model = RCCForCausalLM.from_pretrained(sys.argv[1])
 for weight in model.parameters():
     weight.sum()

@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 from rcc import RCCForCausalLM
-from rcc.cli.console import parse_counts
+from rcc.text.counts import parse_counts
 
 
 def main() -> None:

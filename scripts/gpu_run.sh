@@ -34,7 +34,7 @@ import sys
 from concurrent.futures import ProcessPoolExecutor
 
 from rcc import checkpoints
-from rcc.training.data import open_questions, open_text
+from rcc.data.corpus import open_questions, open_text
 from rcc.training.recipe import Recipe
 
 

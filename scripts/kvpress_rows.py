@@ -17,7 +17,7 @@ import torch
 from kvpress_answers import PRESSES, answers
 
 from rcc import RCCConfig, RCCError, checkpoints, load_tokenizer
-from rcc.cli.console import parse_counts, progress
+from rcc.cli.console import progress
 from rcc.evaluation.qa import run as qa
 from rcc.evaluation.qa.methods.plain_text import question_after_text
 from rcc.evaluation.qa.questions import Question, choose
@@ -28,6 +28,7 @@ from rcc.evaluation.results import Case, Results, Skipped
 from rcc.evaluation.results import load as load_results
 from rcc.runtime.precision import has_bfloat16
 from rcc.text import prompting
+from rcc.text.counts import parse_counts
 from rcc.text.tokens import token_ids
 
 
@@ -58,15 +59,17 @@ def add(arguments: argparse.Namespace) -> None:
     base = checkpoints.resolve_base(RCCConfig.load(folder).base["decoder"].source, relative_to=folder)
     rates = parse_counts(arguments.rates, "--rates") if arguments.rates else settings["trained_rates"]
     text = Texts(asked, tokenizer, settings["pad_to"], settings["seed"])
-    header = token_ids(tokenizer, prompting.HEADER)[0]
-    end = token_ids(tokenizer, prompting.END)[0].tolist()
+    header = token_ids(tokenizer, prompting.HEADER, allow_special=True)[0]
+    end = token_ids(tokenizer, prompting.END, allow_special=True)[0].tolist()
 
     def request(question: Question, ids: torch.Tensor, press: str, rate: int) -> dict[str, Any]:
         return {
             "id": f"{question.id} at {rate}",
             "press": press,
             "context": torch.cat([header, ids]).tolist(),
-            "question": token_ids(tokenizer, question_after_text(question, settings["hint"]))[0].tolist(),
+            "question": token_ids(tokenizer, question_after_text(question, settings["hint"]), allow_special=True)[
+                0
+            ].tolist(),
             "keep": -(-len(ids) // rate) + len(header),
             "max_new_tokens": question.tokens or settings["max_new_tokens"],
         }

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from rcc import RCCForCausalLM
-from rcc.cli.console import parse_counts
+from rcc.text.counts import parse_counts
 
 
 def main() -> None:

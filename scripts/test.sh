@@ -7,5 +7,6 @@ cd "$(dirname "$0")/.."
 .venv/bin/ruff check
 .venv/bin/ruff format --check
 .venv/bin/mypy
+.venv/bin/lint-imports
 export OMP_WAIT_POLICY=passive  # threads that spin while they wait cost minutes where tests share cores
 .venv/bin/pytest -n auto --dist loadfile "$@"

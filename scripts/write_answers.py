@@ -40,7 +40,7 @@ def main() -> None:
     tokenizer.padding_side = "left"
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(device).eval()
-    end = token_ids(tokenizer, prompting.END)[0, -1].item()
+    end = token_ids(tokenizer, prompting.END, allow_special=True)[0, -1].item()
 
     progress = arguments.out.with_suffix(".done")  # rows read so far: a row may be read and not kept
     done = int(progress.read_text()) if progress.exists() else 0

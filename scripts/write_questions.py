@@ -92,7 +92,7 @@ def write(arguments: argparse.Namespace) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     writer = RCCForCausalLM.from_pretrained(arguments.writer, dtype=torch.bfloat16).to(device).eval()
     tokenizer = load_tokenizer(arguments.writer)
-    end = token_ids(tokenizer, prompting.END)[0, -1].item()
+    end = token_ids(tokenizer, prompting.END, allow_special=True)[0, -1].item()
 
     def padded(texts: list[str], side: str) -> Any:
         return tokenizer(texts, return_tensors="pt", padding=True, padding_side=side, add_special_tokens=False).to(

@@ -2,77 +2,25 @@
 
 from __future__ import annotations
 
-import copy
+import errno
 import hashlib
 import json
-import random
+import os
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from rcc import CompressedContext, ContextError, RCCConfig, RCCError, RCCForCausalLM
+from damage import DEEP, attempt, damaged
+from rcc import CompressedContext, CompressedVectors, ContextError, RCCConfig, RCCError, RCCForCausalLM
 from rcc.errors import InputError, ModelError
 from rcc.evaluation import compare, results
 from rcc.evaluation.html import page as report
 from rcc.training import checkpointing
 from rcc.training.recipe import Recipe
-
-VALUES: list[Any] = [
-    None,
-    True,
-    -1,
-    0,
-    2**70,
-    float("inf"),
-    float("nan"),
-    "x",
-    "",
-    "\ud800",
-    "\0",
-    [],
-    [[]],
-    {},
-    {"a": 1},
-]
-
-
-def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, inner in items:
-        yield (*path, key)
-        yield from places(inner, (*path, key))
-
-
-def damaged(value: Any, count: int) -> Iterator[Any]:
-    """Copies of a value, each with one place taken out or changed."""
-    rng, every = random.Random(0), list(places(value))
-    for _ in range(count):
-        changed = copy.deepcopy(value)
-        *parents, last = rng.choice(every)
-        inner = changed
-        for key in parents:
-            inner = inner[key]
-        if rng.random() < 0.2:
-            del inner[last]
-        else:
-            inner[last] = rng.choice(VALUES)
-        yield changed
-
-
-def attempt(read: Callable[[], object]) -> None:
-    said = ""
-    try:
-        read()
-    except RCCError as error:
-        said = str(error)
-    assert "\n" not in said.strip()
-
-
-DEEP = "[" * 50_000
 
 
 def test_recipes(tmp_path: Path) -> None:
@@ -149,6 +97,24 @@ def test_context_files(tmp_path: Path, tiny: Callable[..., RCCForCausalLM], toke
         load()
 
 
+def test_files_of_vectors(tmp_path: Path, tiny: Callable[..., RCCForCausalLM], tokens: Any, batch: Any) -> None:
+    path = tmp_path / "v"
+    tiny().encode(batch([tokens(40)])[0], rate=4).save(path)
+    raw = path.read_bytes()
+    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+    metadata = header.pop("__metadata__")
+
+    def use() -> None:
+        tiny().prefix(CompressedVectors.load(path))
+
+    for changed in damaged(json.loads(metadata["rcc"]), 150):
+        path.write_bytes(forged(raw, {"__metadata__": {**metadata, "rcc": json.dumps(changed)}, **header}))
+        attempt(use)
+    for changed in damaged(header, 100):
+        path.write_bytes(forged(raw, {"__metadata__": dict(metadata), **changed}))
+        attempt(use)
+
+
 def test_evaluations(tmp_path: Path) -> None:
     folder = tmp_path / "e"
     found = results.Results("qa", {"model": "m"}, folder, cluster="text")
@@ -190,6 +156,9 @@ def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     def fail(path: Path) -> None:
         raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 134848 vs 134740")
 
-    monkeypatch.setattr(checkpointing, "_no_room", lambda folder: "No space left on device")
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(RCCError, match="No space left on device"):
         checkpointing.write(tmp_path, 1, {"a": fail}, keep=2)

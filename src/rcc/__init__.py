@@ -10,6 +10,8 @@ __all__ = [
     "CompressedContext",
     "CompressedVectors",
     "ContextError",
+    "ContextStore",
+    "Engine",
     "FileError",
     "InputError",
     "ModelError",
@@ -25,10 +27,14 @@ if TYPE_CHECKING:
     from .checkpoints import load_tokenizer
     from .config import RCCConfig
     from .context.context import CompressedContext
+    from .context.store import ContextStore
+    from .engine import Engine
     from .model.encoder import CompressedVectors
     from .model.rcc import RCCForCausalLM
 
 _HOMES = {
+    "ContextStore": "context.store",
+    "Engine": "engine",
     "RCCConfig": "config",
     "RCCForCausalLM": "model.rcc",
     "CompressedContext": "context.context",

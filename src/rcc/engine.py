@@ -1,67 +1,401 @@
-"""A question asked of a compressed context, and its answer."""
+"""One model, ready to compress texts and to answer questions: what the command line calls, and a server would.
+
+Texts and answers are strings here; tokens, prompts, the choice of a rate and the store of contexts are this file's.
+"""
 
 from __future__ import annotations
 
+import os
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, StoppingCriteria
+from transformers import PreTrainedTokenizerBase
 
+from . import checkpoints
+from .answers import Answer, AnswerStream, Reconstruction, Usage
+from .context import file as fileformat
 from .context.context import CompressedContext
+from .context.store import MAX_BYTES, ContextStore
+from .documents.plain import read_text
+from .errors import InputError, ModelError
+from .model.answering import NEVER as NEVER
+from .model.answering import Pieces, generate, write
+from .model.answering import ask as ask
+from .model.encoder import piece_of
 from .model.rcc import RCCForCausalLM
-from .text.prompting import END, Prompt
-from .text.tokens import token_ids
+from .runtime.precision import computing, parse_device, parse_dtype
+from .text import prompting
+from .text.prompting import Prompt
+from .text.tokens import prompt_ids, token_ids
 
-NEVER = 2**31 - 1
-"""A token id that no model writes."""
+DEFAULT_MODEL = "rcc-qwen2.5-0.5b"
+BUDGET = 4096
+"""Positions that a context takes at most where the rate is chosen for it: a first token within a second or so."""
 
-
-class _Ends(StoppingCriteria):
-    """Stops a row once it has written as many end marks as its prompt asks for."""
-
-    def __init__(self, mark: list[int], start: int, ends: int):
-        self.mark, self.start, self.ends = torch.tensor(mark), start, ends
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        written = input_ids[:, self.start :]
-        size = len(self.mark)
-        if written.shape[1] < size:
-            return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-        found = (written.unfold(1, size, 1) == self.mark.to(written.device)).all(-1)
-        return found.sum(1) >= self.ends
+Say = Callable[[str], None]
+Progress = Callable[[int, int], None]
 
 
-def ask(
-    model: RCCForCausalLM,
-    tokenizer: PreTrainedTokenizerBase,
-    context: CompressedContext | None,
-    prompt: Prompt,
-    max_new_tokens: int = 128,
-    **kwargs: Any,
-) -> tuple[str | None, str]:
-    """Ask a context (or, with None, the decoder alone) → the reconstructed instruction, if any, and the answer.
+def default_model() -> str:
+    """Return the model to use where none is named: $RCC_MODEL, else :data:`DEFAULT_MODEL`."""
+    return os.environ.get("RCC_MODEL") or DEFAULT_MODEL
+
+
+def default_store() -> ContextStore:
+    """Return the user's store, `contexts/` in $RCC_HOME."""
+    return ContextStore(checkpoints.home() / "contexts", MAX_BYTES)
+
+
+class Engine:
+    """A model and its tokenizer, with a store of the contexts that it made.
+
+    Threads may share one: what computes takes turns.
 
     Args:
-        context: of one text.
-        kwargs: go to :meth:`RCCForCausalLM.generate` (`do_sample`, `streamer`, …).
-
-    Raises:
-        WindowError: the prompt and the answer do not fit behind the context.
+        compressor: the model that compresses and generates.
+        tokenizer: the decoder's.
+        store: where :meth:`open` keeps the contexts of texts; None: nowhere.
+        allow_special: whether chat marks such as `<|im_end|>` in texts and questions are the special tokens that they
+            name. Otherwise they are read as the characters that they are written with, so that a document cannot
+            speak as the user. The published checkpoint's texts are always read with them.
     """
-    if prompt.encoder_text:
-        rate = context.pieces[0][-1].rate if context is not None else None
-        context = model.compress(token_ids(tokenizer, prompt.encoder_text), rate=rate, context=context)
-    ids = token_ids(tokenizer, prompt.decoder_text)
-    # stopping is counted here: in `reconstruct` mode the first end mark closes the instruction, not the answer
-    criteria = [_Ends(token_ids(tokenizer, END)[0].tolist(), ids.shape[1], prompt.ends)]
-    out = model.generate(
-        ids,
-        context=context,
-        max_new_tokens=max_new_tokens,
-        stopping_criteria=criteria,
-        eos_token_id=NEVER,
-        pad_token_id=0,
-        **kwargs,
-    )
-    return prompt.parse(tokenizer.decode(out[0, ids.shape[1] :]))
+
+    def __init__(
+        self,
+        compressor: RCCForCausalLM,
+        tokenizer: PreTrainedTokenizerBase,
+        store: ContextStore | None = None,
+        allow_special: bool = False,
+    ) -> None:
+        self.compressor, self.tokenizer, self.store = compressor, tokenizer, store
+        self.allow_special = prompting.allows_special(compressor.config, allow_special)
+        self._turn = threading.RLock()
+
+    @classmethod
+    def load(
+        cls,
+        model: str | Path | None = None,
+        device: str | None = None,
+        dtype: str | None = None,
+        store: ContextStore | None = None,
+        allow_special: bool = False,
+        *,
+        made: str | Path | None = None,
+        progress: Say | None = None,
+    ) -> Engine:
+        """Load a model.
+
+        Args:
+            model: a shipped model's name, a folder, or a hub id; None: the one that made the context `made`, or
+                without that :func:`default_model`.
+            device: cpu, cuda, …; None: a GPU if there is one.
+            dtype: bfloat16, float16 or float32; None: as stored, or float32 on a CPU without bfloat16.
+            store: where contexts of texts are kept; None: nowhere.
+            allow_special: whether chat marks in texts and questions are special tokens, as in :class:`Engine`.
+            made: a context file, which is checked before the model is loaded for it.
+            progress: is told what is being done where that takes long, such as fetching a base.
+
+        Raises:
+            InputError: `device` or `dtype` cannot be used.
+            ModelError: the model cannot be found or loaded.
+            ContextError, FileError: `made` is damaged or cannot be read.
+        """
+        where, kind = parse_device(device), parse_dtype(dtype)
+        name = _maker(made, model) or default_model()
+        compressor = RCCForCausalLM.from_pretrained(name, device=where, dtype=kind, progress=progress)
+        if kind is None:
+            compressor.to(computing(compressor.dtype, where))
+        return cls(compressor, checkpoints.load_tokenizer(name), store, allow_special)
+
+    @property
+    def name(self) -> str:
+        """The model's name."""
+        return self.compressor.config.name
+
+    @property
+    def fingerprint(self) -> str:
+        """What tells contexts of this model from those of others."""
+        return self.compressor.fingerprint
+
+    def reads_with_question(self, mode: str) -> bool:
+        """Return whether a text at hand is read anew with each question (the published checkpoint's rule)."""
+        return prompting.joins(self.compressor.config, prompting.build("?", mode))
+
+    # ---------------------------------------------------------------- texts
+    def compress(
+        self,
+        source: str | Sequence[str],
+        rate: int | str = "auto",
+        context: CompressedContext | None = None,
+        *,
+        budget: int = BUDGET,
+        progress: Progress | None = None,
+    ) -> CompressedContext:
+        """Compress one text, or several one after another, each from a segment of its own.
+
+        Args:
+            source: the text or texts.
+            rate: tokens a position; `"auto"`: the lowest trained rate that keeps all of them within `budget`.
+            context: append to this one, which stays as it is.
+            budget: positions that `"auto"` lets the context take, if a trained rate allows it.
+            progress: is told tokens read, and tokens in all.
+
+        Returns:
+            A context in the precision that the model is stored in, whatever it is computed in.
+
+        Raises:
+            InputError: an empty text or an unusable rate. WindowError: more positions than the decoder has.
+            ContextError: `context` was made by another model.
+        """
+        rows = [self._tokens(text) for text in ([source] if isinstance(source, str) else source)]
+        return self._compress(rows, self._rate(rows, rate, context, budget), context, progress)
+
+    def open(
+        self,
+        source: str | Path,
+        rate: int | str = "auto",
+        *,
+        budget: int = BUDGET,
+        progress: Progress | None = None,
+        notice: Say | None = None,
+    ) -> CompressedContext:
+        """Return the context in a file, or of a text: from the store, if the text was compressed before.
+
+        Args:
+            source: a path: of a context file or of a text; a string: the text itself.
+            rate, budget, progress: of a text, as in :meth:`compress`.
+            notice: is told, of a text, what was read from the store or kept there, or why it was not.
+
+        Raises:
+            FileError: the file cannot be read. ContextError: it is damaged, or another model's.
+            InputError, WindowError: as in :meth:`compress`.
+        """
+        if isinstance(source, Path):
+            if is_context(source):
+                return CompressedContext.load(source, model=self.compressor)
+            source = read_text(source)
+        row = self._tokens(source)
+        tokens_a_position = self._rate([row], rate, None, budget)
+        if self.store is None:
+            return self._compress([row], tokens_a_position, None, progress)
+        notice = notice or _ignore
+        digest = piece_of(row[0], tokens_a_position, self.compressor.config).sha256
+        address = self.store.address(self.compressor.fingerprint, tokens_a_position, [digest], self.compressor.dtype)
+        if (context := self.store.get(address, self.compressor)) is not None:
+            notice(f"read {self.store.path(address)}: {describe(context)}")
+            return context
+        context = self._compress([row], tokens_a_position, None, progress)
+        try:
+            notice(f"kept as {self.store.put(address, context)}: {describe(context)}")
+        except OSError as error:  # the answer does not need the file
+            notice(f"not kept for the next time: {error}")
+        return context
+
+    def _tokens(self, text: str) -> Tensor:
+        """The token ids of a text, [1, T]."""
+        return token_ids(self.tokenizer, text, self.allow_special)
+
+    def _prompt_tokens(self, prompt: Prompt) -> Tensor:
+        """The token ids that the decoder reads of a prompt, [1, T]."""
+        return prompt_ids(self.tokenizer, prompt.decoder_parts, self.allow_special)
+
+    def _rate(self, rows: list[Tensor], rate: int | str, context: CompressedContext | None, budget: int) -> int:
+        if isinstance(rate, int):
+            return rate
+        if rate != "auto":
+            raise InputError(f'rate {rate!r} is not a rate: use a whole number such as 8, or "auto".')
+        return self.compressor.fitting_rate([row.shape[1] for row in rows], context, budget=budget)
+
+    def _compress(
+        self, rows: list[Tensor], rate: int, context: CompressedContext | None, progress: Progress | None
+    ) -> CompressedContext:
+        done, total = 0, sum(row.shape[1] for row in rows)
+        with self._turn:
+            for ids in rows:
+                tell = None if progress is None else partial(_add, progress, done, total)
+                context = self.compressor.compress(ids, rate=rate, context=context, progress=tell)
+                done += ids.shape[1]
+        if context is None:
+            raise InputError("source holds no text: give at least one.")
+        return context.to(dtype=self.compressor.decoder.config.dtype)
+
+    # ---------------------------------------------------------------- questions
+    def ask(
+        self,
+        context: CompressedContext | str,
+        question: str,
+        mode: str = "human",
+        *,
+        history: Sequence[tuple[str, str]] = (),
+        rate: int | str = "auto",
+        budget: int = BUDGET,
+        max_new_tokens: int = 128,
+        on_text: Say | None = None,
+        **generation: Any,
+    ) -> Answer:
+        """Ask a context one question.
+
+        Args:
+            context: of one text; or a text, which is opened first, or, by a model that reads text and question as
+                one (:func:`rcc.text.prompting.joins`), read together with the question.
+            question: what to ask.
+            mode: `human`, `reconstruct` or `compress` (section 3.3 of the paper).
+            history: earlier questions and answers of a chat (`human`); the oldest are left out where there is no room.
+            rate, budget: of a text, as in :meth:`compress`.
+            max_new_tokens: the longest answer.
+            on_text: is given the answer piece by piece as it is written.
+            generation: goes to :meth:`RCCForCausalLM.generate` (`do_sample`, `temperature`, …).
+
+        Raises:
+            InputError: an unknown mode or an empty question.
+            WindowError: the question and the answer do not fit after the context.
+        """
+        prompt = prompting.build(question, mode)
+        if isinstance(context, str):
+            if prompting.joins(self.compressor.config, prompt):
+                context = self.compress(f"{context}{prompt.encoder_text}", rate, budget=budget)
+                prompt = replace(prompt, encoder_text="")
+            else:
+                context = self.open(context, rate, budget=budget)
+        if history:
+            prompt = self._with_history(context, question, history, max_new_tokens)
+        if on_text is not None:
+            generation["streamer"] = Pieces(self.tokenizer, lambda text: prompt.parse(text)[1], on_text)
+        with self._turn:
+            written, prompt_tokens = write(
+                self.compressor, self.tokenizer, context, prompt, max_new_tokens, self.allow_special, **generation
+            )
+        return self._answer(context, prompt, written, prompt_tokens)
+
+    def ask_many(
+        self,
+        context: CompressedContext,
+        questions: Sequence[str],
+        mode: str = "human",
+        *,
+        max_new_tokens: int = 128,
+        **generation: Any,
+    ) -> list[Answer]:
+        """Ask a context several questions, in `human` mode as one batch that shares the context's positions.
+
+        Raises:
+            InputError, WindowError: as in :meth:`ask`.
+        """
+        prompts = [prompting.build(question, mode) for question in questions]
+        if len(prompts) < 2 or mode != "human":  # elsewhere each question makes a context of its own
+            options = {"max_new_tokens": max_new_tokens, **generation}
+            return [self.ask(context, question, mode, **options) for question in questions]
+        rows = [self._prompt_tokens(prompt)[0] for prompt in prompts]
+        width = max(len(row) for row in rows)
+        ids, mask = torch.zeros(2, len(rows), width, dtype=torch.long)
+        for i, row in enumerate(rows):  # on the left, so that every answer begins at the same place
+            ids[i, width - len(row) :], mask[i, width - len(row) :] = row, 1
+        with self._turn:
+            written = generate(
+                self.compressor,
+                self.tokenizer,
+                ids,
+                context.expand(len(rows)),
+                1,
+                max_new_tokens,
+                attention_mask=mask,
+                **generation,
+            )
+        return [
+            self._answer(context, prompt, out, len(row))
+            for prompt, row, out in zip(prompts, rows, written, strict=True)
+        ]
+
+    def stream(
+        self, context: CompressedContext | str, question: str, mode: str = "human", **options: Any
+    ) -> AnswerStream:
+        """Ask as :meth:`ask` does, and return an iterator over the answer's pieces.
+
+        The question is asked in a thread of its own. Closing the iterator ends it after the token at hand.
+        """
+        return AnswerStream(partial(self.ask, context, question, mode, **options))
+
+    def _with_history(
+        self, context: CompressedContext, question: str, history: Sequence[tuple[str, str]], max_new_tokens: int
+    ) -> Prompt:
+        """The prompt with as much of a chat as there is room for: a long talk forgets its beginning."""
+        room = self.compressor.window - len(context) - max_new_tokens
+        for first in range(len(history) + 1):
+            prompt = prompting.build(question, "human", history[first:])
+            if self._prompt_tokens(prompt).shape[1] <= room:
+                break
+        return prompt
+
+    def _answer(self, context: CompressedContext, prompt: Prompt, written: Tensor, prompt_tokens: int) -> Answer:
+        instruction, answer = prompt.parse(self.tokenizer.decode(written))
+        return Answer(answer, instruction, Usage(len(context), prompt_tokens, len(written)))
+
+    # ---------------------------------------------------------------- the text itself
+    def reconstruct(
+        self, context: CompressedContext, prompt: str | None = None, tokens: int = 200, on_text: Say | None = None
+    ) -> Reconstruction:
+        """Write back what a context holds, greedily.
+
+        Args:
+            prompt: words to go on from; None: the first ten tokens of the text.
+            tokens: how many to write.
+            on_text: is given the prompt and what follows, piece by piece.
+
+        Raises:
+            InputError: the prompt is empty.
+        """
+        ids = torch.tensor([context.pieces[0][0].opening]) if prompt is None else self._tokens(prompt)
+        if ids.shape[1] == 0:
+            raise InputError("the prompt is empty: give some words to go on from.")
+        streamer = None if on_text is None else Pieces(self.tokenizer, str, on_text, skip_prompt=False)
+        with self._turn:
+            out = self.compressor.generate(
+                ids,
+                context=context,
+                max_new_tokens=tokens,
+                do_sample=False,
+                repetition_penalty=1.0,  # a base's own settings may forbid what a text repeats
+                eos_token_id=NEVER,
+                pad_token_id=0,
+                streamer=streamer,
+            )[0].tolist()
+        start = ids.shape[1]
+        decode = self.tokenizer.decode
+        return Reconstruction(out[:start], out[start:], decode(out[:start]), decode(out[start:]))
+
+
+# ---------------------------------------------------------------- files
+def is_context(path: str | Path) -> bool:
+    """Whether a file is a context, or is called one: a damaged context should be called that, not a strange text."""
+    return str(path).endswith(".rcc") or (str(path) != "-" and fileformat.is_ours(Path(path), "context"))
+
+
+def describe(context: CompressedContext) -> str:
+    """Return what a context is in one line: tokens, rate, positions, megabytes."""
+    rate = context.rate if isinstance(context.rate, int) else "/".join(map(str, context.rate))
+    return f"{context.source_tokens:,} tokens at {rate}× in {len(context):,} positions, {context.nbytes / 1e6:.1f} MB"
+
+
+def _maker(made: str | Path | None, model: str | Path | None) -> str | None:
+    """The model to load: `model`, or the one that made a context file, which is checked whole."""
+    manifest = None if made is None else fileformat.read(Path(made), "context", "full")[0]
+    if model is not None or manifest is None:
+        return None if model is None else str(model)
+    name = str(manifest.get("model"))
+    if name not in checkpoints.shipped_models():
+        raise ModelError(f"the context was made by {name}: name that model's folder as the model.")
+    return name
+
+
+def _add(progress: Progress, before: int, all_texts: int, done: int, total: int) -> None:
+    progress(before + done, all_texts)
+
+
+def _ignore(message: str) -> None:
+    pass

@@ -23,7 +23,8 @@ from transformers import AutoModel, AutoModelForCausalLM, GPTNeoXConfig, GPTNeoX
 from command_line import Result
 from published import CONFIG, Published, buffers, save, weights
 from rcc import RCCConfig, RCCForCausalLM, load_tokenizer
-from rcc.checkpoints.convert import Conversion, IncompleteError, convert_checkpoint
+from rcc.checkpoints.convert import Conversion, convert_checkpoint
+from rcc.checkpoints.published import IncompleteError
 from rcc.errors import ModelError
 
 SEGMENT, RATE = 16, 4
@@ -378,7 +379,7 @@ def test_memory(tmp_path: Path) -> None:
     assert largest > 50e6
     measure = """
 import sys
-from rcc.conversion import convert_checkpoint
+from rcc.checkpoints.convert import convert_checkpoint
 def memory(key):
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(key))

@@ -405,7 +405,7 @@ def test_interrupt_on_a_terminal(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-SLOW_DISK = "import os, time; os.fsync = lambda fd: time.sleep(600); from rcc.cli import main; main()"
+SLOW_DISK = "import os, time; os.fsync = lambda fd: time.sleep(600); from rcc.cli.app import main; main()"
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGKILL", -9)])
@@ -456,7 +456,7 @@ def test_poor_terminals() -> None:
 def test_quick_commands_do_not_import_torch(context: Path, text: Path) -> None:
     check = """
 import sys
-from rcc.cli import main
+from rcc.cli.app import main
 try:
     main()
 finally:
@@ -575,11 +575,11 @@ def test_rate_that_does_not_divide(call: Callable[..., Result], text: Path, cont
 @pytest.mark.parametrize(
     ("option", "value", "words"),
     [
-        ("--device", "abacus", ["--device abacus is unknown", "cpu"]),
-        ("--device", "meta", ["--device meta cannot be used here"]),
-        ("--device", "cuda:99", ["--device cuda:99 cannot be used here"]),
-        ("--dtype", "int8", ["--dtype int8 is unknown", "bfloat16"]),
-        ("--dtype", "nn", ["--dtype nn is unknown"]),
+        ("--device", "abacus", ["device abacus is unknown", "cpu"]),
+        ("--device", "meta", ["device meta cannot be used here"]),
+        ("--device", "cuda:99", ["device cuda:99 cannot be used here"]),
+        ("--dtype", "int8", ["dtype int8 is unknown", "bfloat16"]),
+        ("--dtype", "nn", ["dtype nn is unknown"]),
         ("--model", "", ["neither a shipped model"]),
         ("--model", "./nothing-here", ["neither a shipped model", "nor a folder"]),
         ("--model", "nobody/nothing", ["nor could it be fetched"]),
@@ -643,7 +643,7 @@ def test_context_of_another_model(call: Callable[..., Result], text: Path, conte
     # one that does not come with rcc has to be named
     model.config.name = "mine"
     model.compress(torch.arange(1, 200)[None]).save(other)
-    call("ask", other, "Who?").refused("made by mine", "--model")
+    call("ask", other, "Who?").refused("made by mine", "as the model")
 
 
 def test_bad_context(call: Callable[..., Result], text: Path, context: Path, tmp_path: Path, folder: Path) -> None:

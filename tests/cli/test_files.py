@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -16,9 +17,10 @@ from typing import Any
 import pytest
 
 import learning
-from rcc import CompressedContext, RCCConfig, RCCForCausalLM
-from rcc.cli import app as cli
+from rcc import CompressedContext, Engine, RCCConfig, RCCForCausalLM
+from rcc.evaluation.html import page as report
 
+MADE = Path(__file__).parents[1] / "fixtures" / "56825c2"
 WORDS = [f"{a}{b}" for a in "abcdefgh" for b in "klmnopqr"][:60]
 Call = Callable[..., tuple[int, str, str]]
 
@@ -66,19 +68,53 @@ def test_what_is_kept_is_private(command: Call, folder: Path, text: Path, home: 
 def test_a_file_that_appears_while_rcc_works_stays(
     command: Call, folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, compress = tmp_path / "out.rcc", cli._compress
+    out, compress = tmp_path / "out.rcc", Engine.compress
 
-    def meanwhile(*args: Any) -> CompressedContext:
+    def meanwhile(*args: Any, **options: Any) -> CompressedContext:
         out.write_text("precious")
-        return compress(*args)
+        return compress(*args, **options)
 
-    monkeypatch.setattr(cli, "_compress", meanwhile)
+    monkeypatch.setattr(Engine, "compress", meanwhile)
     code, _, said = command("compress", text, "-o", out, "--model", folder)
     assert (code, said) == (2, f"rcc: {out} exists: use --force to replace it.\n")
     assert out.read_text() == "precious"
     out.chmod(0o600)
     assert command("compress", text, "-o", out, "--model", folder, "--force")[0] == 0
     assert stat.S_IMODE(out.stat().st_mode) == 0o600
+
+
+def test_a_page_that_appears_while_rcc_works_stays(
+    command: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, page = tmp_path / "page.html", report.page
+
+    def meanwhile(*args: Any) -> str:
+        out.write_text("precious")
+        return page(*args)
+
+    monkeypatch.setattr(report, "page", meanwhile)
+    code, _, said = command("report", MADE / "qa", "-o", out)
+    assert (code, said) == (2, f"rcc: {out} exists: use --force to replace it.\n")
+    assert out.read_text() == "precious"
+
+
+def test_replacing_keeps_the_mode(command: Call, folder: Path, text: Path, tmp_path: Path) -> None:
+    for name, verb in {"out.rcc": ["compress", text, "--model", folder], "page.html": ["report", MADE / "qa"]}.items():
+        (tmp_path / name).write_text("before")
+        (tmp_path / name).chmod(0o600)
+        assert command(*verb, "-o", tmp_path / name, "--force")[0] == 0
+        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o600
+
+
+def test_what_killed_processes_left_is_removed_once_it_is_old(
+    command: Call, folder: Path, text: Path, tmp_path: Path
+) -> None:
+    old, young = tmp_path / ".rcc-0a.tmp", tmp_path / ".rcc-0b.tmp"
+    for path in (old, young):
+        path.write_bytes(b"half a context")
+    os.utime(old, (time.time() - 7200,) * 2)
+    assert command("compress", text, "-o", tmp_path / "out.rcc", "--model", folder)[0] == 0
+    assert (old.exists(), young.exists()) == (False, True)
 
 
 @pytest.mark.parametrize("name", ["text.txt", "link.txt", "hard.txt"])
@@ -116,9 +152,9 @@ def test_a_cache_that_cannot_be_used_does_not_stop_an_answer(
 def test_a_closed_terminal_leaves_nothing(folder: Path, text: Path, tmp_path: Path, number: int) -> None:
     """The signal comes while the file is being written."""
     hold = (
-        "import sys, time; from rcc import cli, fileformat\n"
+        "import sys, time; from rcc.cli import app; from rcc.context import file\n"
         "def put(*a): print('writing', flush=True); time.sleep(600)\n"
-        "fileformat._put = put; cli.main()"
+        "file._put = put; app.main()"
     )
     (tmp_path / "o").mkdir()
     arguments = ["compress", text, "-o", tmp_path / "o" / "x.rcc", "--model", folder]
@@ -131,6 +167,41 @@ def test_a_closed_terminal_leaves_nothing(folder: Path, text: Path, tmp_path: Pa
     assert process.wait(60) == 128 + number
     process.stdout.close()
     assert list((tmp_path / "o").iterdir()) == []
+
+
+WORKS = {
+    "train": ("from rcc.training.trainer import StageTrainer as At", "go", "train run/recipe.yaml -o run --resume"),
+    "eval": (
+        "from rcc.evaluation.results import Results as At",
+        "collect",
+        "eval qa --model model --data questions.jsonl --rates 4,8 --modes human --max-new-tokens 6 -o qa",
+    ),
+}
+
+
+@pytest.mark.parametrize("work", WORKS)
+def test_a_second_process_in_a_folder_is_told_who_is_first(
+    command: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, work: str
+) -> None:
+    """And a killed one holds nothing."""
+    shutil.copytree(MADE, tmp_path / "w")
+    monkeypatch.chdir(tmp_path / "w")
+    where, what, line = WORKS[work]
+    hold = (
+        f"import sys, time; from rcc.cli import app; {where}\n"
+        f"def hold(*a): print('at work', flush=True); time.sleep(600)\nAt.{what} = hold; app.main()"
+    )
+    process = subprocess.Popen([sys.executable, "-c", hold, *line.split()], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    try:
+        assert process.stdout.readline() == b"at work\n"
+        code, _, said = command(*line.split())
+        assert (code, f"in use by process {process.pid} on " in said) == (2, True), said
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+    assert command(*line.split())[0] == 0
 
 
 @pytest.mark.parametrize(("given", "words"), [("wrong,none", "stands alone"), ("wrong,odd", "or all, or none")])

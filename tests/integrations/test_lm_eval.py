@@ -24,7 +24,7 @@ from rcc.evaluation.uncompressed import base_decoder
 from rcc.text import prompting
 from rcc.text.tokens import token_ids
 
-pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'rcc[harness]'")
+pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'rcc-context[harness]'")
 from rcc.integrations.lm_eval import RCCLM, Parts
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -60,7 +60,7 @@ LIMIT = 120  # seconds a process may take; other tests may be running beside it
 
 _forks = multiprocessing.get_context("forkserver")
 _forks.set_forkserver_preload(
-    ["rcc.cli", "rcc.training.trainer", "peft", "pytest", "torch.utils.tensorboard"]
+    ["rcc.cli.app", "rcc.training.trainer", "peft", "pytest", "torch.utils.tensorboard"]
     + [f"transformers.models.{family}.modeling_{family}" for family in ("llama", "gpt_neox")]
 )
 

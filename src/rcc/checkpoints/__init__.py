@@ -6,7 +6,7 @@ An rcc model is a small folder that names a *base*, the language model whose wei
 
 from .bases import BASES, Base, HubFile, Part, home
 from .hashing import add_tensor, read_tensor, weights_sha256
-from .loading import load_backbone, load_config, read_weights
+from .loading import check_depth, load_backbone, load_config, read_weights
 from .making import ensure_base
 from .resolve import fetch, has_tokenizer, load_tokenizer, resolve_base, resolve_model, shipped_models
 
@@ -16,6 +16,7 @@ __all__ = [
     "HubFile",
     "Part",
     "add_tensor",
+    "check_depth",
     "ensure_base",
     "fetch",
     "has_tokenizer",

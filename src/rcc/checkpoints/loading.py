@@ -7,6 +7,9 @@ handed a configuration and tensors: those of the files that :func:`rcc.checkpoin
 
 from __future__ import annotations
 
+import contextlib
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +22,9 @@ if TYPE_CHECKING:  # transformers takes seconds to import: each function imports
 
 ELSEWHERE = ("trust_remote_code", "code_revision", "revision", "subfolder", "variant", "gguf_file", "use_safetensors")
 """Arguments of transformers that choose other files than those of the folder, or run code."""
+
+
+MOST_LAYERS = 10_000
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -78,6 +84,14 @@ def load_backbone(folder: Path, head: bool, **settings: Any) -> PreTrainedModel:
     return model
 
 
+def check_depth(settings: Mapping[str, Any], source: object) -> None:
+    """Raise ModelError where a configuration has more layers than any model: transformers would make them one by one,
+    until memory ends."""
+    depth = settings.get("num_hidden_layers")
+    if isinstance(depth, (int, float)) and depth > MOST_LAYERS:
+        raise ModelError(f"{source} has num_hidden_layers {depth}, more than any model: at most {MOST_LAYERS:,}.")
+
+
 def load_config(folder: Path, attention: str | None = None, **settings: Any) -> tuple[PreTrainedConfig, dict[str, Any]]:
     """Read a backbone's configuration; settings take the place of its own → it, and the settings that it has not.
 
@@ -89,6 +103,11 @@ def load_config(folder: Path, attention: str | None = None, **settings: Any) -> 
     """
     from transformers import AutoConfig
 
+    raw: Any = None
+    with contextlib.suppress(OSError, ValueError, RecursionError):  # of which transformers tells
+        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if isinstance(raw, dict):
+        check_depth(raw, folder / "config.json")
     try:
         config, rest = AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False, return_unused_kwargs=True, **settings

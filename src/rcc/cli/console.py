@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -13,19 +12,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import FileError, InputError, ModelError
+from ..runtime.quiet import quiet_transformers
 from ..runtime.terminal import CONTROL, Console, shown
 
 if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedTokenizerBase
+    from ..engine import Engine
 
-    from ..model.rcc import RCCForCausalLM
-
-DEFAULT_MODEL = "rcc-qwen2.5-0.5b"
 PASSKEY_MODEL = "rcc-smollm2-135m-passkey"
 BUDGET = 4096
-"""Positions that a context takes at most where the rate is chosen for it: a first token within a second or so."""
+"""The engine's: importing that here would load torch for `rcc --version`."""
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -39,99 +34,39 @@ Dtype = Annotated[
     str | None,
     typer.Option(help="bfloat16, float16, float32 (default: as stored; float32 on a CPU without bfloat16)."),
 ]
+AllowSpecial = Annotated[
+    bool,
+    typer.Option("--allow-special", help="Read chat marks such as <|im_end|> in texts and questions as special ones."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-def read_text(source: str) -> str:
-    name = "standard input" if source == "-" else source
-    try:
-        data = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
-    except FileNotFoundError:
-        raise FileError(f"{source} does not exist.") from None
-    except IsADirectoryError:
-        raise FileError(f"{source} is a folder: name a text file.") from None
-    except OSError as error:
-        raise FileError(f"{source} cannot be read: {error.strerror or error}.") from None
-    if b"\0" in data[: 1 << 20]:
-        raise InputError(f"{name} is not a text but a binary file: give it as UTF-8 text.")
-    try:
-        text = data.decode("utf-8-sig").replace("\r\n", "\n")
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{name} is not UTF-8 text (byte {data[error.start]:#04x} at position {error.start:,}):"
-            " convert it, for instance with iconv."
-        ) from None
-    if not text.strip():
-        raise InputError(f"{name} is empty: there is nothing to compress.")
-    return text
+def load_engine(
+    model: str | None,
+    device: str | None,
+    dtype: str | None,
+    allow_special: bool = False,
+    made: str | Path | None = None,
+) -> Engine:
+    """Load the model that is named, or that made the context file `made`, or the default one, with the user's store."""
+    with loading("loading the model") as say:
+        from ..engine import Engine, default_store
+
+        return Engine.load(model, device, dtype, default_store(), allow_special, made=made, progress=say)
 
 
-def load_model(
-    name: str | None, device: str | None, dtype: str | None, made_by: dict[str, Any] | None = None
-) -> tuple[RCCForCausalLM, PreTrainedTokenizerBase]:
-    """The model that is named, or the one that made the context, or the default one; and its tokenizer."""
-    from .. import checkpoints
-
-    if name is None and made_by is not None:
-        name = str(made_by.get("model"))
-        if name not in checkpoints.shipped_models():
-            raise ModelError(f"the context was made by {name}: name that model's folder with --model.")
-    with status("loading the model") as say:
-        from transformers.utils import logging as quiet
-
-        from ..model.rcc import RCCForCausalLM
-        from ..runtime.precision import computing
-
-        quiet.set_verbosity_error()
-        quiet.disable_progress_bar()
-        device, kind = check_device(device), check_dtype(dtype)
-        name = default_model() if name is None else name
-        rcc = RCCForCausalLM.from_pretrained(name, device=device, dtype=kind, progress=say)
-        if kind is None:
-            rcc.to(computing(rcc.dtype, device))
-        return rcc, checkpoints.load_tokenizer(name)
+@contextlib.contextmanager
+def loading(message: str = "loading torch and transformers") -> Iterator[Callable[[str], None]]:
+    """Show a line while libraries and models are loaded, and nothing that transformers would say."""
+    with status(message) as say:
+        quiet_transformers()
+        yield say
 
 
-def default_model() -> str:
-    """The model that is used where none is named: $RCC_MODEL, else :data:`DEFAULT_MODEL`."""
-    return os.environ.get("RCC_MODEL") or DEFAULT_MODEL
-
-
-def check_device(name: str | None) -> str:
-    """The device of that name, or for None a GPU if there is one.
-
-    Raises:
-        InputError: it is unknown, or cannot be used here.
-    """
-    import torch
-
-    device = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.device(device)
-    except RuntimeError:
-        raise InputError(f"--device {device} is unknown: use cpu, cuda or mps.") from None
-    try:
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
-        raise InputError(f"--device {device} cannot be used here ({reason}): use cpu.") from None
-    return device
-
-
-def check_dtype(name: str | None) -> torch.dtype | None:
-    """The precision of that name; None for None.
-
-    Raises:
-        InputError: it is none for weights.
-    """
-    if name is None:
-        return None
-    import torch
-
-    dtype = getattr(torch, name, None)
-    if dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
-        raise InputError(f"--dtype {name} is unknown: use bfloat16, float16 or float32.")
-    return dtype
+def write(text: str) -> None:
+    """Write a piece of what a model says, escaped."""
+    sys.stdout.write(shown(text, lines=True))
+    sys.stdout.flush()
 
 
 def print_json(value: Any) -> None:

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..documents.plain import read_text
 from ..errors import InputError
 from ..evaluation.example import example_text
 from ..text.counts import parse_choices, parse_count, parse_counts
@@ -20,15 +21,11 @@ from .console import (
     Dtype,
     Json,
     Model,
-    check_device,
-    check_dtype,
-    default_model,
     err,
-    load_model,
+    load_engine,
     out,
     print_json,
     progress,
-    read_text,
     status,
 )
 
@@ -110,7 +107,8 @@ def reconstruction(
         from ..evaluation.reconstruction.table import ReconstructionReport
     known = list(measuring.CONTROLS)
     chosen = _some_of(known, controls, "--controls")
-    rcc, tokenizer = load_model(model, device, dtype)
+    engine = load_engine(model, device, dtype)
+    rcc, tokenizer = engine.compressor, engine.tokenizer
     protocol = measuring.ReconstructionSettings(
         rates=numbers["rates"] or rcc.config.rates,
         lengths=numbers["lengths"] or [max(512, rcc.config.segment_length)],
@@ -194,7 +192,8 @@ def passkey(
         if example is None:
             raise InputError("the variant prose needs real prose for its filler: name a text file with --filler-data.")
         prose = {example.name: read_text(str(example))}
-    rcc, tokenizer = load_model(model, device, dtype)
+    engine = load_engine(model, device, dtype)
+    rcc, tokenizer = engine.compressor, engine.tokenizer
     with progress("reading", 1) as advance:
         results = task.passkey(
             rcc,
@@ -272,7 +271,8 @@ def qa(
     with status("reading the questions"):
         some_ids = include.split(",") if include else []
         asked, notes = questions.open_questions(data, suite, some_ids)
-    rcc, tokenizer = load_model(model, device, dtype)
+    engine = load_engine(model, device, dtype)
+    rcc, tokenizer = engine.compressor, engine.tokenizer
     for rate in divisors or []:
         rcc.config.check_rate(rate)
     protocol = qa_settings.QASettings(
@@ -288,8 +288,8 @@ def qa(
         tokenizer,
         forms,
         chosen,
-        tuned=None if tuned is None else load_model(tuned, device, dtype)[0],
-        beside={name: load_model(folder, device, dtype)[0] for name, folder in others.items()},
+        tuned=None if tuned is None else load_engine(tuned, device, dtype).compressor,
+        beside={name: load_engine(folder, device, dtype).compressor for name, folder in others.items()},
         hint=protocol.hint,
     )
     run = task.QAEvaluation(tokenizer, asked, methods, protocol)
@@ -359,11 +359,13 @@ def resources(
     text = None if data is None else read_text(str(data))
     with status("loading torch and transformers"):
         from .. import checkpoints
+        from ..engine import default_model
         from ..evaluation.resources import run as task
         from ..evaluation.resources import subject as subjects
         from ..evaluation.resources.table import ResourcesReport
+        from ..runtime.precision import parse_device, parse_dtype
         from ..text.tokens import token_ids
-    kind = check_dtype(dtype)
+    kind = parse_dtype(dtype)
     if shape is not None:
         subject = subjects.shaped(
             shape,
@@ -375,7 +377,7 @@ def resources(
         )
     else:
         subject = subjects.trained(model or default_model(), kind)
-    place = check_device(device) if shape is None or random else "cpu"
+    place = parse_device(device) if shape is None or random else "cpu"
     ids = None
     if text is not None:
         tokenizer = checkpoints.load_tokenizer(model or default_model())

@@ -333,8 +333,12 @@ def _key(source: Source, tokenizer: PreTrainedTokenizerBase, kind: str, files: l
 def _is_made(folder: Path) -> bool:
     try:
         info = json.loads((folder / "info.json").read_text(encoding="utf-8"))
+        if info["kind"] not in RUNS or not isinstance(info["broken"]["first"], list):
+            return False
+        if any(type(n) is not int or n < 0 for n in (info["rows"], info["broken"]["count"])):
+            return False
         return (folder / "tokens.bin").stat().st_size == info["tokens"] * np.dtype(info["dtype"]).itemsize
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 
 

@@ -154,10 +154,12 @@ class Results:
             return []
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
-                rows.append(json.loads(line))
-            except ValueError:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
                 continue  # the last line of a killed process
-            kept.append(line + "\n")
+            if _is_sample(row):  # what is not will be measured again
+                rows.append(row)
+                kept.append(line + "\n")
         self._write("samples.jsonl", "".join(kept))
         return rows
 
@@ -258,11 +260,17 @@ class Results:
 def need(*modules: str, extra: str = "eval") -> None:
     """Raise InputError unless these modules, which come with that extra, are installed."""
     if missing := [name for name in modules if importlib.util.find_spec(name) is None]:
-        raise InputError(f"this evaluation needs {' and '.join(missing)}: pip install 'rcc[{extra}]'.")
+        raise InputError(f"this evaluation needs {' and '.join(missing)}: pip install 'rcc-context[{extra}]'.")
 
 
 def _name(key: Mapping[str, Any]) -> str:
     return json.dumps(key)
+
+
+def _is_sample(row: Any) -> bool:
+    """Whether a line of samples.jsonl is what :meth:`Results.collect` wrote."""
+    took = row.get("took") if isinstance(row, dict) and isinstance(row.get("key"), dict) else None
+    return isinstance(took, dict) and _is_number(took.get("seconds"))
 
 
 def _is_number(value: Any) -> bool:

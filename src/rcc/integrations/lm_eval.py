@@ -26,7 +26,6 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, StoppingCriteria
 
 from .. import engine
-from ..cli.console import load_model
 from ..context.context import CompressedContext
 from ..errors import InputError, WindowError
 from ..model import encoder
@@ -112,7 +111,8 @@ class RCCLM(TemplateLM):
         self.batch_size = _count(batch_size, "batch_size")
         self.text_tokens, self.min_context = _count(text_tokens, "text_tokens"), _count(min_context, "min_context")
         self.split_at, self.mode = None if split_at is None else str(split_at), mode
-        self.model, self.tokenizer = load_model(None if model is None else str(model), device, dtype)
+        loaded = engine.Engine.load(model, device, dtype)
+        self.model, self.tokenizer = loaded.compressor, loaded.tokenizer
         if not self.tokenizer.is_fast:
             raise InputError(f"the tokenizer of {model} cannot say where its tokens stand in a text: use a fast one.")
         self.rate = None if rate == "auto" else self.model.config.check_rate(rate)  # type: ignore[arg-type]
@@ -190,7 +190,7 @@ class RCCLM(TemplateLM):
     # ---------------------------------------------------------------- text → what is compressed, and tokens
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Token ids without special tokens, as rcc reads every text."""
-        return token_ids(self.tokenizer, string)[0].tolist()
+        return token_ids(self.tokenizer, string, allow_special=True)[0].tolist()
 
     def _cut(self, prompt: str) -> Parts:
         if self.split_at is not None:
@@ -236,7 +236,7 @@ class RCCLM(TemplateLM):
         return Request(number, parts, rate, ids, answer, settings)
 
     def _compress(self, head: str, rate: int) -> CompressedContext:
-        return self.model.compress(token_ids(self.tokenizer, head), rate=rate)
+        return self.model.compress(token_ids(self.tokenizer, head, allow_special=True), rate=rate)
 
     def _batches(
         self, requests: Sequence[Request], title: str, quiet: bool

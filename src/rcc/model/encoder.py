@@ -406,14 +406,17 @@ class CompressedVectors:
         """
         manifest, tensors, _ = fileformat.read(Path(path), "vectors", verify="full")
         try:
-            return cls(
-                tensors["states"].clone().to(device),
-                tensors["lengths"].clone().to(device),
-                manifest["rate"],
-                manifest["segment_length"],
-                tuple(pieces_from(manifest["pieces"])),
-                manifest["fingerprint"],
-            )
+            states, lengths, pieces = tensors["states"], tensors["lengths"], tuple(pieces_from(manifest["pieces"]))
+            rate, segment, fingerprint = (manifest[name] for name in ("rate", "segment_length", "fingerprint"))
+            if type(rate) is not int or type(segment) is not int or not isinstance(fingerprint, str):
+                raise TypeError("settings of the wrong kind")
+            if states.ndim != 4 or not states.is_floating_point():
+                raise ValueError("its states have another shape")
+            if lengths.dtype != torch.int64 or lengths.tolist() != [piece.positions for piece in pieces]:
+                raise ValueError("its lengths are not those of its pieces")
+            if states.shape[:2] != (len(pieces), max(piece.positions for piece in pieces)):
+                raise ValueError("its states are not those of its pieces")
+            return cls(states.clone().to(device), lengths.clone().to(device), rate, segment, pieces, fingerprint)
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise ContextError(f"{path} is damaged: its description is not whole ({error}).") from None
 

@@ -560,11 +560,15 @@ class RCCForCausalLM(nn.Module):
         """The decoder's half of :meth:`compress` alone: vectors, on any device, → a context.
 
         Raises:
-            ContextError: another model made the vectors. WindowError: more positions than the decoder has.
+            ContextError: another model made the vectors, or they are damaged.
+            WindowError: more positions than the decoder has.
         """
         self.check_fingerprint(vectors.fingerprint, "unknown", "the vectors")
         step = batch_tokens_on(self.device)  # a position costs the decoder what a token costs the encoder
         wanted = self.projections.states
+        depths = {self._encoder_depth + 1} | ({1} if len(wanted) == 1 else set())
+        if vectors.states.shape[2] not in depths or vectors.states.shape[3] != self.encoder.config.hidden_size:
+            raise ContextError("the vectors do not have the shape that this model's encoder gives: encode again.")
 
         def chunks() -> Any:
             for start in range(0, vectors.states.shape[1], step):

@@ -238,6 +238,7 @@ def _read(file: Path) -> PreTrainedConfig:
 def _made(keywords: Mapping[str, Any], source: str) -> PreTrainedConfig:
     from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
+    checkpoints.check_depth(keywords, source)
     settings = dict(keywords)
     family = settings.pop("model_type")
     if family not in CONFIG_MAPPING:  # whoever asks for a side will refuse it by name

@@ -1,10 +1,12 @@
-"""In which precision to compute."""
+"""In which precision, and on which device, to compute."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+
+from ..errors import InputError
 
 
 def computing(stored: torch.dtype, device: Any) -> torch.dtype:
@@ -27,3 +29,36 @@ def has_bfloat16() -> bool:
     if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         return False
     return torch.cpu._is_avx512_bf16_supported() or not torch.cpu._is_avx512_supported()
+
+
+def parse_dtype(name: str | None) -> torch.dtype | None:
+    """Return the precision of that name; None for None.
+
+    Raises:
+        InputError: it is none for weights.
+    """
+    if name is None:
+        return None
+    dtype = getattr(torch, name, None)
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        raise InputError(f"dtype {name} is unknown: use bfloat16, float16 or float32.")
+    return dtype
+
+
+def parse_device(name: str | None) -> str:
+    """Return the device of that name, which can be used here; for None a GPU if there is one.
+
+    Raises:
+        InputError: it is unknown, or cannot be used here.
+    """
+    device = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.device(device)
+    except RuntimeError:
+        raise InputError(f"device {device} is unknown: use cpu, cuda or mps.") from None
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise InputError(f"device {device} cannot be used here ({reason}): use cpu.") from None
+    return device

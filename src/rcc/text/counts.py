@@ -50,3 +50,28 @@ def show_count(count: int) -> str:
         if count % UNITS[unit.lower()] == 0:
             return f"{count // UNITS[unit.lower()]}{unit}"
     return str(count)
+
+
+def parse_rate(text: str | None) -> int | str:
+    """Return a rate as people write it: a whole number, or `auto`, also for None.
+
+    Raises:
+        InputError: it is something else.
+    """
+    if text in (None, "auto"):
+        return "auto"
+    if not re.fullmatch("[1-9][0-9]{0,8}", text):
+        raise InputError(f"rate {text} is not a rate: use a whole number such as 8, or auto.")
+    return int(text)
+
+
+def parse_bytes(text: str) -> int:
+    """Return a size in bytes: `500MB`, `2GB`, `0`, in powers of a thousand.
+
+    Raises:
+        InputError: it is something else.
+    """
+    match = re.fullmatch("([0-9]{1,9})(|kb|mb|gb|tb)", text.strip().lower())
+    if not match:
+        raise InputError(f"{text!r} is no size: write it as 500MB or 2GB.")
+    return int(match[1]) * 1000 ** ("", "kb", "mb", "gb", "tb").index(match[2])

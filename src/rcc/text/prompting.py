@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from ..config import RCCConfig
 from ..errors import InputError
+from .tokens import Part
 
 MODES = ("human", "reconstruct", "compress")
 SYSTEM = "You are a helpful assistant."
@@ -34,14 +35,19 @@ class Prompt:
 
     Attributes:
         encoder_text: what the encoder reads behind the context; empty if nothing.
-        decoder_text: what the decoder reads as plain tokens.
+        decoder_parts: what the decoder reads as plain tokens.
         ends: how many end marks the answer is over after.
     """
 
     mode: str
     encoder_text: str
-    decoder_text: str
+    decoder_parts: tuple[Part, ...]
     ends: int = 1
+
+    @property
+    def decoder_text(self) -> str:
+        """What the decoder reads, as one text."""
+        return "".join(part.text for part in self.decoder_parts)
 
     def parse(self, written: str) -> tuple[str | None, str]:
         """What the model wrote → the instruction it reconstructed (None in other modes), and the answer."""
@@ -63,11 +69,13 @@ def build(question: str, mode: str, history: Sequence[tuple[str, str]] = ()) -> 
         raise InputError("the question is empty: ask something.")
     question = question.strip()
     if mode == "human":
-        turns = "".join(f"{q}{TURN}{a}{END}{FOLLOWING}" for q, a in history)
-        return Prompt(mode, "", f"{HEADER}{turns}{question}{TURN}")
+        parts = [Part(HEADER)]
+        for earlier, answer in history:
+            parts += [Part(earlier, True), Part(TURN), Part(answer, True), Part(END + FOLLOWING)]
+        return Prompt(mode, "", (*parts, Part(question, True), Part(TURN)))
     if mode == "reconstruct":
-        return Prompt(mode, SEPARATOR + question, HEADER, ends=2)
-    return Prompt(mode, SEPARATOR + question, CUE)
+        return Prompt(mode, SEPARATOR + question, (Part(HEADER),), ends=2)
+    return Prompt(mode, SEPARATOR + question, (Part(CUE),))
 
 
 def joins(config: RCCConfig, prompt: Prompt) -> bool:
@@ -78,3 +86,11 @@ def joins(config: RCCConfig, prompt: Prompt) -> bool:
     question.
     """
     return bool(prompt.encoder_text) and config.segment_padding == "repeat"
+
+
+def allows_special(config: RCCConfig, asked: bool = False) -> bool:
+    """Return whether chat marks in a document or a question are the special tokens that they name.
+
+    Only where that is asked for; and always for the published checkpoint, whose authors read texts so.
+    """
+    return asked or config.segment_padding == "repeat"

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -13,8 +17,26 @@ PIECE, OVERLAP = 200_000, 8_000
 """Characters of a long text that the tokenizer is given at once, and how many of them it was given before."""
 
 
-def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
-    """Text → [1, T] token ids, without the special tokens that some tokenizers add.
+@dataclass(frozen=True)
+class Part:
+    """A part of a prompt.
+
+    Attributes:
+        text: its characters.
+        given: whether a user, a document or a model wrote it, rather than the chat form.
+    """
+
+    text: str
+    given: bool = False
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, text: str, allow_special: bool = False) -> Tensor:
+    """Return the token ids of a text, [1, T], without the special tokens that some tokenizers add.
+
+    Args:
+        text: a document, a question, or a part of a prompt.
+        allow_special: whether marks such as `<|im_end|>` in the text are the special tokens that they name. Otherwise
+            they are read as the characters that they are written with: a document cannot speak as the user.
 
     Raises:
         InputError: the text holds what is not Unicode, such as an argument in another encoding.
@@ -23,13 +45,42 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
         text.encode()
     except UnicodeEncodeError:
         raise InputError("the question or prompt is not UTF-8 text: give it in UTF-8.") from None
-    pieces = _in_pieces(tokenizer, text) if len(text) > PIECE and tokenizer.is_fast else None
+    split = not allow_special and holds_special(tokenizer, text)
+    pieces = _in_pieces(tokenizer, text, split) if len(text) > PIECE and tokenizer.is_fast else None
     if pieces is None:
-        pieces = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
+        pieces = [_read(tokenizer, text, split)["input_ids"]]
     return torch.cat([torch.as_tensor(piece, dtype=torch.long) for piece in pieces])[None]
 
 
-def _in_pieces(tokenizer: PreTrainedTokenizerBase, text: str) -> list[np.ndarray] | None:
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, parts: Sequence[Part], allow_special: bool = False) -> Tensor:
+    """Return the token ids of a prompt, [1, T], read as one text where no part needs to be read otherwise.
+
+    Args:
+        parts: of the chat form, whose marks are special tokens, and of a user, whose marks are not.
+        allow_special: whether a user's marks are special tokens, too.
+
+    Raises:
+        InputError: a part holds what is not Unicode.
+    """
+    if allow_special or not any(part.given and holds_special(tokenizer, part.text) for part in parts):
+        return token_ids(tokenizer, "".join(part.text for part in parts), allow_special=True)
+    rows = [token_ids(tokenizer, part.text, allow_special=not part.given) for part in parts if part.text]
+    return torch.cat(rows, 1)
+
+
+def holds_special(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
+    """Return whether a text holds a mark that the tokenizer has a special token for."""
+    return any(token.special and token.content in text for token in tokenizer.added_tokens_decoder.values())
+
+
+def _read(tokenizer: PreTrainedTokenizerBase, text: str, split: bool, **options: Any) -> Any:
+    """What the tokenizer makes of a text; `split`: its marks into the characters that they are written with."""
+    if split:
+        options["split_special_tokens"] = True
+    return tokenizer(text, add_special_tokens=False, verbose=False, **options)
+
+
+def _in_pieces(tokenizer: PreTrainedTokenizerBase, text: str, split: bool) -> list[np.ndarray] | None:
     """The token ids [T] of a long text's pieces, which together are those of the whole; None where they would not be.
 
     A tokenizer holds more than half a kilobyte for every token while it works. So it is given overlapping pieces, and
@@ -37,7 +88,7 @@ def _in_pieces(tokenizer: PreTrainedTokenizerBase, text: str) -> list[np.ndarray
     """
 
     def read(start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
-        found = tokenizer(text[start:end], add_special_tokens=False, verbose=False, return_offsets_mapping=True)
+        found = _read(tokenizer, text[start:end], split, return_offsets_mapping=True)
         return np.array(found["input_ids"]), start + np.array(found["offset_mapping"])[:, 0]
 
     done, end = [], PIECE

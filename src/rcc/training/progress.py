@@ -51,8 +51,10 @@ class Log:
             for line in self.path.read_text(encoding="utf-8").splitlines():
                 try:
                     row = json.loads(line)
-                except ValueError:
+                except (ValueError, RecursionError):
                     continue  # the last line of a killed process
+                if not (isinstance(row, dict) and "stage" in row and isinstance(row.get("step"), int)):
+                    continue  # no line of ours
                 if row["stage"] != stage or row["step"] < step or (row["step"] == step and step > 0):
                     kept.append(line + "\n")
             atomic.write_text(self.path, "".join(kept))

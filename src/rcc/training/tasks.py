@@ -115,7 +115,8 @@ class Marks:
         """The marks of a tokenizer."""
         fixed = prompting.HEADER, prompting.TURN, prompting.END, prompting.FOLLOWING
         header, turn, end, following, letter, between = (
-            token_ids(tokenizer, text)[0].numpy() for text in (*fixed, "x", f"x{prompting.SEPARATOR}x")
+            token_ids(tokenizer, text, allow_special=True)[0].numpy()
+            for text in (*fixed, "x", f"x{prompting.SEPARATOR}x")
         )
         eos = tokenizer.eos_token_id
         separator = between[len(letter) : len(between) - len(letter)]
@@ -123,7 +124,7 @@ class Marks:
 
     def encode(self, text: str) -> np.ndarray:
         """Text → token ids [T], as `rcc ask` tokenises it."""
-        return token_ids(self.tokenizer, text)[0].numpy()
+        return token_ids(self.tokenizer, text, allow_special=True)[0].numpy()
 
     def decode(self, ids: np.ndarray) -> str:
         """Token ids [T] → text."""

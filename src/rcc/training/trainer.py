@@ -27,7 +27,7 @@ import transformers
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from .. import checkpoints
 from ..errors import FileError, InputError, ModelError, brief
@@ -444,7 +444,7 @@ class StageTrainer(Trainer):
         """Train to the end of the stage, from a checkpoint of it if there is one."""
         if checkpoint is not None:
             state = load_state(checkpoint)
-            about = json.loads((checkpoint / ABOUT).read_text(encoding="utf-8"))
+            about = load_about(checkpoint)
             self.tokens, self.spent, self.first_batch = state["tokens"], state["spent"], about["batch"]
             if about.get("over"):  # all but the model is there
                 self.figures = about["held_out"]
@@ -618,6 +618,28 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
         return torch.load(checkpoint / STATE, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a damaged file ends in whatever its bytes look like to the unpickler
         raise FileError(f"{checkpoint / STATE} is damaged or cannot be read ({brief(error)}).") from error
+
+
+def load_about(checkpoint: Path) -> dict[str, Any]:
+    """What `about.json` says of a checkpoint; what transformers reads beside it is checked as well.
+
+    Raises:
+        FileError: one of the two is damaged or cannot be read.
+    """
+    name = ABOUT
+    try:
+        about = json.loads((checkpoint / ABOUT).read_text(encoding="utf-8"))
+        if type(about["batch"]) is not int or (about.get("over") and not isinstance(about["held_out"], dict)):
+            raise TypeError("it lacks what a run goes on from")
+        name = TRAINER_STATE
+        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE))
+        steps = (state.global_step, state.logging_steps, state.eval_steps, state.save_steps)
+        counts = (*steps, state.train_batch_size)
+        if not all(isinstance(count, (int, float)) and math.isfinite(count) for count in counts):
+            raise TypeError("it counts no steps")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise FileError(f"{checkpoint / name} is damaged or cannot be read ({brief(error)}).") from error
+    return about
 
 
 # ---------------------------------------------------------------- a whole run

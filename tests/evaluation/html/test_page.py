@@ -437,7 +437,8 @@ def open_page(folders, tmp_path_factory) -> Iterator[Callable[..., Any]]:
     program = next((path for name in names if name and (path := shutil.which(name))), None)
     if program is None:
         pytest.skip("no Chromium here: install one, or name it in $CHROMIUM")
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is missing: pip install 'rcc[dev]'")
+    reason = "playwright is missing: pip install 'rcc-context[dev]'"
+    playwright = pytest.importorskip("playwright.sync_api", reason=reason)
     path = tmp_path_factory.mktemp("page") / "report.html"
     report.write(path, report.page(list(folders.values())))
     said: list[str] = []

@@ -190,7 +190,7 @@ def test_memory_is_bounded(tmp_path: Path) -> None:
         (["--seed", "-1"], ("'--seed'", "0")),
         (["--filler-data", "book.txt"], ("--filler-data is for the variant prose",)),
         (["--variants", "prose", "--filler-data", "none.txt"], ("none.txt does not exist",)),
-        (["--lengths", "72", "--device", "abacus"], ("--device abacus",)),
+        (["--lengths", "72", "--device", "abacus"], ("device abacus",)),
     ],
 )
 def test_refusals(args: list[str], words: tuple[str, ...], passkey_model: Any, call: Callable[..., Any]) -> None:

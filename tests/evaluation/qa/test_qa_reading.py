@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,3 +35,16 @@ def test_read(tmp_path: Path) -> None:
     assert [q.id for q in found] == ["some/4"]
     with pytest.raises(InputError, match=r"has no question that can be used: no id begins with none\."):
         reading.read([str(write_rows(tmp_path / "own.jsonl", rows[:1]))], include=["none"])
+
+
+@pytest.mark.parametrize("field", ["context", "question", "answers"])
+def test_a_row_with_half_a_character_is_left_out_and_named(tmp_path: Path, field: str) -> None:
+    """JSON can spell one half of a surrogate pair; UTF-8 cannot."""
+    rows: list[dict[str, Any]] = [
+        {"id": f"a/{i}", "context": "a text", "question": "who?", "answers": "me"} for i in range(3)
+    ]
+    rows[1][field] = "half \ud800"
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    found, notes = reading.open_questions([str(file)], None, [])
+    assert [question.id for question in found] == ["a/0", "a/2"]
+    assert f"{file}:2: {field!r} is not Unicode" in notes[0]

@@ -330,7 +330,7 @@ def test_refusals(command, folder, data, tmp_path, monkeypatch):
             patch.setitem(sys.modules, module, None)
             code, out, err = command("eval", "reconstruction", "--model", folder, *good, "-o", tmp_path / "out")
             assert (code, out) == (2, "")
-            assert err == f"rcc: this evaluation needs {module}: pip install 'rcc[eval]'.\n"
+            assert err == f"rcc: this evaluation needs {module}: pip install 'rcc-context[eval]'.\n"
     assert not (tmp_path / "out").exists()
 
 

@@ -290,8 +290,8 @@ REFUSALS = {
     "one base": (["--shape", "pythia-1.4b", "--encoder", "pythia-1.4b", "--share-base"], "leave out --encoder"),
     "data": (["--shape", "pythia-1.4b", "--data", __file__], "leave it out with --shape"),
     "device": (["--shape", "pythia-1.4b", "--device", "cpu"], "add --random"),
-    "no device": (["--device", "abacus"], "--device abacus is unknown"),
-    "dtype": (["--dtype", "int4"], "--dtype int4 is unknown"),
+    "no device": (["--device", "abacus"], "device abacus is unknown"),
+    "dtype": (["--dtype", "int4"], "dtype int4 is unknown"),
     "segment too long": (["--shape", "pythia-1.4b", "--segment-length", "4096"], "use a shorter segment"),
 }
 

@@ -34,7 +34,7 @@ class Compressed:
     def prompt(self, question: Question) -> Prompt:
         asked = prompting.build(question.question, self.mode)
         # the encoder has read it with the text
-        return Prompt(asked.mode, "", asked.decoder_text, asked.ends) if self.by_question else asked
+        return Prompt(asked.mode, "", asked.decoder_parts, asked.ends) if self.by_question else asked
 
     def decoder(self) -> AbstractContextManager[None]:
         return contextlib.nullcontext()

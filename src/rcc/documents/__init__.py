@@ -1,0 +1,1 @@
+"""What people have → plain text, a reader a format."""
