@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from rcc import InputError
-from rcc.text.counts import parse_count, parse_counts, show_count
+from rcc.text.counts import parse_choices, parse_count, parse_counts, show_count
 
 
 def test_counts() -> None:
@@ -17,3 +17,23 @@ def test_counts() -> None:
     for text in ("", "8k,", "0", "-1", "1.5k", "8kB", "k", "1e3", "9999999999"):
         with pytest.raises(InputError, match=r"^--lengths '.*' is no whole number above 0: .*\.$"):
             parse_counts(text, "--lengths")
+
+
+def test_choices() -> None:
+    """Each once, in their order; all and none stand for all of them and no name, where that is meant, and alone."""
+    known = ("red", "green", "blue")
+    assert parse_choices("green, red,green", "--hues", known) == ["green", "red"]
+    assert parse_choices("all", "--hues", known, optional=True) == list(known)
+    assert parse_choices(" none", "--hues", known, optional=True) == []
+    for text, said in (
+        ("red,none", "--hues none stands alone: leave out the others, or name some of red, green, blue."),
+        ("all,none", "--hues all stands alone: leave out the others, or name some of red, green, blue."),
+        ("red,pink", "--hues 'pink' is unknown: use some of red, green, blue; or all, or none."),
+        ("", "--hues '' is unknown: use some of red, green, blue; or all, or none."),
+    ):
+        with pytest.raises(InputError) as error:
+            parse_choices(text, "--hues", known, optional=True)
+        assert str(error.value) == said
+    for text in ("all", "none"):
+        with pytest.raises(InputError, match=f"^--hues '{text}' is unknown: use some of red, green, blue\\.$"):
+            parse_choices(text, "--hues", known)

@@ -41,20 +41,6 @@ Output = Annotated[
 ]
 
 
-def _some_of(known: list[str], text: str, option: str) -> list[str]:
-    """The choices of an option that also takes all and none."""
-    some = {"all": known, "none": []}
-    if text in some:
-        return some[text]
-    names = [part.strip() for part in text.split(",")]
-    for name in names:
-        if name in some:
-            raise InputError(f"{option} {name} stands alone: leave out the others, or name some of {', '.join(known)}.")
-        if name not in known:
-            raise InputError(f"{option} {name!r} is unknown: use some of {', '.join(known)}; or all, or none.")
-    return list(dict.fromkeys(names))
-
-
 def _show(text: str, data: dict[str, Any] | None, output: Path | None) -> None:
     """Print an evaluation's table and notes and say what the folder holds; or only its figures, where they are wanted
     as JSON."""
@@ -106,7 +92,7 @@ def reconstruction(
         from ..evaluation.reconstruction.run import ReconstructionEvaluation
         from ..evaluation.reconstruction.table import ReconstructionReport
     known = list(measuring.CONTROLS)
-    chosen = _some_of(known, controls, "--controls")
+    chosen = parse_choices(controls, "--controls", known, optional=True)
     engine = load_engine(model, device, dtype)
     rcc, tokenizer = engine.compressor, engine.tokenizer
     protocol = measuring.ReconstructionSettings(
@@ -265,7 +251,7 @@ def qa(
         from ..text import prompting
     forms = parse_choices(modes, "--modes", prompting.MODES)
     known = list(qa_settings.BASELINES)
-    chosen = _some_of(known, baselines, "--baselines")
+    chosen = parse_choices(baselines, "--baselines", known, optional=True)
     if taken := sorted({"rcc", qa_settings.TUNED, *known} & set(others)):
         raise InputError(f"--beside {taken[0]}=… is the name of another row: use another name.")
     with status("reading the questions"):
