@@ -24,7 +24,8 @@ import word_tokens
 from rcc import InputError
 from rcc.evaluation.evaluation import evaluate, finish
 from rcc.evaluation.html import page as report
-from rcc.evaluation.html.tables import Samples, figures_of, read
+from rcc.evaluation.html.folders import SampleLists, read
+from rcc.evaluation.html.tables import figures_of
 from rcc.evaluation.passkey import run as passkey
 from rcc.evaluation.passkey.table import PasskeyReport
 from rcc.evaluation.reconstruction.documents import open_texts
@@ -203,7 +204,7 @@ def test_every_figure_and_its_samples(folders):
 
 def test_samples_come_to_their_figures(folders):
     """Of every task and every list of cells: the samples behind a figure have its mean and its number."""
-    samples, seen = Samples(10**9), 0
+    samples, seen = SampleLists(10**9), 0
     for run in read(list(folders.values())):
         for grouping in run.groupings:
             for _, cell, link in samples.cells(run, grouping):
