@@ -63,8 +63,8 @@ def test_plain_is_the_base(model: RCCForCausalLM, data: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(checkpoints.resolve_base("smollm2-135m-instruct"), dtype=torch.bfloat16)
     for i, (name, text, question, _) in enumerate(FACTS):
         parts = [prompting.HEADER, text, f"\n\n{question} Be short.{prompting.TURN}"]
-        ids = torch.cat([token_ids(TOKENIZER, part) for part in parts], 1)
-        end = token_ids(TOKENIZER, prompting.END).item()
+        ids = torch.cat([token_ids(TOKENIZER, part, allow_special=True) for part in parts], 1)
+        end = token_ids(TOKENIZER, prompting.END, allow_special=True).item()
         out = base.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=end, pad_token_id=0)
         written = TOKENIZER.decode(out[0, ids.shape[1] :]).split(prompting.END)[0].strip()
         row = found["plain", "", f"{name}/{i}"]

@@ -15,9 +15,9 @@ import jinja2
 
 from ...errors import FileError, InputError, RCCError, brief
 from ...runtime import atomic
+from .chapters import CHAPTERS, Chapter
 from .folders import Finished, SampleLists, read
 from .groups import ChartGroup
-from .kinds import KINDS, Kind
 from .tables import Table, table
 
 
@@ -55,7 +55,7 @@ def page(folders: Sequence[Path], limit: int = 50) -> str:
 def _page(folders: Sequence[Path], limit: int) -> str:
     runs, samples = read(folders), SampleLists(limit)
     measured = dict.fromkeys(run.task for run in runs)
-    tasks = [*(task for task in KINDS if task in measured), *(task for task in measured if task not in KINDS)]
+    tasks = [*(task for task in CHAPTERS if task in measured), *(task for task in measured if task not in CHAPTERS)]
     sections = [_section(task, [run for run in runs if run.task == task], samples) for task in tasks]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -73,7 +73,7 @@ def _page(folders: Sequence[Path], limit: int) -> str:
 def _section(task: str, runs: list[Finished], samples: SampleLists) -> Section:
     for number, run in enumerate(runs if len(runs) > 1 else []):
         run.number, run.letter = number, chr(ord("A") + number) if number < 26 else str(number + 1)
-    known = KINDS.get(task, Kind(task, "", lambda runs, samples: iter(())))
+    known = CHAPTERS.get(task, Chapter(task, "", lambda runs, samples: iter(())))
     groups = [group for group in known.groups(runs, samples) if group.main or group.heat or any(group.charts)]
     tables = {run.name: [table(run, name, samples) for name in run.groupings] for run in runs}
     return Section(task, known.title, known.lead, runs, groups, tables)
