@@ -23,7 +23,8 @@ import time
 from pathlib import Path
 
 from rcc import load_tokenizer
-from rcc.data.corpus import Source, open_text
+from rcc.data.corpus import open_text
+from rcc.data.sources import Source
 from rcc.runtime.memory import resident
 from rcc.text.counts import parse_counts, show_count
 

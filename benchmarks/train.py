@@ -66,17 +66,18 @@ def loop(arguments: argparse.Namespace) -> None:
     import torch
 
     from rcc.training.batches import Corpora, Samples
+    from rcc.training.distributed import Process
     from rcc.training.objective import Objective
     from rcc.training.recipe import Recipe
-    from rcc.training.trainer import Place, load_tokenizer, make_model, precision, prepare
+    from rcc.training.setup import load_tokenizer, make_model, precision, prepare
 
     recipe = Recipe.load(arguments.recipe, [*overrides(arguments), f"run.threads={arguments.threads}"])
-    place = Place.of(recipe)
+    process = Process.join(recipe.run.device, recipe.run.threads)
     tokenizer = load_tokenizer(recipe, arguments.init)
     samples = Samples(recipe, 0, Corpora(recipe, tokenizer), tokenizer)
-    model = make_model(recipe, arguments.init, place)
-    prepare(model, recipe.stages[0], recipe, place.device)
-    objective = Objective(model, precision(recipe, place.device)).train()
+    model = make_model(recipe, arguments.init, process.device)
+    prepare(model, recipe.stages[0], recipe, process.device)
+    objective = Objective(model, precision(recipe, process.device)).train()
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
     tokens = start = 0.0
@@ -84,13 +85,13 @@ def loop(arguments: argparse.Namespace) -> None:
         if step == WARM:
             start, tokens = time.perf_counter(), 0
         batch = samples.batch(step)
-        batch = {k: v.to(place.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+        batch = {k: v.to(process.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
         objective(**batch)["loss"].backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         tokens += batch["context_ids"].numel()
-    if place.device.type == "cuda":
+    if process.device.type == "cuda":
         torch.cuda.synchronize()
     print(json.dumps({"speed": tokens / (time.perf_counter() - start)}))
 
@@ -141,10 +142,10 @@ def part(arguments: argparse.Namespace) -> None:
     import torch
 
     from rcc import RCCConfig
+    from rcc.model.freezing import freeze
     from rcc.planning import shapes
     from rcc.planning.blueprint import Blueprint
     from rcc.runtime.precision import computing
-    from rcc.training.groups import freeze
     from rcc.training.head import FrozenHead
     from rcc.training.objective import Objective
 

@@ -27,15 +27,17 @@ def measure(arguments: argparse.Namespace) -> None:
 
     allocator.configure()
     import torch
+    from rcc.activations import Batch, activations
 
-    from rcc.planning import blueprint as planning
     from rcc.runtime import memory
     from rcc.training.batches import Kind
+    from rcc.training.collate import collate
+    from rcc.training.distributed import Process
     from rcc.training.objective import Objective
     from rcc.training.plan import blueprint
     from rcc.training.recipe import Recipe
-    from rcc.training.tasks import Sample, collate
-    from rcc.training.trainer import Place, make_model, prepare
+    from rcc.training.setup import make_model, prepare
+    from rcc.training.tasks.base import Sample
 
     frozen = arguments.kind == "frozen"
     recipe = Recipe.load(
@@ -51,9 +53,9 @@ def measure(arguments: argparse.Namespace) -> None:
             "run.attention=sdpa",
         ],
     )
-    place = Place.of(recipe)
-    model = make_model(recipe, MODEL, place)
-    prepare(model, recipe.stages[0], recipe, place.device)
+    device = Process.join(recipe.run.device, recipe.run.threads).device
+    model = make_model(recipe, MODEL, device)
+    prepare(model, recipe.stages[0], recipe, device)
     objective = Objective(model, torch.bfloat16).train()
     text = torch.randint(1000, 40000, (arguments.length,)).numpy()
     sample = Sample((text,), text[:10], text[10:256], "reconstruction")
@@ -71,8 +73,8 @@ def measure(arguments: argparse.Namespace) -> None:
     gradients = {name: p.grad.nbytes for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     allocated = memory.allocated(step)
-    shape = planning.Batch(1, arguments.length, arguments.rate, 256)
-    found = planning.activations(blueprint(recipe, MODEL), shape, recipe.stages[0].frozen)
+    shape = Batch(1, arguments.length, arguments.rate, 256)
+    found = activations(blueprint(recipe, MODEL), shape, recipe.stages[0].frozen)
     estimate = (found.checkpointed if arguments.checkpointing else found.kept) + sum(gradients.values())
     learning = sum(name.startswith("encoder.") for name in gradients)
     print(json.dumps({"sizes": [peak - before, allocated, estimate], "encoder_gradients": learning}))

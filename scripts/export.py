@@ -11,9 +11,11 @@ from pathlib import Path
 
 import torch
 
+from rcc.model.freezing import learned
 from rcc.training import checkpointing
+from rcc.training.checkpointing import load_state
 from rcc.training.recipe import Recipe
-from rcc.training.trainer import Place, learned, load_state, make_model, put
+from rcc.training.setup import copy_weights, make_model
 
 
 def main() -> None:
@@ -30,10 +32,10 @@ def main() -> None:
         parser.exit(1, f"{arguments.run} holds no whole checkpoint yet\n")
     if not 1 <= arguments.mean <= len(found):
         parser.exit(2, f"--mean: its last stage has {len(found)} checkpoints\n")
-    model = make_model(recipe, arguments.init, Place(torch.device("cpu"), 0, 1))
+    model = make_model(recipe, arguments.init, torch.device("cpu"))
     states = [load_state(checkpoint) for checkpoint in found[: arguments.mean]]
     weights = {name: sum(s["weights"][name] for s in states) / len(states) for name in states[0]["weights"]}
-    put(learned(model), weights, found[0])
+    copy_weights(learned(model), weights, found[0])
     model.save_pretrained(arguments.out, dtype=getattr(torch, recipe.run.dtype))
     print(f"{arguments.out}: {found[0].parent.parent.name}, {found[0].name}, {states[0]['tokens'] / 1e6:.2f}M tokens")
 

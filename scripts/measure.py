@@ -24,23 +24,25 @@ def main() -> None:
 
     from rcc import RCCForCausalLM
     from rcc.training.batches import Corpora, Samples
+    from rcc.training.distributed import Process
+    from rcc.training.held_out import measure
     from rcc.training.objective import Objective
     from rcc.training.recipe import Recipe
-    from rcc.training.trainer import Place, attention, load_tokenizer, measure, precision
+    from rcc.training.setup import attention, load_tokenizer, precision
 
     logging.disable_progress_bar()
     recipe = Recipe.load(arguments.recipe, arguments.set)
-    place = Place.of(recipe)
+    process = Process.join(recipe.run.device, recipe.run.threads)
     tokenizer = load_tokenizer(recipe, arguments.models[0])
     samples = Samples(recipe, arguments.stage, Corpora(recipe, tokenizer), tokenizer, "held_out")
     columns = {}
     for name in arguments.models:
-        dtype, attend = precision(recipe, place.device), attention(recipe, place.device)
-        model = RCCForCausalLM.from_pretrained(name, device=place.device, dtype=dtype, attn_implementation=attend)
+        dtype, attend = precision(recipe, process.device), attention(recipe, process.device)
+        model = RCCForCausalLM.from_pretrained(name, device=process.device, dtype=dtype, attn_implementation=attend)
         # some were not trained; that is to be seen, not warned of
         model.set_rates(recipe.model.rates, model.config.rate_embeddings)
         objective = Objective(model, dtype)
-        columns[name] = measure(objective, samples, arguments.samples, place.device)
+        columns[name] = measure(objective, samples, arguments.samples, process.device)
     print("| task@length/rate |", " | ".join(str(name).rstrip("/").rpartition("/")[2] for name in columns), "|")
     print("|---|" + "---:|" * len(columns))
     for kind in next(iter(columns.values())):

@@ -32,25 +32,25 @@ class Vectors:
         `learning`: the encoder will change: the segments with keys are kept as token ids."""
         import torch
 
-        from rcc.training import tasks
+        from rcc.data import haystack
 
         self.model, self.rng, self.size, self.learning = model, rng, model.config.segment_length, learning
         of = [model.fingerprint, list(keys), across]
         if kept is not None and kept.exists() and (found := torch.load(kept))["of"] == of:
             vars(self).update({name: value for name, value in found.items() if name != "of"})
             return
-        opening, filler = encode(tasks.OPENING), [encode(sentence) for sentence in tasks.FILLER]
+        opening, filler = encode(haystack.OPENING), [encode(sentence) for sentence in haystack.FILLER]
         around = sum(map(len, filler))
         self.period = around // math.gcd(around, self.size)  # segments until filler is cut at the same places again
         length = (self.period + 3) * self.size
-        hidden = [encode(tasks.HIDDEN.format(key=key)) for key in keys]
+        hidden = [encode(haystack.HIDDEN.format(key=key)) for key in keys]
         if len(set(map(len, hidden))) > 1:
             raise SystemExit("keys of as many tokens each are needed: use a tokenizer that splits digits one by one")
         if (least := len(opening) + len(hidden[0])) > self.size:
             raise SystemExit(f"segments of at least {least} tokens are needed: the model's hold {self.size}")
-        plain = tasks.hide(opening, [], filler, length)[0]
+        plain = haystack.hide(opening, [], filler, length)[0]
         # the key as the very first sentence: behind it all filler is shifted
-        shifted = tasks.hide(opening, [(0.0, hidden[0])], filler, length)[0]
+        shifted = haystack.hide(opening, [(0.0, hidden[0])], filler, length)[0]
         cut = range(0, length - self.size, self.size)
         self.filler = [[text[i : i + self.size] for i in cut] for text in (plain, shifted)]
         self.read_filler()
@@ -59,7 +59,7 @@ class Vectors:
             low = high = -1
             # the text's short end is never the key's
             while low < 0 or (high + 1) * self.size > length - around or (i % 4 < 4 * across and low == high):
-                ids, (place,) = tasks.hide(opening, [(rng.random(), sentence)], filler, length)
+                ids, (place,) = haystack.hide(opening, [(rng.random(), sentence)], filler, length)
                 low, high = place // self.size, (place + len(sentence) - 1) // self.size
             self.first.append((low, high - low + 1, len(self.segments)))
             self.segments += [ids[at * self.size : (at + 1) * self.size].copy() for at in range(low, high + 1)]
@@ -163,27 +163,29 @@ def main() -> None:
     import torch
 
     from rcc import RCCForCausalLM, load_tokenizer
+    from rcc.data import haystack
+    from rcc.model.freezing import freeze
     from rcc.runtime.precision import computing
-    from rcc.training import tasks
-    from rcc.training.groups import freeze
-    from rcc.training.recipe import Group
+    from rcc.training.collate import prompts_and_targets
+    from rcc.training.groups import Group
+    from rcc.training.tasks.base import Marks, Sample
 
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(arguments.seed)
     rng = np.random.default_rng(arguments.seed)
     dtype = computing(torch.bfloat16, "cpu")
     model = RCCForCausalLM.from_pretrained(arguments.model, dtype=dtype)
-    marks = tasks.Marks.of(load_tokenizer(arguments.model))
+    marks = Marks.of(load_tokenizer(arguments.model))
     keys = draw_keys(arguments.keys, rng)
-    least, size = len(marks.encode(tasks.HIDDEN.format(key=keys[0]))), model.config.segment_length
+    least, size = len(marks.encode(haystack.HIDDEN.format(key=keys[0]))), model.config.segment_length
     shortest = arguments.shortest or size
     if not least <= shortest <= size:
         raise SystemExit(f"--shortest {shortest}: from {least}, what a key's sentences take, to {size}, a segment")
     # encoding takes minutes for a thousand keys: not to be done twice
     kept = None if arguments.encoder else arguments.out / "vectors.pt"
     vectors = Vectors(model, marks.encode, keys, rng, kept, arguments.across, arguments.encoder)
-    question = marks.encode(tasks.QUESTION)
-    asked = [tasks.Sample((), question, np.append(marks.encode(f" {key}."), marks.eos), "passkey") for key in keys]
+    question = marks.encode(haystack.QUESTION)
+    asked = [Sample((), question, np.append(marks.encode(f" {key}."), marks.eos), "passkey") for key in keys]
     freeze(model, [] if arguments.encoder else ["encoder"], dtype)
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     how = Group(arguments.learning_rate, "cosine", warmup_steps=10, floor=0.02)
@@ -210,7 +212,7 @@ def main() -> None:
                 {k: states[:, :, i] for i, k in enumerate(model.projections.states)},
                 None,
                 attention_mask=None,
-                **tasks._written([(question, asked[number]) for number, _ in placed], marks.eos),
+                **prompts_and_targets([(question, asked[number]) for number, _ in placed], marks.eos),
             )
         return out.loss, len(rows), n
 

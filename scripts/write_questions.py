@@ -25,7 +25,7 @@ import numpy as np
 
 from rcc.runtime import allocator
 from rcc.text.tokens import token_ids
-from rcc.training.tasks import askable
+from rcc.training.tasks.cloze import askable
 
 ASK = "Write a question about this, to which the answer is “{answer}”."
 SENTENCE_END = re.compile(r"[.!?][\"”’)]*\s+|\n")

@@ -11,9 +11,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
-from rcc.training import tasks
-from rcc.training.recipe import Recipe, build
-from rcc.training.trainer import Run
+from rcc.data import haystack
+from rcc.training.recipe import Recipe
+from rcc.training.run import Run
+from rcc.training.settings import build
 
 SEED = 0
 DIGITS = pre_tokenizers.Digits(individual_digits=True)
@@ -66,7 +67,7 @@ def train(folder: Path, base: str, segment: int, rate: int, stages: list[dict], 
 
 def passkey_words() -> list[str]:
     """All words of the pass key's text and question, and all digits."""
-    every = (tasks.OPENING, *tasks.FILLER, tasks.QUESTION, tasks.passkey_text(1234567890, 0, 0))
+    every = (haystack.OPENING, *haystack.FILLER, haystack.QUESTION, haystack.passkey_text(1234567890, 0, 0))
     return sorted({word for text in every for word, _ in SPLIT.pre_tokenize_str(text)})
 
 
@@ -75,8 +76,8 @@ def train_passkey(folder: Path) -> tuple[Path, set[int]]:
     base = make_base(folder / "base", passkey_words(), SPLIT)
     sizes = {"lengths": [LENGTH], "batch_tokens": 24 * LENGTH, "target_tokens": 32}
     one = stage("key", 450, 4e-3, 60, tasks={"passkey": {}}, **sizes)
-    seen, write = set(), tasks._passkey
+    seen, write = set(), haystack.key_sentence
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RCC_HOME", str(folder / "home"))
-        patch.setattr(tasks, "_passkey", lambda key: seen.add(key) or write(key))
+        patch.setattr(haystack, "key_sentence", lambda key: seen.add(key) or write(key))
         return train(folder, base, PART, 4, [one]), seen

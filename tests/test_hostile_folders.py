@@ -13,14 +13,15 @@ from safetensors.torch import load_file, save_file
 
 from damage import DEEP, read_damaged, read_damaged_lines
 from rcc import FileError, ModelError, RCCForCausalLM, checkpoints
-from rcc.data.corpus import Source, open_text
+from rcc.data.corpus import open_text
+from rcc.data.sources import Source
 from rcc.evaluation import compare, results
 from rcc.evaluation.html import page as report
 from rcc.evaluation.qa import questions
-from rcc.planning import blueprint as planning
+from rcc.planning import plan as planning
 from rcc.planning import shapes
+from rcc.training.checkpointing import load_about
 from rcc.training.progress import Log
-from rcc.training.trainer import load_about
 
 WHOLE = Path(__file__).parent / "fixtures" / "56825c2"
 Call = Callable[..., tuple[int, str, str]]

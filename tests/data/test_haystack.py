@@ -13,10 +13,20 @@ import torch
 
 import rcc
 from rcc import RCCConfig
-from rcc.data.haystack import POSITIONS, VARIANTS, Text, is_right, make_text, prose_sentences
+from rcc.data.haystack import (
+    FILLER,
+    OPENING,
+    POSITIONS,
+    QUESTION,
+    VARIANTS,
+    Text,
+    is_right,
+    make_text,
+    passkey_ids,
+    prose_sentences,
+)
 from rcc.model import encoder
 from rcc.text.tokens import token_ids
-from rcc.training.tasks import FILLER, OPENING, QUESTION, passkey_ids
 
 TOKENIZER = rcc.load_tokenizer("rcc-smollm2-135m")
 BOOK = Path(__file__).resolve().parents[2] / "examples/simple-susan.txt"
@@ -55,7 +65,7 @@ def test_texts(variant: str, position: str, write: Callable[..., Text], sentence
         whole = TOKENIZER.decode(text.ids)
         times = 1 if variant.startswith("niah") else 2
         assert whole.count(text.key) == times
-        start, end = text.place
+        start, end = text.key_at
         assert TOKENIZER.decode(text.ids[start:end]).count(text.key) == times
         low, high = POSITIONS[position]
         told = encode(VARIANTS[variant].opening)
@@ -126,7 +136,7 @@ def test_texts_are_drawn_by_the_seed(write: Callable[..., Text]) -> None:
     """The same sample is the same text, whatever was made before; another seed, position or length is another."""
     one, again = write("several", "start", 3), write("several", "start", 3)
     assert np.array_equal(one.ids, again.ids)
-    assert (one.key, one.question, one.place) == (again.key, again.question, again.place)
+    assert (one.key, one.question, one.key_at) == (again.key, again.question, again.key_at)
     others = [
         write("several", "end", 3),
         write("several", "start", 3, seed=1),
@@ -142,10 +152,10 @@ def test_the_control_holds_no_key(variant: str, padding: str, write: Callable[..
     config = RCCConfig(segment_length=64, rates=[4], segment_padding=padding)
     for position in POSITIONS:
         text = write(variant, position)
-        control = text.replaced(config)
+        control = text.replaced(encoder.segments(torch.arange(len(text.ids)), config))
         assert len(control) == len(text.ids)
         assert text.key not in TOKENIZER.decode(control)
-        start, end = text.place
+        start, end = text.key_at
         before, after = (encoder.segments(torch.from_numpy(ids), config) for ids in (text.ids, control))
         places = encoder.segments(torch.arange(len(control)), config)
         own = {int(i) for place in places if set(range(start, end)) & set(place.tolist()) for i in place}

@@ -15,7 +15,8 @@ import torch
 from conftest import load_script
 from learning import SPLIT, make_base, passkey_words
 from rcc import RCCConfig, RCCForCausalLM, load_tokenizer
-from rcc.training import tasks
+from rcc.data import haystack
+from rcc.training.tasks.base import Marks
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "passkey_decoder.py"
 PART = 64
@@ -40,18 +41,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_texts_from_stored_vectors_are_real_texts(script: Any, folder: Path) -> None:
     """Each is, vector by vector, what the encoder makes of a passkey text with that key at some sentence."""
-    model, marks = RCCForCausalLM.from_pretrained(folder), tasks.Marks.of(load_tokenizer(folder))
+    model, marks = RCCForCausalLM.from_pretrained(folder), Marks.of(load_tokenizer(folder))
     vectors = script.Vectors(model, marks.encode, KEYS, np.random.default_rng(0))
-    opening, filler = marks.encode(tasks.OPENING), [marks.encode(sentence) for sentence in tasks.FILLER]
+    opening, filler = marks.encode(haystack.OPENING), [marks.encode(sentence) for sentence in haystack.FILLER]
     assert vectors.period > 1
     assert vectors.first[0][1] == 2  # segments
     made = 0
     for number, key in enumerate(KEYS):
-        hidden = marks.encode(tasks.HIDDEN.format(key=key))
+        hidden = marks.encode(haystack.HIDDEN.format(key=key))
         for n in (2, 3, 9, vectors.period + 7):
             size = n * PART + len(hidden)  # what is beyond n segments is left away
             places = np.linspace(0, 1, size // min(map(len, filler)), endpoint=False)
-            texts = [tasks.hide(opening, [(place, hidden)], filler, size)[0][: n * PART] for place in places]
+            texts = [haystack.hide(opening, [(place, hidden)], filler, size)[0][: n * PART] for place in places]
             texts = torch.from_numpy(np.stack(texts))
             real = model.encode(texts, rate=PART).states[:, :, model.projections.states]
             for _ in range(4):
@@ -64,7 +65,7 @@ def test_texts_from_stored_vectors_are_real_texts(script: Any, folder: Path) -> 
 
 def test_segments_beside_an_edge_are_cut_far_from_it(script: Any, folder: Path) -> None:
     """What is read of them is what the encoder makes of that many tokens before the edge, and behind it."""
-    model, marks = RCCForCausalLM.from_pretrained(folder), tasks.Marks.of(load_tokenizer(folder))
+    model, marks = RCCForCausalLM.from_pretrained(folder), Marks.of(load_tokenizer(folder))
     vectors = script.Vectors(model, marks.encode, KEYS, np.random.default_rng(0), learning=True)
     assert vectors.first[0][1] == 2  # segments
     (found,) = vectors.hidden([0], length=40)
@@ -76,7 +77,7 @@ def test_segments_beside_an_edge_are_cut_far_from_it(script: Any, folder: Path) 
 
 def test_what_was_encoded_is_kept(script: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For the same keys and model, and no other."""
-    model, marks = RCCForCausalLM.from_pretrained(folder), tasks.Marks.of(load_tokenizer(folder))
+    model, marks = RCCForCausalLM.from_pretrained(folder), Marks.of(load_tokenizer(folder))
     kept = tmp_path / "out" / "vectors.pt"
     first = script.Vectors(model, marks.encode, KEYS, np.random.default_rng(0), kept)
     script.Vectors(model, marks.encode, KEYS[:1], np.random.default_rng(0), tmp_path / "other.pt")

@@ -21,9 +21,9 @@ from torch import Tensor
 from learning import LENGTH, PART, SEED, make_base, stage, train
 from rcc import RCCForCausalLM, checkpoints, engine
 from rcc.context.context import CompressedContext
+from rcc.data import haystack
 from rcc.evaluation.reconstruction.teacher_forcing import teacher_forced
 from rcc.text.tokens import token_ids
-from rcc.training import tasks
 
 SYMBOLS = 96
 SEGMENT, LONG = 24, 48  # tokens of a text in the first stage, of which all is written back, and in the second
@@ -131,15 +131,15 @@ def test_a_pass_key_is_found_where_it_is(passkey_model: tuple[Path, set[int]]) -
     rng = np.random.default_rng(SEED)
     assert len(seen) > 5000
     keys = rng.choice(sorted(set(range(10_000, 100_000)) - seen), 200, replace=False)
-    texts = np.stack([tasks.passkey_ids(int(key), rng.random(), LENGTH, encode) for key in keys])
+    texts = np.stack([haystack.passkey_ids(int(key), rng.random(), LENGTH, encode) for key in keys])
     digit = np.isin(texts, encode("0123456789"))
     number = np.arange(texts.shape[1]) // PART  # of a token's segment
     hides = np.stack([np.isin(number, number[row]) for row in digit])  # its segment holds digits
-    filler = np.resize(encode("".join(tasks.FILLER)), texts.shape[1])
+    filler = np.resize(encode("".join(haystack.FILLER)), texts.shape[1])
     answers = np.stack([encode(str(key)) for key in keys])
 
     def right(texts: np.ndarray) -> float:
-        prompts = torch.from_numpy(encode(tasks.QUESTION)).expand(len(texts), -1)
+        prompts = torch.from_numpy(encode(haystack.QUESTION)).expand(len(texts), -1)
         out = model.generate(prompts, context=model.compress(torch.from_numpy(texts)), max_new_tokens=5)
         return float((out[:, -5:].numpy() == answers).all(1).mean())
 

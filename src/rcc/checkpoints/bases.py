@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
-
-import platformdirs
 
 
 @dataclass(frozen=True)
@@ -117,9 +113,3 @@ BASES: dict[str, Base] = {
         tie_output=True,  # output.weight is Q8_0, token_embd.weight Q5_0
     ),
 }
-
-
-def home() -> Path:
-    """Return the folder for what rcc makes or fetches: $RCC_HOME, else the user's cache folder. Not created here."""
-    named = os.environ.get("RCC_HOME")
-    return Path(named).expanduser().absolute() if named else platformdirs.user_cache_path("rcc")

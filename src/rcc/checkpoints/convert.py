@@ -122,7 +122,7 @@ def convert_checkpoint(
 
 # ---------------------------------------------------------------- what is asked for
 def _free(out: str | Path) -> Path:
-    """The folder to write, behind any symbolic links."""
+    """The folder to write, with symbolic links followed."""
     target = Path(os.path.realpath(out))
     if os.path.lexists(target) and not target.is_dir():
         raise InputError(f"{out} is a file: name a new folder.")

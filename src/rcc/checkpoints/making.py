@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 
-from filelock import FileLock
-
 from ..errors import FileError, ModelError, brief
-from .bases import BASES, Base, home
+from ..runtime.home import home
+from ..runtime.locks import make_once
+from .bases import BASES, Base
 from .dequantizing import write_folder
 from .fetching import gather, size
 from .hashing import differs, weights_sha256
@@ -42,9 +40,12 @@ def ensure_base(name: str, progress: Callable[[str], None] | None = None) -> Pat
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         _downloads().mkdir(exist_ok=True)  # messages ask to put a file there
-        with FileLock(home() / "bases.lock"):  # the system releases it when its holder is killed
-            if not _is_made(folder):
-                _make(name, base, folder, progress or (lambda phase: None))
+        make_once(
+            folder,
+            lambda: _is_made(folder),
+            lambda work: _make(name, base, work, progress or (lambda phase: None)),
+            lock=home() / "bases.lock",
+        )
     except FileError:
         raise
     except OSError as error:
@@ -64,23 +65,14 @@ def _is_made(folder: Path) -> bool:
     return all((folder / f).is_file() for f in ("config.json", "model.safetensors", "tokenizer.json"))
 
 
-def _make(name: str, base: Base, folder: Path, say: Callable[[str], None]) -> None:
-    """Run under the lock, so that every temporary folder found here belongs to a process that was killed."""
-    for left_over in folder.parent.glob(f".{name}-*"):
-        shutil.rmtree(left_over, ignore_errors=True)
-    shutil.rmtree(folder, ignore_errors=True)
+def _make(name: str, base: Base, work: Path, say: Callable[[str], None]) -> None:
+    """Fill an empty folder with a base, and remove what was fetched for it."""
     gguf = gather(name, base, _downloads(), say)
-    work = folder.parent / f".{name}-{uuid.uuid4().hex}"
-    work.mkdir()
-    try:
-        say("dequantizing")
-        write_folder(gguf, work, base.tokenizer, base.tie_output)
-        if (got := weights_sha256(work)) != base.weights_sha256:
-            raise FileError(
-                f"the weights dequantized for {name} are not the expected ones ({differs(base.weights_sha256, got)}): "
-                f"the installed transformers or gguf converts otherwise, install a version that rcc was tested with."
-            )
-        os.rename(work, folder)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    say("dequantizing")
+    write_folder(gguf, work, base.tokenizer, base.tie_output)
+    if (got := weights_sha256(work)) != base.weights_sha256:
+        raise FileError(
+            f"the weights dequantized for {name} are not the expected ones ({differs(base.weights_sha256, got)}): "
+            f"the installed transformers or gguf converts otherwise, install a version that rcc was tested with."
+        )
     shutil.rmtree(gguf.parent, ignore_errors=True)

@@ -208,7 +208,7 @@ def _reason(name: str, settings: Any) -> str:
     if name == f"{ENCODER}embed_out.weight":
         return "the encoder's output layer, which nothing reads"
     if name == f"{PROJECTION}A_matrix.{settings.num_hidden_layers - 1}.weight":
-        return "its term, behind the last block, reaches no KV entry"
+        return "its term, after the last block, reaches no KV entry"
     if name == "embed_out.weight":
         return "config.json ties it to gpt_neox.embed_in.weight"
     if _BUFFER.search(name):

@@ -66,7 +66,7 @@ def reconstruction(
     ] = None,
     prompts: Annotated[int, typer.Option(min=1, help="Places in a document to go on from.")] = 5,
     target_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens to write behind each (default: 500 of 2,048, in proportion).")
+        int | None, typer.Option(min=1, help="Tokens to write after each (default: 500 of 2,048, in proportion).")
     ] = None,
     controls: Annotated[str, typer.Option(help="shuffled,wrong,no-context,plain-text, or all, or none.")] = "all",
     limit: Annotated[int, typer.Option(min=1, help="Documents of each length.")] = 10,
@@ -228,7 +228,7 @@ def qa(
         str | None, typer.Option(help="Other questions' texts around each, up to so many tokens: 2k, 8k, …")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer, where its set does not say.")] = 64,
-    hint: Annotated[str | None, typer.Option(help="What the base is told behind a question.")] = None,
+    hint: Annotated[str | None, typer.Option(help="What the base is told after a question.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Questions of each set.")] = 100,
     seed: Annotated[int, typer.Option(min=0, help="Of the choice of questions.")] = 0,
     output: Output = None,

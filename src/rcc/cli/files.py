@@ -21,7 +21,7 @@ def creating(output: Path) -> Iterator[None]:
 
 
 def check_output(output: Path, force: bool, inputs: Iterable[str | Path] = (), called: str = "inputs") -> Path:
-    """Refuse before the work is done, not after → the file to write, behind any symbolic links.
+    """Refuse before the work is done, not after → the file to write, with symbolic links followed.
 
     Args:
         inputs: files that are read, which the output may not be.

@@ -98,7 +98,8 @@ def _plan(
     if dtype not in (None, "bfloat16", "float16", "float32"):
         raise InputError(f"--dtype {dtype} is unknown: use bfloat16, float16 or float32.")
     with loading():
-        from ..planning import blueprint as planning
+        from ..planning import plan as planning
+        from ..planning import table
         from ..runtime.precision import parse_dtype
     with status("planning"):
         precision = parse_dtype(dtype or "bfloat16")
@@ -109,7 +110,7 @@ def _plan(
     if as_json:
         print_json(data)
         return
-    for line in planning.lines(data):
+    for line in table.lines(data):
         out.print(line, markup=False)
 
 

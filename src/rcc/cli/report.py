@@ -14,10 +14,10 @@ from .files import check_output, creating
 def report(
     folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Folders that `rcc eval` wrote.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The page to write.")],
-    samples: Annotated[int, typer.Option(min=0, help="Samples behind each figure, at most; 0: none.")] = 50,
+    samples: Annotated[int, typer.Option(min=0, help="Samples of each figure, at most; 0: none.")] = 50,
     force: Annotated[bool, typer.Option("--force", help="Replace the page if it exists.")] = False,
 ) -> None:
-    """Make one HTML page of evaluations: charts, tables, and the samples behind every figure."""
+    """Make one HTML page of evaluations: charts, tables, and the samples of every figure."""
     from ..evaluation.html import page as reporting
 
     target = check_output(output, force, [file for folder in folders if folder.is_dir() for file in folder.iterdir()])

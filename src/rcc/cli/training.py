@@ -37,7 +37,8 @@ def train(
         return
     if output is None:
         raise InputError("--output is missing: name a folder for the run, or use --dry-run.")
-    from ..training.trainer import Interrupted, Run
+    from ..training.run import Run
+    from ..training.trainer import Interrupted
 
     try:
         Run(settings, output, resume, init).go()

@@ -177,13 +177,13 @@ SHAPES = {
         },
     ),
 }
-"""By the name that `rcc models --plan` takes; their ids do as well."""
+"""By the names that :func:`find` takes; their ids do as well."""
 
 
 def find(
     name: str | Path, described: Mapping[str, dict[str, Any]] | None = None, relative_to: Path | None = None
 ) -> PreTrainedConfig:
-    """A backbone's configuration; weights need not be there, and none are fetched.
+    """Return a backbone's configuration; weights need not be there, and none are fetched.
 
     Args:
         name: a config.json or a folder with one, a name or an id in :data:`SHAPES`, or a hub id, whose config.json
@@ -196,14 +196,14 @@ def find(
         InputError: `described` has the name, but no model_type.
     """
     text = os.fspath(name)
-    places = [Path(relative_to) / text] if relative_to is not None else []
-    for place in [*places, Path(os.path.expanduser(text))] if text else []:
-        if os.path.isdir(place):  # unlike Path.is_dir, never raises
-            if not os.path.isfile(place / "config.json"):
-                raise ModelError(f"{place} is not a model folder: it has no config.json.")
-            return _read(place / "config.json")
-        if os.path.exists(place):
-            return _read(place)
+    paths = [Path(relative_to) / text] if relative_to is not None else []
+    for path in [*paths, Path(os.path.expanduser(text))] if text else []:
+        if os.path.isdir(path):  # unlike Path.is_dir, never raises
+            if not os.path.isfile(path / "config.json"):
+                raise ModelError(f"{path} is not a model folder: it has no config.json.")
+            return _read(path / "config.json")
+        if os.path.exists(path):
+            return _read(path)
     if described is not None and text in described:
         if "model_type" not in described[text]:
             raise InputError(f"model.shapes.{text} has no model_type: add it.")

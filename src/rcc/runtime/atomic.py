@@ -27,7 +27,7 @@ OLD_SECONDS = 3600.0
 
 @contextlib.contextmanager
 def writing(path: str | Path, replace: bool = True, private: bool = False) -> Iterator[BinaryIO]:
-    """Give a file to write, which gets its name, behind any symbolic links, when it is complete and on the disk.
+    """Give a file to write, which gets its name (symbolic links followed) when it is complete and on the disk.
 
     Args:
         replace: whether a file of that name is replaced; it passes on its mode and, where permitted, its owner.

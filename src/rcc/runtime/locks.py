@@ -1,4 +1,4 @@
-"""A folder that one process works in: the others are told which one, and a dead process holds nothing."""
+"""Folders that one process works in, or makes: the others are told, or wait. A dead process holds nothing."""
 
 from __future__ import annotations
 
@@ -7,10 +7,15 @@ import fcntl
 import json
 import os
 import platform
+import shutil
 import threading
 import time
+import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from ..errors import FileError
 
@@ -18,6 +23,33 @@ NAME = ".rcc-lock"
 _guard = threading.Lock()
 _held: dict[str, tuple[int, int]] = {}
 """Folders that this process works in: a handle, and how many times."""
+
+
+def make_once(folder: Path, is_made: Callable[[], bool], make: Callable[[Path], None], lock: Path) -> None:
+    """Make a folder, unless it is there: in one process, while others that want it wait. It appears by one rename.
+
+    Args:
+        folder: its parent exists. What lies there and is not whole is removed first.
+        is_made: whether the folder is there and whole; asked under the lock.
+        make: fills an empty folder, which then gets the name.
+        lock: a file for the lock, which the system releases when its holder is killed.
+
+    Raises:
+        OSError: something cannot be written; and whatever `make` raises, after which no folder is left.
+    """
+    with FileLock(lock):
+        if is_made():
+            return
+        for left_over in folder.parent.glob(f".{folder.name}-*"):  # of a killed process: nobody else makes one now
+            shutil.rmtree(left_over, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        work = folder.parent / f".{folder.name}-{uuid.uuid4().hex}"
+        work.mkdir()
+        try:
+            make(work)
+            os.rename(work, folder)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
 
 
 class FolderLock:

@@ -6,7 +6,7 @@
 | `human`       | the decoder, as plain tokens | the chat header and instruction | the answer                   |
 | `compress`    | the encoder, with the text   | a short cue ("Answer:")         | the answer                   |
 
-Behind a stored context the instruction that goes to the encoder is a segment of its own. The published checkpoint has
+After a stored context the instruction that goes to the encoder is a segment of its own. The published checkpoint has
 not learned to read it so: of a text that is at hand, its encoder reads `text + encoder_text` as one (:func:`joins`).
 """
 
@@ -34,7 +34,7 @@ class Prompt:
     """A question in the form that its mode wants.
 
     Attributes:
-        encoder_text: what the encoder reads behind the context; empty if nothing.
+        encoder_text: what the encoder reads after the context; empty if nothing.
         decoder_parts: what the decoder reads as plain tokens.
         ends: how many end marks the answer is over after.
     """
@@ -79,7 +79,7 @@ def build(question: str, mode: str, history: Sequence[tuple[str, str]] = ()) -> 
 
 
 def joins(config: RCCConfig, prompt: Prompt) -> bool:
-    """Whether the encoder should read a text that is at hand and the instruction behind it as one text.
+    """Whether the encoder should read a text that is at hand and the instruction after it as one text.
 
     The published checkpoint was trained on that alone, and its padding would fill a segment with the instruction,
     again and again. Other models are trained to read it both ways, and a text compressed by itself serves every

@@ -15,10 +15,14 @@ import numpy as np
 from torch.utils.data import IterableDataset
 from transformers import PreTrainedTokenizerBase
 
-from ..data.corpus import Corpus, Interleave, QuestionStream, Row, TextStream, open_questions, open_text, split
+from ..data.corpus import Corpus, Row, open_questions, open_text
+from ..data.streams import Interleave, QuestionStream, TextStream, split
 from ..errors import InputError
-from .recipe import Recipe, Stage
-from .tasks import FIXED_TEXTS, Marks, Sample, collate, collate_plain, read_exactly
+from .collate import collate, collate_plain, for_exact_reading
+from .recipe import Recipe
+from .stage import Stage
+from .tasks import TASKS
+from .tasks.base import Marks, Sample
 
 
 @dataclass(frozen=True)
@@ -52,19 +56,19 @@ class Schedule:
         self._rates = [Interleave(shares, _seed(seed, 1, i)) for i, shares in enumerate(rates)]
 
     def at(self, batch: int) -> tuple[Kind, int, int]:
-        """Batch number → its kind, its stream's number, and which batch of that stream it is."""
+        """Return a batch's kind, its stream's number, and which batch of that stream it is."""
         stream, count = self._streams.at(batch)
         task, length = self.streams[stream]
         rate = list(self.rates[task, length])[self._rates[stream].at(count)[0]]
         return Kind(task, length, rate), stream, count
 
     def tokens(self, batch: int) -> int:
-        """Context tokens of a batch of one process, as they are counted: full contexts."""
+        """Return the context tokens of a batch of one process, as they are counted: full contexts."""
         length = self.at(batch)[0].length
         return self.stage.rows(length) * length
 
     def steps(self, world: int) -> int:
-        """Optimiser steps after which a budget of tokens is spent; `world` is the number of processes."""
+        """Return the optimizer steps after which a budget of tokens is spent; `world` is the number of processes."""
         if self.stage.max_steps is not None:
             return self.stage.max_steps
         if self.stage.max_tokens is None:
@@ -107,7 +111,7 @@ class Corpora:
                 self.rows[f"evaluation_{kind}", "held_out"] = [np.arange(len(corpus)) for corpus in others]
 
     def stream(self, reads: str, part: str, seed: int, window: int, minimum: int) -> TextStream | QuestionStream:
-        """A stream over one part (`train` or `held_out`) of the text or the questions."""
+        """Return a stream over one part (`train` or `held_out`) of the text or the questions."""
         key = f"evaluation_{reads}" if part == "held_out" and f"evaluation_{reads}" in self.sources else reads
         corpora, rows = self.sources[key], self.rows[key, part]
         if reads == "text":
@@ -123,15 +127,16 @@ def used_tokens(corpora: Corpora, marks: Marks) -> np.ndarray:
     used = np.zeros(len(marks.tokenizer), dtype=bool)
     for fixed in (marks.header, marks.turn, marks.end, marks.following, marks.separator, marks.eos):
         used[fixed] = True
-    for text in FIXED_TEXTS:
-        used[marks.encode(text)] = True
+    for task in TASKS.values():
+        for text in task.fixed_texts:
+            used[marks.encode(text)] = True
     for corpus in {id(c): c for group in corpora.sources.values() for c in group}.values():
         used[corpus.token_ids()] = True
     return np.flatnonzero(used)
 
 
 class _Draw:
-    """What a task may draw for one sample: see :mod:`rcc.training.tasks`."""
+    """What a task may draw for one sample; see :class:`rcc.training.tasks.base.Draw`."""
 
     def __init__(self, samples: Samples, stream: TextStream | QuestionStream | None, k: int):
         self._samples, self._stream, self._k = samples, stream, k
@@ -199,28 +204,28 @@ class Samples:
         return stream if isinstance(stream, TextStream) else None
 
     def sample(self, stream: int, k: int) -> Sample:
-        """Sample number k of a stream."""
+        """Return sample number k of a stream."""
         name, length = self.schedule.streams[stream]
         rng = np.random.default_rng([self.recipe.seed, self.number, stream, k, self.part == "held_out"])
         draw = _Draw(self, self.streams[stream], k)
         return self.stage.tasks[name].sample(draw, rng, length, self.stage.target_tokens, self.marks)
 
     def batch(self, batch: int, rank: int = 0, world: int = 1) -> dict[str, Any]:
-        """What process `rank` of `world` reads as batch number `batch`: the arguments of the training pass."""
+        """Return what process `rank` of `world` reads as batch number `batch`: the arguments of the training pass."""
         kind, stream, count = self.schedule.at(batch)
         rows = self.stage.rows(kind.length)
         first = (count * world + rank) * rows
         return self.collate([self.sample(stream, first + j) for j in range(rows)], kind)
 
     def collate(self, samples: list[Sample], kind: Kind) -> dict[str, Any]:
-        """Samples of one kind → a batch."""
+        """Return the batch of samples of one kind."""
         if self.stage.plain:
             return {**collate_plain(samples, self.marks.eos), "kind": str(kind)}
         distillation = self.stage.distillation
         teacher = distillation is not None and kind.task in distillation.tasks
         samples = [self.stage.tasks[kind.task].at(kind.rate, sample) for sample in samples]
         if self.recipe.reads_exactly(kind.rate):
-            samples = [read_exactly(sample) for sample in samples]
+            samples = [for_exact_reading(sample) for sample in samples]
         return {**collate(samples, self.marks.eos, teacher), "rate": kind.rate, "kind": str(kind)}
 
 
@@ -242,5 +247,5 @@ class Batches(IterableDataset):
 
 
 def _seed(*numbers: int) -> int:
-    """One seed from several."""
+    """Return one seed from several."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)

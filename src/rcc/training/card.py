@@ -15,7 +15,7 @@ def card(
     figures: dict[str, dict[str, float]],
     versions: dict[str, str],
 ) -> str:
-    """Markdown for the model that stage `number` (from 0) left.
+    """Return Markdown for the model that stage `number` (from 0) left.
 
     Args:
         bases: where the backbones came from.
@@ -45,17 +45,7 @@ def card(
         seen = f"{tokens:,}" if i == number else f"budget: {getattr(stage, stage.budget):,} {stage.budget[4:]}"
         lengths, rates = (", ".join(map(str, values)) for values in (stage.all_lengths, stage.all_rates))
         lines.append(f"| {stage.name} | {tasks} | {seen} | {lengths} | {rates} | {', '.join(stage.frozen) or '–'} |")
-    lines += ["", "Data:", ""]
-    tasks_done = [task for stage in recipe.stages[: number + 1] for task in stage.tasks.values()]
-    for kind in ("text", "questions"):
-        # instructions take prose from the text to put between their passages
-        used = any(task.reads == kind or (kind == "text" and task.reads) for task in tasks_done)
-        for source in getattr(recipe.data, kind) if used else []:
-            chosen = f", only {', '.join(source.include)}" if source.include else ""
-            chosen += f", without {', '.join(source.exclude)}" if source.exclude else ""
-            lines.append(f"- {kind}: {source.path} (weight {source.weight:g}{chosen})")
-    if any(task.name == "passkey" for task in tasks_done):
-        lines.append("- the generated passkey task")
+    lines += ["", "Data:", "", *_data(recipe, number)]
     if figures:
         lines += [
             "",
@@ -68,3 +58,19 @@ def card(
     made = ", ".join(f"{k} {v}" for k, v in versions.items())
     lines += ["", f"Made with {made}. The recipe:", "", "```json", json.dumps(recipe.to_dict(), indent=1), "```", ""]
     return "\n".join(lines)
+
+
+def _data(recipe: Recipe, number: int) -> list[str]:
+    """Return a line for each source of the stages up to a number."""
+    lines = []
+    tasks_done = [task for stage in recipe.stages[: number + 1] for task in stage.tasks.values()]
+    for kind in ("text", "questions"):
+        # instructions take prose from the text to put between their passages
+        used = any(task.reads == kind or (kind == "text" and task.reads) for task in tasks_done)
+        for source in getattr(recipe.data, kind) if used else []:
+            chosen = f", only {', '.join(source.include)}" if source.include else ""
+            chosen += f", without {', '.join(source.exclude)}" if source.exclude else ""
+            lines.append(f"- {kind}: {source.path} (weight {source.weight:g}{chosen})")
+    if any(task.name == "passkey" for task in tasks_done):
+        lines.append("- the generated passkey task")
+    return lines

@@ -82,7 +82,7 @@ class FrozenHead:
 
     @staticmethod
     def fits(model: RCCForCausalLM) -> bool:
-        """Whether a model's head is one: under LoRA it does not learn, and some families bend what it gives."""
+        """Return whether a model's head is one: under LoRA it does not learn, and some families bend what it gives."""
         frozen = model.config.share_base or bool(model.config.decoder_lora_rank)
         head = model.decoder.get_output_embeddings()
         bent = getattr(model.decoder.config, "final_logit_softcapping", None) is not None
@@ -111,8 +111,8 @@ class FrozenHead:
 
     @torch.no_grad()
     def likeliest(self, states: Tensor) -> Tensor:
-        """Return the likeliest token ids [B, U] behind hidden states [B, U, H]."""
+        """Return the likeliest token ids [B, U] after hidden states [B, U, H]."""
         with torch.autocast(states.device.type, enabled=False):
             parts = states.flatten(0, 1).to(self.weight.dtype).split(self.rows)
-            found = torch.cat([(part @ self.weight.t()).argmax(-1) for part in parts])
-        return (found if self.vocabulary is None else self.vocabulary[found]).view(states.shape[:-1])
+            ids = torch.cat([(part @ self.weight.t()).argmax(-1) for part in parts])
+        return (ids if self.vocabulary is None else self.vocabulary[ids]).view(states.shape[:-1])

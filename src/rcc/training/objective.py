@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .. import checkpoints
 from ..errors import ModelError
 from ..model.rcc import RCCForCausalLM
-from .recipe import Distillation
+from .stage import Distillation
 
 
 class Objective(nn.Module):
@@ -62,7 +62,7 @@ class Objective(nn.Module):
             loss = out.loss
             if teacher_ids is not None and self.distillation is not None:
                 with torch.no_grad():
-                    # the teacher's rows end in the same columns: behind its longer prompt stands the same target
+                    # the teacher's rows end in the same columns: the same target follows its longer prompt
                     shift = teacher_ids.shape[1] - input_ids.shape[1]
                     order = (teacher_mask.cumsum(1) - 1).clamp(min=0) if teacher_mask is not None else None
                     wanted = self._teacher[0](
@@ -79,7 +79,7 @@ class Objective(nn.Module):
 
 
 def divergence(student: Tensor, teacher: Tensor, settings: Distillation) -> Tensor:
-    """Mean KL(teacher ‖ student) over tokens, in nats; logits [N, V] → scalar.
+    """Return the mean KL(teacher ‖ student) over tokens, in nats: logits [N, V] → scalar.
 
     With `top_k` the teacher's k likeliest tokens are compared one by one and all others as one: a lower bound that
     needs no vocabulary-wide teacher.
@@ -95,12 +95,12 @@ def divergence(student: Tensor, teacher: Tensor, settings: Distillation) -> Tens
 
 
 def _rest(logs: Tensor) -> Tensor:
-    """Log of what is left of the probability, [N, k] → [N, 1]."""
+    """Return the log of what is left of the probability, [N, k] → [N, 1]."""
     return torch.log1p(-logs.exp().sum(-1, keepdim=True).clamp(max=1 - 1e-6))
 
 
 def make_teacher(model: RCCForCausalLM) -> nn.Module:
-    """The decoder as it was before training, frozen: its base without LoRA, sharing the weights where they are frozen.
+    """Return the decoder as it was before training, frozen: its base without LoRA, sharing weights that are frozen.
 
     Raises:
         ModelError: the decoder's own weights are trained, and there is no base to load the teacher from.

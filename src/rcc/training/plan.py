@@ -1,4 +1,4 @@
-"""`rcc train --dry-run`: what a recipe would train, on what, and roughly at what cost, without training.
+"""Dry runs: what a recipe would train, on what, and roughly at what cost, without training.
 
 Weights need not be at hand: the model is made without storage from the backbones' configurations.
 """
@@ -17,16 +17,17 @@ from .. import checkpoints
 from ..config import RCCConfig
 from ..errors import FileError, InputError, ModelError
 from ..model import backbones
+from ..model.freezing import GROUPS, group_of
 from ..model.rcc import RCCForCausalLM
-from ..planning import blueprint as planning
 from ..planning import shapes
-from ..planning.blueprint import Batch, Blueprint, learning_bytes
+from ..planning.activations import Batch, activations
+from ..planning.blueprint import Blueprint, learning_bytes
 from ..runtime.precision import computing
 from .batches import Corpora, Samples
-from .groups import group_of
-from .recipe import GROUPS, Recipe, Stage
-from .tasks import Task, describe
-from .trainer import attention, load_tokenizer, prepare
+from .recipe import Recipe
+from .setup import attention, load_tokenizer, prepare
+from .stage import Stage
+from .tasks.base import Task, describe
 
 SUSTAINED = 0.45
 """Share of the machine's matrix rate that training is taken to reach; measured 0.4 to 0.5 for the default model."""
@@ -59,7 +60,7 @@ def plan(recipe: Recipe, init: str | None, console: Console) -> None:
 
 
 def blueprint(recipe: Recipe, init: str | None) -> Blueprint:
-    """The recipe's model, whose weights need not be at hand.
+    """Return the recipe's model, whose weights need not be at hand.
 
     Raises:
         ModelError: a backbone is neither at hand nor known, nor described in model.shapes.
@@ -83,7 +84,7 @@ def blueprint(recipe: Recipe, init: str | None) -> Blueprint:
 
 
 def _shape(recipe: Recipe, name: str, relative_to: Path | None) -> PreTrainedConfig:
-    """A backbone's configuration: from its folder, or from what is known or the recipe says of it."""
+    """Return a backbone's configuration: from its folder, or from what is known or the recipe says of it."""
     try:
         shape = shapes.find(name, recipe.model.shapes, relative_to)
     except ModelError as error:
@@ -94,7 +95,7 @@ def _shape(recipe: Recipe, name: str, relative_to: Path | None) -> PreTrainedCon
 
 
 def flops(model: RCCForCausalLM, stage: Stage) -> float:
-    """FLOP of one batch of a prepared stage, forward and backward, at the mean over its lengths and rates.
+    """Return the FLOP of a batch of a prepared stage, forward and backward, at the mean over its lengths and rates.
 
     A forward pass takes 2 FLOP a weight and token, the way back 2 more for the activations and 2 for weights that
     learn.
@@ -124,16 +125,16 @@ def flops(model: RCCForCausalLM, stage: Stage) -> float:
 
 
 def stage_activations(model: Blueprint, stage: Stage) -> int:
-    """Bytes that a batch of a stage keeps, at most over its kinds; see :func:`rcc.planning.blueprint.activations`."""
-    found = [
-        planning.activations(model, Batch(stage.rows(n), n, r, stage.target_tokens), stage.frozen)
+    """Return the most bytes that a batch of a stage keeps; see :func:`rcc.planning.activations.activations`."""
+    sizes = [
+        activations(model, Batch(stage.rows(n), n, r, stage.target_tokens), stage.frozen)
         for n, r in {(length, rate) for _, length, rate in stage.kinds()}
     ]
-    return max(one.checkpointed if stage.gradient_checkpointing else one.kept for one in found)
+    return max(one.checkpointed if stage.gradient_checkpointing else one.kept for one in sizes)
 
 
 def _own(task: Task) -> str:
-    """The lengths and rates of a task that are not its stage's."""
+    """Return the lengths and rates of a task that are not its stage's, as text."""
     own = [f"{n:,} tokens" for n in dict.fromkeys(task.lengths)] + [f"{r}×" for r in dict.fromkeys(task.rates)]
     return f" ({', '.join(own)})" if own else ""
 
@@ -188,12 +189,12 @@ def _rate(rate: float) -> str:
 
 
 def _hours(hours: float) -> str:
-    """Two significant digits, written out."""
+    """Return two significant digits, written out."""
     return f"{float(f'{hours:.2g}'):,.10g}"
 
 
 def _matrix_rate() -> float:
-    """FLOP/s of matrix products on this machine in what stands for bfloat16, measured for a moment."""
+    """Measure for a moment the FLOP/s of matrix products on this machine, in bfloat16 or what replaces it."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     a = torch.randn(2048, 2048, device=device, dtype=computing(torch.bfloat16, device))
     best = float("inf")
@@ -207,7 +208,7 @@ def _matrix_rate() -> float:
 
 
 def _samples(console: Console, recipe: Recipe, init: str | None) -> None:
-    """One decoded sample of every task of every stage, where tokenizer and data are at hand."""
+    """Print a decoded sample of every task of every stage, where tokenizer and data are at hand."""
     try:
         tokenizer = load_tokenizer(recipe, init)
         console.print()

@@ -31,6 +31,11 @@ class Log:
         self.path = path
 
     def write(self, row: dict[str, Any]) -> None:
+        """Append a row.
+
+        Raises:
+            FileError: the log cannot be written.
+        """
         if self.path is not None:
             try:
                 with self.path.open("a", encoding="utf-8") as file:
@@ -46,7 +51,7 @@ class Log:
         """
         if self.path is None or not self.path.exists():
             return
-        kept = []
+        lines = []
         try:
             for line in self.path.read_text(encoding="utf-8").splitlines():
                 try:
@@ -56,8 +61,8 @@ class Log:
                 if not (isinstance(row, dict) and "stage" in row and isinstance(row.get("step"), int)):
                     continue  # no line of ours
                 if row["stage"] != stage or row["step"] < step or (row["step"] == step and step > 0):
-                    kept.append(line + "\n")
-            atomic.write_text(self.path, "".join(kept))
+                    lines.append(line + "\n")
+            atomic.write_text(self.path, "".join(lines))
         except OSError as error:
             raise FileError(f"{self.path} cannot be rewritten: {error.strerror or error}.") from error
 
@@ -81,12 +86,12 @@ class Progress:
         self.bar.stop()
 
     def say(self, text: str) -> None:
-        """One line that stays."""
+        """Print one line that stays."""
         if not self.quiet:
             self.console.print(text, markup=False)
 
     def phase(self, text: str) -> None:
-        """What is being done before the first step; shown for as long as it is done."""
+        """Show what is being done before the first step, for as long as it is done."""
         if self.bar.disable:
             now = time.perf_counter()
             if now - self.last >= LINE_SECONDS:
@@ -98,7 +103,7 @@ class Progress:
             self.bar.update(self.task, description=shown(text))
 
     def start(self, trainer: StageTrainer) -> None:
-        """A stage begins, or goes on."""
+        """Show that a stage begins, or goes on."""
         stages = self.recipe.stages
         name = shown(f"stage {trainer.number + 1}/{len(stages)} {trainer.stage.name}")
         if trainer.state.global_step:
@@ -109,7 +114,7 @@ class Progress:
         self.name, self.begun, self.before = name, time.perf_counter(), (trainer.tokens, trainer.spent)
 
     def update(self, trainer: StageTrainer, logs: dict[str, float]) -> None:
-        """Some steps are done."""
+        """Show how far a stage is."""
         part = trainer.part(trainer.state.global_step)
         tokens, spent = trainer.tokens - self.before[0], trainer.spent - self.before[1]
         left = timedelta(seconds=round(trainer.spent / part * max(0.0, 1 - part))) if part else "?"
@@ -124,6 +129,6 @@ class Progress:
             self.say(f"{self.name}: {state}")
 
     def saved(self, trainer: StageTrainer) -> None:
-        """A checkpoint has been written."""
+        """Show that a checkpoint has been written."""
         if not self.bar.disable:
             self.say(f"{self.name}: checkpoint at step {trainer.state.global_step:,}")

@@ -22,7 +22,7 @@ from rcc.evaluation.qa.settings import BASELINES, TUNED, QASettings
 from rcc.text import prompting
 from rcc.text.tokens import token_ids
 from rcc.training.recipe import Recipe
-from rcc.training.trainer import Run
+from rcc.training.run import Run
 
 TOKENIZER = rcc.load_tokenizer("rcc-smollm2-135m")
 FACTS = [

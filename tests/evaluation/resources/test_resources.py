@@ -27,6 +27,7 @@ from rcc.evaluation.resources.process import Job
 from rcc.evaluation.resources.subject import Subject, trained
 from rcc.evaluation.resources.table import ResourcesReport
 from rcc.planning import blueprint as planning
+from rcc.planning.reading import Reading
 from rcc.runtime import memory
 
 
@@ -142,13 +143,13 @@ def test_what_is_counted_is_allocated(length: int) -> None:
     model = blueprint.build("cpu")
     ids = torch.tensor([tokens(length)])
     real = allocated(lambda: model.compress(ids, batch_tokens=256))
-    counted = planning.Reading(blueprint).compress(length, 4, 256)
+    counted = Reading(blueprint).compress(length, 4, 256)
     assert counted == pytest.approx(real, rel=0.02)
 
 
 def test_a_state_space_encoder_is_estimated() -> None:
     shape = AutoConfig.for_model("mamba", vocab_size=512, hidden_size=128, num_hidden_layers=4, state_size=4)
-    reading = planning.Reading(replace(small(), encoder=shape))
+    reading = Reading(replace(small(), encoder=shape))
     assert reading.compress(4096, 4, 256) > (1024 + 512) * planning.position_bytes(reading.blueprint.build())
 
 

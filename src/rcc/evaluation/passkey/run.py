@@ -237,6 +237,10 @@ class PasskeyEvaluation:
             key["variant"], key["position"], key["length"], key["sample"], self.encode, self.asked.seed, self.prose
         )
 
+    def _segments(self, text: Text) -> tuple[torch.Tensor, ...]:
+        """Return the positions of the tokens of each segment that the model cuts a text into."""
+        return encoder.segments(torch.arange(len(text.ids)), self.model.config)
+
     def _check_window(self, length: int, rate: int, rest: int) -> None:
         positions = encoder.positions(length, rate, self.model.config)
         if positions + rest > self.model.window:
@@ -252,7 +256,7 @@ class PasskeyEvaluation:
         question = token_ids(self.tokenizer, text.question)
         new = max(ANSWER, len(self.encode(f" {text.key}")) + 2)
         self._check_window(length, rate, question.shape[1] + new)
-        ids = text.ids if key["context"] == "whole" else text.replaced(model.config)
+        ids = text.ids if key["context"] == "whole" else text.replaced(self._segments(text))
         memory.reset_peak(model.device)
         start = time.perf_counter()
         with counted_segments(model) as segments:
@@ -272,7 +276,7 @@ class PasskeyEvaluation:
             "written": written,
             "text": {
                 "tokens": len(ids),
-                "key_at": list(text.place),
+                "key_at": list(text.key_at),
                 "segments": len(encoder.segments(torch.from_numpy(ids), model.config)),
                 "positions": len(context),
             },

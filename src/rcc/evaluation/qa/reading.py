@@ -72,14 +72,14 @@ def read(
     A row's `id` tells its set (what stands before the first "/"); without one it is named by its file and line.
 
     Args:
-        paths: files, folders, globs or data sets, as :class:`rcc.data.corpus.Source` has them.
+        paths: files, folders, globs or data sets, as :class:`rcc.data.sources.Source` has them.
         context, question, answers: the fields of a row; `answers` is a string or a list of strings.
         include: only rows whose `id` begins with one of these.
 
     Raises:
         FileError: a file is missing or damaged. InputError: no row can be used; it says why.
     """
-    from ...data.corpus import Source, read_rows
+    from ...data.sources import Source, read_rows
 
     questions: dict[str, Question] = {}
     broken: list[str] = []

@@ -82,7 +82,7 @@ def _longbench(folder: Path) -> list[Question]:
 
     Their fields are `input`, `context`, `answers`, `all_classes` and `_id`.
     """
-    from ...data.corpus import Source, read_rows
+    from ...data.sources import Source, read_rows
 
     questions = []
     for line, row in read_rows(Source(str(folder))):

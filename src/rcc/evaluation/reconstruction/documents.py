@@ -29,7 +29,8 @@ def open_texts(paths: Sequence[str], field: str, tokenizer: PreTrainedTokenizerB
         InputError: a file has no row that can be used, or there is no path and no repository.
         FileError: a file is missing or damaged.
     """
-    from ...data.corpus import Source, open_text
+    from ...data.corpus import open_text
+    from ...data.sources import Source
 
     if not paths:
         example = example_text()

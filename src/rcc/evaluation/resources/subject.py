@@ -16,6 +16,7 @@ from ...model import encoder
 from ...model.rcc import RCCForCausalLM
 from ...planning import blueprint as planning
 from ...planning import shapes
+from ...planning.reading import Reading
 
 RATES = (8, 32)
 """Of a shape, unless others are asked for."""
@@ -41,9 +42,9 @@ class Subject:
         return self.blueprint.build()
 
     @cached_property
-    def reading(self) -> planning.Reading:
+    def reading(self) -> Reading:
         """What reading takes, computed."""
-        return planning.Reading(self.blueprint)
+        return Reading(self.blueprint)
 
     @cached_property
     def position_bytes(self) -> int:

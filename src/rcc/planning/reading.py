@@ -1,0 +1,91 @@
+"""What reading a text holds in memory: `compress`, and the base's own pass over a plain text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from ..context.context import SPARE, BlockLayer
+from ..model import backbones
+from ..model import encoder as encoding
+from .blueprint import Blueprint
+from .live import LiveBytes
+
+
+class Reading:
+    """A model without storage that reads a text up to its end, where it holds most.
+
+    The passes are `compress`'s own and the base's, on tensors whose sizes are counted. A state-space encoder's kernels
+    cannot run so: what one of its blocks holds is estimated at 34 bytes · width a token, as in
+    :func:`rcc.planning.activations.activations`.
+    """
+
+    def __init__(self, blueprint: Blueprint):
+        self.blueprint, self.model = blueprint, blueprint.build()
+        with torch.device("meta"):
+            self.base = blueprint.build_base().eval()
+        self.live = LiveBytes()
+        for model in (self.model, self.base):
+            self.live.adopt(model)
+
+    @torch.no_grad()
+    def compress(self, tokens: int, rate: int, batch_tokens: int) -> int:
+        """Return the bytes that `compress` holds at most beside the weights: the KV cache with spare room, a batch."""
+        config, model = self.blueprint.config, self.model
+        length = min(tokens, config.segment_length)
+        each, n = encoding.positions(length, rate, config), encoding.positions(tokens, rate, config)
+        new = min(n, each * max(1, batch_tokens // config.segment_length))
+        cache = self._cache(n + SPARE)
+        scans = model.encoder.config.model_type in backbones.STATE_SPACE
+        width = model.encoder.config.hidden_size
+
+        def chunks() -> Iterator[tuple[dict[int, Tensor], None]]:
+            for batch in self._ends(cache, new, n):
+                segments = -(-batch // each) if batch == new else 0  # where the cache is only made
+                if scans or not segments:
+                    torch.empty(34 * width * segments * length, dtype=torch.uint8)
+                    states = {k: torch.empty(1, batch, width, dtype=model.dtype) for k in model.projections.states}
+                else:
+                    ids = [torch.zeros(length, dtype=torch.long)] * segments
+                    read, _ = encoding._read(
+                        model.encoder, ids, rate, model.projections.states, model.memory, sink=config.sink_token
+                    )
+                    states = {k: h.reshape(1, -1, width)[:, :batch] for k, h in read.items()}
+                yield states, None
+                del states
+
+        with self.live:
+            model._prefix_pass(cache, None, chunks())
+        return self.live.peak
+
+    @torch.no_grad()
+    def prefill(self, tokens: int, batch_tokens: int) -> int:
+        """Return the bytes that the base holds at most beside its weights when it reads a text batch by batch."""
+        new = min(tokens, batch_tokens)
+        cache = self._cache(tokens)
+        with self.live:
+            for batch in self._ends(cache, new, tokens):
+                past = cache.get_seq_length()
+                order = torch.arange(past, past + batch)[None]
+                ids = torch.zeros(1, batch, dtype=torch.long)
+                self.base(
+                    input_ids=ids, position_ids=order, **{backbones.CACHE: cache}, use_cache=True, logits_to_keep=1
+                )
+        return self.live.peak
+
+    def _cache(self, capacity: int) -> Cache:
+        self.live.peak = self.live.now
+        return Cache(layers=[BlockLayer(capacity) for _ in backbones.blocks(self.base.base_model)])
+
+    @staticmethod
+    def _ends(cache: Cache, new: int, n: int) -> Iterator[int]:
+        """Yield the positions of the last batch, `new` of them, with the cache as if all others had been read."""
+        if n > new:
+            yield 1  # which makes the cache
+            for layer in cache.layers:
+                layer.length = n - new
+                layer._show()
+        yield new
