@@ -18,11 +18,12 @@ from kvpress_answers import PRESSES, answers
 
 from rcc import RCCConfig, RCCError, checkpoints, load_tokenizer
 from rcc.cli.console import progress
-from rcc.evaluation.qa import questions
 from rcc.evaluation.qa import run as qa
-from rcc.evaluation.qa.methods.plain import behind
-from rcc.evaluation.qa.questions import Question
-from rcc.evaluation.qa.table import Report
+from rcc.evaluation.qa.methods.plain_text import question_after_text
+from rcc.evaluation.qa.questions import Question, choose
+from rcc.evaluation.qa.reading import reopen
+from rcc.evaluation.qa.table import QAReport
+from rcc.evaluation.qa.texts import Texts
 from rcc.evaluation.results import Case, Results, Skipped
 from rcc.evaluation.results import load as load_results
 from rcc.runtime.precision import has_bfloat16
@@ -52,12 +53,12 @@ def add(arguments: argparse.Namespace) -> None:
     data, _ = load_results(arguments.folder)
     settings = data["settings"]
     found = Results("qa", settings, arguments.folder, cluster="text")
-    asked, notes = questions.reopen(settings)
+    asked, notes = reopen(settings)
     folder = checkpoints.resolve_model(arguments.model)
     tokenizer = load_tokenizer(arguments.model)
     base = checkpoints.resolve_base(RCCConfig.load(folder).base["decoder"].source, relative_to=folder)
     rates = parse_counts(arguments.rates, "--rates") if arguments.rates else settings["trained_rates"]
-    text = questions.Texts(asked, tokenizer, settings["pad_to"], settings["seed"])
+    text = Texts(asked, tokenizer, settings["pad_to"], settings["seed"])
     header = token_ids(tokenizer, prompting.HEADER, allow_special=True)[0]
     end = token_ids(tokenizer, prompting.END, allow_special=True)[0].tolist()
 
@@ -66,7 +67,9 @@ def add(arguments: argparse.Namespace) -> None:
             "id": f"{question.id} at {rate}",
             "press": press,
             "context": torch.cat([header, ids]).tolist(),
-            "question": token_ids(tokenizer, behind(question, settings["hint"]), allow_special=True)[0].tolist(),
+            "question": token_ids(tokenizer, question_after_text(question, settings["hint"]), allow_special=True)[
+                0
+            ].tolist(),
             "keep": -(-len(ids) // rate) + len(header),
             "max_new_tokens": question.tokens or settings["max_new_tokens"],
         }
@@ -88,7 +91,7 @@ def add(arguments: argparse.Namespace) -> None:
 
     done = [row["key"] for row in found.rows]
     cases, requests = [], []
-    for question in questions.choose(asked, arguments.limit, settings["seed"]):
+    for question in choose(asked, arguments.limit, settings["seed"]):
         ids = text(question)
         for press in arguments.press or ["snapkv"]:
             for rate in rates:
@@ -100,7 +103,7 @@ def add(arguments: argparse.Namespace) -> None:
     answered = answers(requests, base, arguments.env, dtype=dtype, stop=end)
     with progress("asking", len(cases), "answers") as advance:
         found.collect(cases, advance)
-    report = Report(found)
+    report = QAReport(found)
     report.finish(notes)
     print(report.table())
 

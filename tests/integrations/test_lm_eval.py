@@ -20,12 +20,13 @@ from transformers import PreTrainedModel
 import rcc
 from conftest import make_backbone, randomise
 from rcc import InputError, RCCConfig, RCCForCausalLM, WindowError, engine
-from rcc.evaluation.plain import base_decoder
+from rcc.evaluation.uncompressed import base_decoder
 from rcc.text import prompting
 from rcc.text.tokens import token_ids
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'rcc-context[harness]'")
-from rcc.integrations.lm_eval import RCCLM, Parts
+from rcc.integrations.lm_eval import RCCLM
+from rcc.integrations.requests import Parts
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = "rcc-smollm2-135m"
@@ -287,7 +288,8 @@ def test_the_human_mode_asks_as_rcc_does(lm: Callable[..., RCCLM], model: RCCFor
     (found,) = harness.generate_until(asked((prompt, {"until": ["\n\n"], "max_gen_toks": 6})), disable_tqdm=True)
     assert found.split("\n\n")[0].strip() == right.split("\n\n")[0].strip()
     (score,) = harness.loglikelihood(asked((prompt, " A girl")), disable_tqdm=True)
-    right = behind(model, ids(f"{LONG} "), ids(form.decoder_text), ids("A girl"))
+    asking = token_ids(TOKENIZER, form.decoder_text, allow_special=True)[0].tolist()
+    right = behind(model, ids(f"{LONG} "), asking, ids("A girl"))
     assert score[0] == pytest.approx(right, abs=1e-4)
     with pytest.raises(InputError, match="mode=human puts prompts into a chat's form itself"):
         harness.apply_chat_template([{"role": "user", "content": "Hello"}])

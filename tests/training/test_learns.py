@@ -22,7 +22,7 @@ from learning import LENGTH, PART, SEED, make_base, stage, train
 from rcc import RCCForCausalLM, checkpoints, engine
 from rcc.context.context import CompressedContext
 from rcc.data import haystack
-from rcc.evaluation.reconstruction.run import teacher_forced
+from rcc.evaluation.reconstruction.teacher_forcing import teacher_forced
 from rcc.text.tokens import token_ids
 
 SYMBOLS = 96

@@ -11,7 +11,7 @@ import torch
 import reference as ref
 from rcc import RCCForCausalLM, checkpoints, load_tokenizer
 from rcc.engine import DEFAULT_MODEL
-from rcc.evaluation.reconstruction.run import teacher_forced
+from rcc.evaluation.reconstruction.teacher_forcing import teacher_forced
 from rcc.runtime.precision import computing
 from rcc.text.tokens import token_ids
 

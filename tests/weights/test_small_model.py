@@ -10,7 +10,7 @@ import torch
 
 from equality import run_training_pass
 from rcc import RCCForCausalLM, checkpoints, load_tokenizer
-from rcc.evaluation.reconstruction.run import PROMPT, teacher_forced
+from rcc.evaluation.reconstruction.teacher_forcing import PROMPT, teacher_forced
 from rcc.runtime.precision import computing
 from rcc.text.tokens import token_ids
 

@@ -41,20 +41,6 @@ Output = Annotated[
 ]
 
 
-def _some_of(known: list[str], text: str, option: str) -> list[str]:
-    """The choices of an option that also takes all and none."""
-    some = {"all": known, "none": []}
-    if text in some:
-        return some[text]
-    names = [part.strip() for part in text.split(",")]
-    for name in names:
-        if name in some:
-            raise InputError(f"{option} {name} stands alone: leave out the others, or name some of {', '.join(known)}.")
-        if name not in known:
-            raise InputError(f"{option} {name!r} is unknown: use some of {', '.join(known)}; or all, or none.")
-    return list(dict.fromkeys(names))
-
-
 def _show(text: str, data: dict[str, Any] | None, output: Path | None) -> None:
     """Print an evaluation's table and notes and say what the folder holds; or only its figures, where they are wanted
     as JSON."""
@@ -101,13 +87,15 @@ def reconstruction(
     wanted = {"rates": rates, "lengths": lengths}
     numbers = {name: None if text is None else parse_counts(text, f"--{name}") for name, text in wanted.items()}
     with status("loading torch and transformers"):
-        from ..evaluation.reconstruction import run as measuring
-        from ..evaluation.reconstruction.table import Report
+        from ..evaluation.reconstruction import settings as measuring
+        from ..evaluation.reconstruction.documents import open_texts
+        from ..evaluation.reconstruction.run import ReconstructionEvaluation
+        from ..evaluation.reconstruction.table import ReconstructionReport
     known = list(measuring.CONTROLS)
-    chosen = _some_of(known, controls, "--controls")
+    chosen = parse_choices(controls, "--controls", known, optional=True)
     engine = load_engine(model, device, dtype)
     rcc, tokenizer = engine.compressor, engine.tokenizer
-    protocol = measuring.Protocol(
+    protocol = measuring.ReconstructionSettings(
         rates=numbers["rates"] or rcc.config.rates,
         lengths=numbers["lengths"] or [max(512, rcc.config.segment_length)],
         prompts=prompts,
@@ -119,11 +107,11 @@ def reconstruction(
     )
     protocol.check(rcc.config)
     with status("reading the texts"):
-        run = measuring.Reconstruction(rcc, tokenizer, measuring.open_texts(data or [], field, tokenizer), protocol)
+        run = ReconstructionEvaluation(rcc, tokenizer, open_texts(data or [], field, tokenizer), protocol)
     found = Results("reconstruction", run.settings(), output, cluster="document", notes=run.notes())
     with progress("reconstructing", len(run), "samples") as advance:
         found.collect(run.cases(), advance)
-    report = Report(found, rcc.config)
+    report = ReconstructionReport(found, rcc.config)
     report.finish()
     text = "\n".join([report.table(), *(f"{note}\n" for note in found.notes)])
     _show(text, found.summary(measuring.BY, report.more()) if as_json else None, output)
@@ -177,9 +165,11 @@ def passkey(
     divisors = [] if rates == "auto" else parse_counts(rates, "--rates")
     batch = None if batch_tokens is None else parse_count(batch_tokens, "--batch-tokens")
     with status("loading torch and transformers"):
+        from ..data import haystack
         from ..evaluation.passkey import run as task
-    where = parse_choices(positions, "--positions", task.POSITIONS)
-    forms = parse_choices(variants, "--variants", task.VARIANTS)
+        from ..evaluation.passkey.table import PasskeyReport
+    where = parse_choices(positions, "--positions", haystack.POSITIONS)
+    forms = parse_choices(variants, "--variants", haystack.VARIANTS)
     if filler_data and "prose" not in forms:
         raise InputError("--filler-data is for the variant prose: add it to --variants.")
     prose = {str(path): read_text(str(path)) for path in filler_data or []}
@@ -207,8 +197,8 @@ def passkey(
             folder=output,
             progress=advance,
         )
-    table = task.table(results)
-    results.finish(task.BY, table, task.figures(results))
+    table = PasskeyReport(results).table()
+    results.finish(task.BY, table, PasskeyReport(results).plots())
     _show("\n".join([table, *results.notes]) + "\n", results.summary(task.BY) if as_json else None, output)
 
 
@@ -254,14 +244,15 @@ def qa(
     padded = 0 if pad_to is None else parse_count(pad_to, "--pad-to")
     others = dict(_name_and_model(text) for text in beside or [])
     with status("loading torch and transformers"):
-        from ..evaluation.qa import questions
+        from ..evaluation.qa import reading as questions
         from ..evaluation.qa import run as task
+        from ..evaluation.qa import settings as qa_settings
         from ..evaluation.qa import table as qa_report
         from ..text import prompting
     forms = parse_choices(modes, "--modes", prompting.MODES)
-    known = list(task.BASELINES)
-    chosen = _some_of(known, baselines, "--baselines")
-    if taken := sorted({"rcc", task.TUNED, *known} & set(others)):
+    known = list(qa_settings.BASELINES)
+    chosen = parse_choices(baselines, "--baselines", known, optional=True)
+    if taken := sorted({"rcc", qa_settings.TUNED, *known} & set(others)):
         raise InputError(f"--beside {taken[0]}=… is the name of another row: use another name.")
     with status("reading the questions"):
         some_ids = include.split(",") if include else []
@@ -270,12 +261,12 @@ def qa(
     rcc, tokenizer = engine.compressor, engine.tokenizer
     for rate in divisors or []:
         rcc.config.check_rate(rate)
-    protocol = task.Protocol(
+    protocol = qa_settings.QASettings(
         rates=divisors or rcc.config.rates,
         limit=limit,
         pad_to=padded,
         max_new_tokens=max_new_tokens,
-        hint=task.HINT if hint is None else hint,
+        hint=qa_settings.HINT if hint is None else hint,
         seed=seed,
     )
     methods = task.make_methods(
@@ -287,14 +278,14 @@ def qa(
         beside={name: load_engine(folder, device, dtype).compressor for name, folder in others.items()},
         hint=protocol.hint,
     )
-    run = task.QA(tokenizer, asked, methods, protocol)
+    run = task.QAEvaluation(tokenizer, asked, methods, protocol)
     found = Results("qa", run.settings({"paths": data, "suite": suite, "include": some_ids}), output, cluster="text")
     with progress("asking", len(run), "answers") as advance:
         found.collect(run.cases(), advance)
-    report = qa_report.Report(found)
+    report = qa_report.QAReport(found)
     report.finish(notes)
     text = "\n".join([report.table(), *(f"{note}\n" for note in found.notes)])
-    _show(text, found.summary(task.BY, report.more()) if as_json else None, output)
+    _show(text, found.summary(qa_settings.BY, report.more()) if as_json else None, output)
 
 
 def _name_and_model(text: str) -> tuple[str, str]:
@@ -356,20 +347,22 @@ def resources(
         from .. import checkpoints
         from ..engine import default_model
         from ..evaluation.resources import run as task
+        from ..evaluation.resources import subject as subjects
+        from ..evaluation.resources.table import ResourcesReport
         from ..runtime.precision import parse_device, parse_dtype
         from ..text.tokens import token_ids
     kind = parse_dtype(dtype)
     if shape is not None:
-        subject = task.shaped(
+        subject = subjects.shaped(
             shape,
             encoder,
             share_base=share_base,
-            rates=divisors or task.RATES,
+            rates=divisors or subjects.RATES,
             segment_length=segment_length or 2048,
             **({} if kind is None else {"dtype": kind}),
         )
     else:
-        subject = task.trained(model or default_model(), kind)
+        subject = subjects.trained(model or default_model(), kind)
     place = parse_device(device) if shape is None or random else "cpu"
     ids = None
     if text is not None:
@@ -391,8 +384,8 @@ def resources(
             folder=output,
             progress=advance,
         )
-    table = task.table(results)
-    results.finish(task.BY, table, task.figures(results))
+    table = ResourcesReport(results).table()
+    results.finish(task.BY, table, ResourcesReport(results).plots())
     _show("\n".join([table, *results.notes]) + "\n", results.summary(task.BY) if as_json else None, output)
 
 

@@ -15,7 +15,7 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise InputError("plots need matplotlib: pip install 'rcc-context[eval]', or leave out --output.") from None
+        raise InputError("plots need matplotlib: pip install 'rcc-context[eval]', or name no folder.") from None
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots()
 

@@ -1,7 +1,7 @@
 """The model `rcc` of the lm-evaluation-harness (lm-eval): its tasks, with long prompts compressed.
 
-Importing this module registers it; `rcc eval harness` does that and hands over to lm-eval's own command line. What
-stands far from a prompt's end is compressed, the end stays text, and a short prompt stays text as a whole.
+Importing this module registers it; `rcc eval harness` does that and then runs lm-eval's own command line. What is far
+from a prompt's end is compressed, the end stays text, and a short prompt stays text as a whole.
 """
 
 from __future__ import annotations
@@ -11,26 +11,26 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import simple_parse_args_string
-from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase, StoppingCriteria
+from transformers import PreTrainedTokenizerBase
 
 from .. import engine
 from ..context.context import CompressedContext
 from ..errors import InputError, WindowError
 from ..model import segments
+from ..runtime.quiet import quiet_transformers
 from ..text import prompting
 from ..text.tokens import token_ids
+from .requests import Parts, Request, Until, positive
 
 logger = logging.getLogger(__name__)
 
@@ -39,40 +39,11 @@ NEW_TOKENS = 256
 """Tokens of an answer at most, where a task does not say: lm-eval's own number."""
 
 
-class Parts(NamedTuple):
-    """A prompt: what is compressed of it (empty: nothing) and how many tokens that is, and what stays text."""
-
-    head: str
-    tokens: int
-    tail: str
-
-
-@dataclass(frozen=True)
-class Request:
-    """One thing to ask.
-
-    Attributes:
-        number: its place among what the harness asked.
-        parts: of the prompt.
-        rate: for the head; None where nothing is compressed.
-        ids: tokens of the prompt that stay text, at least one.
-        answer: tokens to score behind them; none where an answer is to be written.
-        settings: of generation, JSON; requests of a batch have the same.
-    """
-
-    number: int
-    parts: Parts
-    rate: int | None
-    ids: list[int]
-    answer: list[int]
-    settings: str = ""
-
-
 @register_model("rcc")
 class RCCLM(TemplateLM):
-    """An RCC model behind lm-eval's interface.
+    """An RCC model with lm-eval's interface.
 
-    A prompt is cut `text_tokens` before its end, or where the string `split_at` stands for the last time. The head is
+    A prompt is cut `text_tokens` before its end, or at the last occurrence of the string `split_at`. The head is
     compressed if it has `min_context` tokens; the tail is read as text. The same head is compressed once for all
     requests that share it. Text read without a context goes to the model's decoder, LoRA included.
 
@@ -108,9 +79,10 @@ class RCCLM(TemplateLM):
             raise InputError(f"the model rcc has no argument {', '.join(unknown)}: it has {known}.")
         if mode not in MODES:
             raise InputError(f"mode={mode} is unknown: use one of {', '.join(MODES)}.")
-        self.batch_size = _count(batch_size, "batch_size")
-        self.text_tokens, self.min_context = _count(text_tokens, "text_tokens"), _count(min_context, "min_context")
+        self.batch_size = positive(batch_size, "batch_size")
+        self.text_tokens, self.min_context = positive(text_tokens, "text_tokens"), positive(min_context, "min_context")
         self.split_at, self.mode = None if split_at is None else str(split_at), mode
+        quiet_transformers()
         loaded = engine.Engine.load(model, device, dtype)
         self.model, self.tokenizer = loaded.compressor, loaded.tokenizer
         if not self.tokenizer.is_fast:
@@ -122,7 +94,7 @@ class RCCLM(TemplateLM):
 
     @classmethod
     def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> RCCLM:
-        """As lm-eval's, but a device or batch size in the model's own arguments is not an error."""
+        """Make the model as lm-eval does; a device or batch size in its own arguments is no error."""
         given = {name: value for name, value in (additional_config or {}).items() if value is not None}
         if given.get("device") == "cuda:0" and not torch.cuda.is_available():
             del given["device"]  # lm-eval's command line says so where nobody named a device
@@ -130,12 +102,13 @@ class RCCLM(TemplateLM):
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> RCCLM:
-        """As :meth:`create_from_arg_obj`, of `name=value,name=value`."""
+        """Make the model of `name=value,name=value`, see :meth:`create_from_arg_obj`."""
         return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
 
     # ---------------------------------------------------------------- what the harness wants to know
     @property
     def device(self) -> torch.device:
+        """Where the model computes."""
         return self.model.device
 
     @property
@@ -145,11 +118,12 @@ class RCCLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int | None:
+        """The token that ends a text."""
         return self.tokenizer.eos_token_id
 
     @property
     def prefix_token_id(self) -> int:
-        """What a text is scored behind that has nothing before it."""
+        """The token before a text that has nothing before it."""
         for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
             if token is not None:
                 return token
@@ -157,14 +131,19 @@ class RCCLM(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
+        """What lm-eval keeps prompts by, once they are in the chat template."""
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A conversation in the tokenizer's own template, as `--apply_chat_template` wants it."""
+        """Put a conversation into the tokenizer's own template.
+
+        Raises:
+            InputError: `mode` has a form of its own, or there is no template.
+        """
         if self.mode == "human":
-            raise InputError("mode=human puts prompts into a chat's form itself: leave out --apply_chat_template.")
+            raise InputError("mode=human puts prompts into a chat's form itself: leave out apply_chat_template.")
         if self.tokenizer.chat_template is None:
-            raise InputError("the tokenizer has no chat template: leave out --apply_chat_template, or use mode=human.")
+            raise InputError("the tokenizer has no chat template: leave out apply_chat_template, or use mode=human.")
         return self.tokenizer.apply_chat_template(
             chat_history,
             tokenize=False,
@@ -173,7 +152,7 @@ class RCCLM(TemplateLM):
         )
 
     def get_model_info(self) -> dict[str, Any]:
-        """What results.json says of the model, and how much was compressed."""
+        """Return what results.json says of the model, and how much was compressed."""
         names = ("rate", "text_tokens", "min_context", "split_at", "mode")
         settings = {name: getattr(self, name) for name in names}
         return {
@@ -189,23 +168,23 @@ class RCCLM(TemplateLM):
 
     # ---------------------------------------------------------------- text → what is compressed, and tokens
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Token ids without special tokens, as rcc reads every text."""
+        """Return token ids without special tokens put around them."""
         return token_ids(self.tokenizer, string, allow_special=True)[0].tolist()
 
     def _cut(self, prompt: str) -> Parts:
         if self.split_at is not None:
-            place = prompt.rfind(self.split_at)
-            if place < 0:
+            cut = prompt.rfind(self.split_at)
+            if cut < 0:
                 raise InputError(f"a prompt does not hold split_at={self.split_at!r}: {prompt[-80:]!r} is its end.")
         else:
             tokens = self.tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
             starts = [start for start, _ in tokens["offset_mapping"]]
-            place = starts[-self.text_tokens] if len(starts) > self.text_tokens else 0
-        head = len(self.tok_encode(prompt[:place]))
-        return Parts(prompt[:place], head, prompt[place:]) if head >= self.min_context else Parts("", 0, prompt)
+            cut = starts[-self.text_tokens] if len(starts) > self.text_tokens else 0
+        head = len(self.tok_encode(prompt[:cut]))
+        return Parts(prompt[:cut], head, prompt[cut:]) if head >= self.min_context else Parts("", 0, prompt)
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """The tokens that stay text before an answer, and the answer's."""
+        """Return the tokens that stay text before an answer, and the answer's."""
         tail = self._parts(context).tail
         if self.mode == "human":
             before = self.tok_encode(prompting.build(tail, "human").decoder_text)
@@ -216,10 +195,10 @@ class RCCLM(TemplateLM):
     def _request(
         self, number: int, parts: Parts, ids: list[int], answer: list[int], new: int = 0, settings: str = ""
     ) -> Request:
-        """A request that fits the decoder's window, with `new` tokens to be written.
+        """Make a request, with `new` tokens to be written.
 
         Raises:
-            WindowError: it does not.
+            WindowError: it does not fit the decoder's window.
         """
         model, rest = self.model, len(ids) + len(answer) + new
         rate, positions = None, 0
@@ -241,8 +220,10 @@ class RCCLM(TemplateLM):
     def _batches(
         self, requests: Sequence[Request], title: str, quiet: bool
     ) -> Iterator[tuple[list[Request], CompressedContext | None]]:
-        """Requests in batches with their contexts, those of one context one after another; longest first, so that a
-        memory that is too small shows at once."""
+        """Yield requests in batches with their contexts, those of one context one after another.
+
+        Longest first, so that a memory that is too small shows at once.
+        """
         if requests and all(request.rate is None for request in requests):
             logger.warning(
                 "none of the %d prompts was compressed: they have fewer than %d tokens before what stays text.",
@@ -275,17 +256,20 @@ class RCCLM(TemplateLM):
         disable_tqdm: bool = False,
         **kwargs: Any,
     ) -> list[tuple[float, bool]]:
-        """For each (strings, tokens of the prompt that stay text, tokens of the answer): the answer's log-probability
-        in nats, and whether each of its tokens is the likeliest."""
+        """Return an answer's log-probability in nats, and whether each of its tokens is the likeliest.
+
+        Args:
+            requests: strings, tokens of the prompt that stay text, and tokens of the answer.
+        """
         asked = [
             self._request(i, self._parts(prompt), ids, answer) for i, ((prompt, _), ids, answer) in enumerate(requests)
         ]
-        found: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
+        scores: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
         for batch, context in self._batches(asked, "rcc: log-likelihoods", disable_tqdm):
             for request, score in zip(batch, self._score(batch, context), strict=True):
-                found[request.number] = score
+                scores[request.number] = score
                 self.cache_hook.add_partial("loglikelihood", requests[request.number][0], score)
-        return found
+        return scores
 
     @torch.no_grad()
     def _score(self, batch: list[Request], context: CompressedContext | None) -> Iterable[tuple[float, bool]]:
@@ -293,8 +277,8 @@ class RCCLM(TemplateLM):
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
         mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
         first = min(len(request.ids) for request in batch) - 1
-        places = torch.arange(first, ids.shape[1], device=self.device)
-        logits = self.model(ids, mask, context=context, logits_to_keep=places).logits
+        scored = torch.arange(first, ids.shape[1], device=self.device)
+        logits = self.model(ids, mask, context=context, logits_to_keep=scored).logits
         for request, row in zip(batch, logits, strict=True):  # one by one, as float32 logits are large
             start = len(request.ids) - 1 - first
             scores = row[start : start + len(request.answer)].float().log_softmax(-1)
@@ -302,17 +286,17 @@ class RCCLM(TemplateLM):
             yield float(scores.gather(1, answer[:, None]).sum()), bool((scores.argmax(-1) == answer).all())
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """The log-probability of whole texts, in nats.
+        """Return the log-probability of whole texts, in nats.
 
-        Each token is scored once, in blocks of `text_tokens`: behind the compressed context of all that stands before
+        Each token is scored once, in blocks of `text_tokens`: after the compressed context of all that comes before
         the block, the token before it, and the block's own tokens. Where no more of the context fits the window, it
         begins anew.
         """
-        found = []
+        scores = []
         for (text,) in tqdm([request.args for request in requests], desc="rcc: whole texts", disable=disable_tqdm):
-            found.append(self._roll(self.tok_encode(text)))
-            self.cache_hook.add_partial("loglikelihood_rolling", (text,), found[-1])
-        return found
+            scores.append(self._roll(self.tok_encode(text)))
+            self.cache_hook.add_partial("loglikelihood_rolling", (text,), scores[-1])
+        return scores
 
     def _roll(self, ids: list[int]) -> float:
         model, segment = self.model, self.model.config.segment_length
@@ -345,7 +329,7 @@ class RCCLM(TemplateLM):
 
     # ---------------------------------------------------------------- answers
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Write an answer behind each prompt, up to the first of its stop strings; greedily unless told otherwise."""
+        """Write an answer to each prompt, up to the first of its stop strings; greedily unless told otherwise."""
         asked, arguments = [], [request.args for request in requests]
         for number, (prompt, settings) in enumerate(arguments):
             parts = self._parts(prompt)
@@ -353,12 +337,12 @@ class RCCLM(TemplateLM):
             ids = self.tok_encode(text) or [self.prefix_token_id]
             new = normalize_gen_kwargs(settings, NEW_TOKENS)["max_gen_toks"]
             asked.append(self._request(number, parts, ids, [], new, json.dumps(settings, sort_keys=True)))
-        found = [""] * len(requests)
+        answers = [""] * len(requests)
         for batch, context in self._batches(asked, "rcc: answers", disable_tqdm):
             for request, answer in zip(batch, self._write(batch, context), strict=True):
-                found[request.number] = answer
+                answers[request.number] = answer
                 self.cache_hook.add_partial("generate_until", arguments[request.number], answer)
-        return found
+        return answers
 
     def _write(self, batch: list[Request], context: CompressedContext | None) -> Iterator[str]:
         settings: dict[str, Any] = dict(normalize_gen_kwargs(json.loads(batch[0].settings), NEW_TOKENS))
@@ -381,7 +365,7 @@ class RCCLM(TemplateLM):
             mask,
             context=context,
             max_new_tokens=new,
-            stopping_criteria=[_Until(self.tokenizer, until, width)],
+            stopping_criteria=[Until(self.tokenizer, until, width)],
             eos_token_id=ends or engine.NEVER,
             pad_token_id=ends[0] if ends else 0,
             **settings,
@@ -392,31 +376,7 @@ class RCCLM(TemplateLM):
             yield postprocess_generated_text(written, until, None)
 
     def _ends(self) -> list[int]:
-        """Tokens that end an answer: the tokenizer's, and those of the decoder's own settings."""
+        """Return the tokens that end an answer: the tokenizer's, and those of the decoder's own settings."""
         own = self.model.decoder.generation_config.eos_token_id
         ends = [self.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
         return list(dict.fromkeys(token for token in ends if token is not None))
-
-
-class _Until(StoppingCriteria):
-    """Stops a row once a stop string stands in what was written."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, until: list[str], start: int):
-        self.tokenizer, self.until, self.start = tokenizer, [text for text in until if text], start
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        written = self.tokenizer.batch_decode(input_ids[:, self.start :])
-        found = [any(text in row for text in self.until) for row in written]
-        return torch.tensor(found, device=input_ids.device)
-
-
-def _count(value: Any, name: str) -> int:
-    """A whole number above 0, which lm-eval may hand over as text.
-
-    Raises:
-        InputError: it is something else.
-    """
-    text = str(value)
-    if not (text.isascii() and text.isdigit() and int(text) > 0):
-        raise InputError(f"{name}={value} is no whole number above 0.")
-    return int(text)

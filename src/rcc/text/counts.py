@@ -31,16 +31,27 @@ def parse_counts(text: str, option: str) -> list[int]:
     return list(dict.fromkeys(parse_count(part, option) for part in text.split(",")))
 
 
-def parse_choices(text: str, option: str, known: Collection[str]) -> list[str]:
-    """Names with commas between them, each once.
+def parse_choices(text: str, option: str, known: Collection[str], optional: bool = False) -> list[str]:
+    """Return names with commas between them, each once.
+
+    Args:
+        option: what the text was given for, as the user calls it.
+        known: the names that there are.
+        optional: whether `all` and `none` may stand for all of them and for no name.
 
     Raises:
-        InputError: one of them is not known.
+        InputError: one of them is not known, or `all` or `none` does not stand alone.
     """
+    whole = {"all": list(known), "none": []} if optional else {}
     names = list(dict.fromkeys(part.strip() for part in text.split(",")))
+    if len(names) == 1 and names[0] in whole:
+        return whole[names[0]]
     for name in names:
+        if name in whole:
+            raise InputError(f"{option} {name} stands alone: leave out the others, or name some of {', '.join(known)}.")
         if name not in known:
-            raise InputError(f"{option} {name!r} is unknown: use some of {', '.join(known)}.")
+            also = "; or all, or none" if optional else ""
+            raise InputError(f"{option} {name!r} is unknown: use some of {', '.join(known)}{also}.")
     return names
 
 

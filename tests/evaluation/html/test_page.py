@@ -19,20 +19,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
+import word_tokens
 from rcc import InputError
-from rcc.evaluation.html import charts
+from rcc.evaluation.evaluation import evaluate, finish
 from rcc.evaluation.html import page as report
-from rcc.evaluation.html.charts import Axis, Look, Point, curves
-from rcc.evaluation.html.tables import Samples, digits, figures_of, read
+from rcc.evaluation.html.folders import SampleLists, read
+from rcc.evaluation.html.tables import figures_of
 from rcc.evaluation.passkey import run as passkey
-from rcc.evaluation.reconstruction.run import Protocol, Reconstruction, open_texts
-from rcc.evaluation.reconstruction.table import Report
+from rcc.evaluation.passkey.table import PasskeyReport
+from rcc.evaluation.reconstruction.documents import open_texts
+from rcc.evaluation.reconstruction.run import ReconstructionEvaluation
+from rcc.evaluation.reconstruction.settings import ReconstructionSettings
 from rcc.evaluation.resources import run as resources
+from rcc.evaluation.resources.subject import shaped
+from rcc.evaluation.resources.table import ResourcesReport
 from rcc.evaluation.results import Case, Results, Skipped
 
 HOSTILE = "</script><script>window.hacked = 1</script><!-- <img src=x onerror='window.hacked = 2'> \ud83d"
@@ -75,25 +76,21 @@ def make_qa(folder: Path, better: float = 0.0, questions: int = 12) -> Path:
 def folders(tiny, tokens, tmp_path_factory) -> dict[str, Path]:
     """One of each task, as the tasks themselves write it; `qa` and what is not known yet are invented."""
     top = tmp_path_factory.mktemp("folders")
-    inner = Tokenizer(models.WordLevel({f"w{i}": i for i in range(97)}, "w0"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="w0")
+    tokenizer = word_tokens.word_tokenizer()
     data = top / "texts.jsonl"
-    rows = [{"text": " ".join(f"w{i}" for i in tokens(140, seed))} for seed in (1, 2, 3)]
+    rows = [{"text": word_tokens.words(tokens(140, seed))} for seed in (1, 2, 3)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     texts = open_texts([str(data)], "text", tokenizer)
-    protocol = Protocol(rates=[1, 4, 8], lengths=[64, 128], prompts=3, target_tokens=8)
-    run = Reconstruction(tiny(window=128), tokenizer, texts, protocol)
-    found = Results("reconstruction", run.settings(), top / "recon", cluster="document", notes=run.notes())
-    found.collect(run.cases())
-    Report(found, run.model.config).finish()
+    asked = ReconstructionSettings(rates=[1, 4, 8], lengths=[64, 128], prompts=3, target_tokens=8)
+    run = ReconstructionEvaluation(tiny(window=128), tokenizer, texts, asked)
+    finish(run, evaluate(run, top / "recon"))
     found = passkey.passkey(
         tiny(), tokenizer, [512, 1024], rates=[1, 16], keys=2, variants=["plain", "several"], folder=top / "passkey"
     )
-    found.finish(passkey.BY, passkey.table(found), {})
-    subject = resources.shaped("pythia-1.4b", rates=[32])
+    found.finish(passkey.BY, PasskeyReport(found).table(), {})
+    subject = shaped("pythia-1.4b", rates=[32])
     found = resources.resources(subject, [2048, 2**16], measured=False, folder=top / "resources")
-    found.finish(resources.BY, resources.table(found), {})
+    found.finish(resources.BY, ResourcesReport(found).table(), {})
     found = Results("tea <b>time</b>", {"model": "any"}, top / "tea")
     some = {"warm": math.nan, "cups": 3.0, "said": HOSTILE}
     found.collect([Case({"leaf": "<u>green</u>", "cup": n}, lambda: some) for n in range(4)])
@@ -207,7 +204,7 @@ def test_every_figure_and_its_samples(folders):
 
 def test_samples_come_to_their_figures(folders):
     """Of every task and every list of cells: the samples behind a figure have its mean and its number."""
-    samples, seen = Samples(10**9), 0
+    samples, seen = SampleLists(10**9), 0
     for run in read(list(folders.values())):
         for grouping in run.groupings:
             for _, cell, link in samples.cells(run, grouping):
@@ -368,70 +365,6 @@ def test_nothing_is_fetched_and_only_one_script_runs(folders):
     code = next(text for attrs, text in Reader(page).scripts if not attrs)
     digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
     assert policy == f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
-
-
-# ---------------------------------------------------------------- charts
-values = st.floats(-5, 1000).map(lambda x: round(x, 5)).map(lambda x: {"mean": x, "low": x - 1, "high": x + 1, "n": 3})
-lines = st.dictionaries(
-    st.text("abc", min_size=1, max_size=30), st.lists(st.tuples(st.integers(1, 64), values), min_size=1), min_size=1
-)
-
-
-@settings(deadline=None, derandomize=True)
-@given(lines, st.booleans(), st.booleans(), st.booleans())
-def test_charts(lines, log_x, log_y, level):
-    """Whatever is drawn stands inside, in its order; names do not overlap."""
-    found = [
-        (Look(name, level=level and name < "b"), Point(x, value, ""))
-        for name, points in lines.items()
-        for x, value in points
-    ]
-    chart = curves("", found, Axis(log=log_x), Axis(log=log_y))
-    if chart is None:
-        assert log_y
-        assert all(value["mean"] <= 0 for points in lines.values() for _, value in points)
-        return
-    places = [place for line in chart.lines for place in line["places"]]
-    for place in places:
-        assert chart.left <= place["x"] <= chart.right
-        for y in (place["y"], place["low"], place["high"]):
-            assert y is None or 0 <= y <= chart.bottom + 1e-6
-    assert all(0 <= y <= chart.bottom + 1e-6 for y, _ in chart.y_ticks)
-    assert 2 <= len(chart.y_ticks) <= 13
-    by_value = sorted(places, key=lambda place: place["point"].value["mean"])
-    heights = [place["y"] for place in by_value]
-    assert heights == pytest.approx(sorted(heights, reverse=True), abs=1e-6)
-    names = sorted(line["label"] for line in chart.lines)
-    assert all(b - a >= charts.ROW - 1e-6 for a, b in itertools.pairwise(names))
-    assert names[0] >= 0
-    assert names[-1] <= chart.bottom + 1e-6
-
-
-def test_charts_by_hand():
-    """Equal ratios are equal distances on a logarithmic axis; no finite number is no point; labels are thinned."""
-
-    def at(x: float, mean: float) -> tuple[Look, Point]:
-        return Look("a"), Point(x, {"mean": mean, "low": None, "high": None, "n": 1}, "")
-
-    chart = curves("", [at(4, 0.5), at(8, 0.25), at(16, math.nan), at(16, 0)], Axis(log=True), Axis(top=1))
-    xs = [place["x"] for place in chart.lines[0]["places"]]
-    assert xs[1] - xs[0] == pytest.approx(xs[2] - xs[1])
-    assert len(xs) == 3
-    ys = [place["y"] for place in chart.lines[0]["places"]]
-    assert ys[2] - ys[1] == pytest.approx(ys[1] - ys[0]) == pytest.approx((chart.bottom - charts.TOP - 4) / 4)
-    assert [text for _, text in chart.y_ticks] == ["0", "0.2", "0.4", "0.6", "0.8", "1"]
-    logs = curves("", [at(1, 3), at(2, 4e5)], Axis(), Axis(log=True))
-    assert [text for _, text in logs.y_ticks] == ["10", "100", "1,000", "10,000", "100,000"]
-    crowded = curves("", [at(i, 1) for i in range(1, 200)], Axis(ticks={i: str(i) for i in range(1, 200)}), Axis())
-    assert 5 < len(crowded.x_ticks) < 25
-    assert curves("", [at(1, math.inf)], Axis(), Axis()) is None
-    assert curves("", [at(1, 0)], Axis(), Axis(log=True)) is None
-
-
-def test_digits():
-    """As many places for all of a column as its smallest figure needs."""
-    columns = [0.5, 0.02], [3.0, 12.0], [4.133, 0.2], [812.4], [51_540.2, 12.6], [1200.5, 12.6], [math.nan], []
-    assert [digits(column) for column in columns] == [3, 0, 3, 0, 0, 1, 0, 0]
 
 
 # ---------------------------------------------------------------- the command

@@ -1,4 +1,4 @@
-"""Where the parts of a chart stand, as plain numbers: `report.html` draws them as SVG.
+"""Where the parts of a chart stand, as plain numbers: `page.html` draws them as SVG.
 
 Charts have the width of a phone, so that what is written in them can be read there; wider screens hold several.
 """

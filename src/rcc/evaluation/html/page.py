@@ -1,6 +1,6 @@
-"""One page of any number of evaluations: charts, tables, and the samples behind every figure (`rcc report`).
+"""One page of any number of evaluations: charts, tables, and the samples of every figure (`rcc report`).
 
-`report.html` is the page's form. Nothing of the page is fetched from anywhere, and no script runs in it but its own.
+`page.html` is the page's form. Nothing of the page is fetched from anywhere, and no script runs in it but its own.
 """
 
 from __future__ import annotations
@@ -15,24 +15,26 @@ import jinja2
 
 from ...errors import FileError, InputError, RCCError, brief
 from ...runtime import atomic
-from .tables import Run, Samples, Table, read, table
-from .tasks import TASKS, Group, Task
+from .chapters import CHAPTERS, Chapter
+from .folders import Finished, SampleLists, read
+from .groups import ChartGroup
+from .tables import Table, table
 
 
 @dataclass
 class Section:
-    """All folders of one task; tables by the folder's name."""
+    """All folders of one kind; tables by the folder's name."""
 
     task: str
     title: str
     lead: str
-    runs: list[Run]
-    groups: list[Group]
+    runs: list[Finished]
+    groups: list[ChartGroup]
     tables: dict[str, list[Table]]
 
 
 def page(folders: Sequence[Path], limit: int = 50) -> str:
-    """The HTML of a report.
+    """Return the HTML of a page.
 
     Args:
         folders: that `rcc eval` wrote.
@@ -51,9 +53,9 @@ def page(folders: Sequence[Path], limit: int = 50) -> str:
 
 
 def _page(folders: Sequence[Path], limit: int) -> str:
-    runs, samples = read(folders), Samples(limit)
-    found = dict.fromkeys(run.task for run in runs)
-    tasks = [*(task for task in TASKS if task in found), *(task for task in found if task not in TASKS)]
+    runs, samples = read(folders), SampleLists(limit)
+    measured = dict.fromkeys(run.task for run in runs)
+    tasks = [*(task for task in CHAPTERS if task in measured), *(task for task in measured if task not in CHAPTERS)]
     sections = [_section(task, [run for run in runs if run.task == task], samples) for task in tasks]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -65,13 +67,13 @@ def _page(folders: Sequence[Path], limit: int) -> str:
     environment.policies["json.dumps_kwargs"] = {}  # keys in their order
     environment.filters["sha256"] = lambda text: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
     embedded = {"rows": samples.rows, "lists": samples.lists}
-    return environment.get_template("report.html").render(sections=sections, samples=embedded, limit=limit)
+    return environment.get_template("page.html").render(sections=sections, samples=embedded, limit=limit)
 
 
-def _section(task: str, runs: list[Run], samples: Samples) -> Section:
+def _section(task: str, runs: list[Finished], samples: SampleLists) -> Section:
     for number, run in enumerate(runs if len(runs) > 1 else []):
         run.number, run.letter = number, chr(ord("A") + number) if number < 26 else str(number + 1)
-    known = TASKS.get(task, Task(task, "", lambda runs, samples: iter(())))
+    known = CHAPTERS.get(task, Chapter(task, "", lambda runs, samples: iter(())))
     groups = [group for group in known.groups(runs, samples) if group.main or group.heat or any(group.charts)]
     tables = {run.name: [table(run, name, samples) for name in run.groupings] for run in runs}
     return Section(task, known.title, known.lead, runs, groups, tables)

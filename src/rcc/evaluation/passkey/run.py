@@ -11,8 +11,9 @@ import hashlib
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +21,88 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from ...config import RCCConfig
 from ...data.haystack import POSITIONS, VARIANTS, Text, is_right, make_text, prose_sentences
 from ...errors import InputError, WindowError
 from ...model import segments as segmenting
-from ...model.compressor import ReadProgress
 from ...model.encoder import BATCH_TOKENS, remembering
 from ...model.rcc import RCCForCausalLM
 from ...runtime import memory
 from ...text.counts import show_count
 from ...text.tokens import token_ids
-from .. import plots
-from ..results import Case, Key, Results, Skipped, interval, markdown, show
+from ..evaluation import evaluate
+from ..results import Case, Key, Results, Skipped
+from .table import BY, PasskeyReport
 
-BY = ("variant", "rate", "length", "position", "context")
-"""What tells cells apart. The context is the `whole` text, or one in which the key's own segments are `replaced`."""
-PAPER = {2**15: (99, 100, 100), 2**17: (100,) * 3, 2**18: (100,) * 3, 2**19: (98, 100, 100), 2**20: (100,) * 3}
-"""Length → % found at start, middle and end: the paper's Transformer encoder at 512×, after both stages."""
 ANSWER = 12
 """Tokens that are written at least, so that a number with more digits than five shows."""
+
+
+@dataclass(frozen=True)
+class PasskeySettings:
+    """What is hidden, where, and how often.
+
+    Args:
+        lengths: tokens of a text.
+        rates: none: for each length the lowest trained one at which the prefix fits.
+        keys: samples of a cell: a variant, rate, length and position.
+        controls: of those, how many are asked again with the key's own segments replaced.
+        positions: any of :data:`rcc.data.haystack.POSITIONS`.
+        variants: any of :data:`rcc.data.haystack.VARIANTS`.
+        prose: {name: text}, the filler of the variant `prose`.
+        seed: of keys and of where they stand.
+        batch_tokens: how much is read at once. None: 4,096 tokens of prose; of filler that repeats itself, of whose
+            segments few are different, up to 65,536, as long as the decoder takes 1,024 positions at once at most.
+        limit: keys and controls of a cell, at most.
+
+    Raises:
+        InputError: a setting that cannot be used.
+    """
+
+    lengths: Sequence[int]
+    rates: Sequence[int] = ()
+    keys: int = 5
+    controls: int = 1
+    positions: Sequence[str] = tuple(POSITIONS)
+    variants: Sequence[str] = ("plain",)
+    prose: Mapping[str, str] = field(default_factory=dict)
+    seed: int = 0
+    batch_tokens: int | None = None
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without a model."""
+        for wanted, known, what in ((self.variants, VARIANTS, "variant"), (self.positions, POSITIONS, "position")):
+            for name in wanted:
+                if name not in known:
+                    raise InputError(f"{what} {name!r} is unknown: use some of {', '.join(known)}.")
+        for number, least, what in (
+            (self.keys, 1, "keys"),
+            (self.controls, 0, "controls"),
+            (1 if self.limit is None else self.limit, 1, "limit"),
+        ):
+            if number < least:
+                raise InputError(f"{what} must be at least {least}, not {number}.")
+
+    def check(self, config: RCCConfig) -> None:
+        """Check that a model of this configuration can be asked so.
+
+        Raises:
+            InputError: it cannot.
+        """
+        for rate in self.rates:
+            config.check_rate(rate)
+        shortest, segment = min(self.lengths, default=0), config.segment_length
+        if shortest < segment:
+            raise InputError(f"a length of {shortest:,} tokens is less than one segment: give at least {segment:,}.")
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Samples of each cell, by context."""
+        return {
+            "whole": min(self.keys, self.limit or self.keys),
+            "replaced": min(self.controls, self.limit or self.controls),
+        }
 
 
 def passkey(
@@ -45,136 +110,139 @@ def passkey(
     tokenizer: PreTrainedTokenizerBase,
     lengths: Sequence[int],
     *,
-    rates: Sequence[int] = (),
-    keys: int = 5,
-    controls: int = 1,
-    positions: Sequence[str] = tuple(POSITIONS),
-    variants: Sequence[str] = ("plain",),
-    prose: Mapping[str, str] | None = None,
-    seed: int = 0,
-    batch_tokens: int | None = None,
-    limit: int | None = None,
     folder: Path | None = None,
-    progress: ReadProgress | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    **settings: Any,
 ) -> Results:
     """Ask for keys hidden in long texts; a cell whose prefix does not fit the decoder's window says so.
 
     Args:
         lengths: tokens of a text.
-        rates: none: for each length the lowest trained one at which the prefix fits.
-        keys: samples of a cell: a variant, rate, length and position.
-        controls: of those, how many are asked again with the key's own segments replaced.
-        prose: {name: text}, the filler of the variant `prose`.
-        batch_tokens: how much is read at once. None: 4,096 tokens of prose; of filler that repeats itself, of whose
-            segments few are different, up to 65,536, as long as the decoder takes 1,024 positions at once at most.
-        limit: keys and controls of a cell, at most.
         folder: where results are kept, and are gone on with. None: nowhere.
         progress: called with tokens done and tokens in all.
+        settings: the others of :class:`PasskeySettings`.
 
     Raises:
         InputError: an argument that cannot be used, or the folder holds something else.
     """
-    for wanted, known, what in ((variants, VARIANTS, "variant"), (positions, POSITIONS, "position")):
-        for name in wanted:
-            if name not in known:
-                raise InputError(f"{what} {name!r} is unknown: use some of {', '.join(known)}.")
-    for number, least, what in (
-        (keys, 1, "keys"),
-        (controls, 0, "controls"),
-        (1 if limit is None else limit, 1, "limit"),
-    ):
-        if number < least:
-            raise InputError(f"{what} must be at least {least}, not {number}.")
-    for rate in rates:
-        model.config.check_rate(rate)
-    shortest, segment = min(lengths, default=0), model.config.segment_length
-    if shortest < segment:
-        raise InputError(f"a length of {shortest:,} tokens is less than one segment: give at least {segment:,}.")
-    filler = _prose_ids(tokenizer, prose or {}, max(lengths)) if any(VARIANTS[v].prose for v in variants) else []
-    run = _Run(model, tokenizer, filler, seed, batch_tokens, progress)
-    for variant in variants:  # refuse before the work is done, not after; a million tokens have room for anything
-        run.text({"variant": variant, "position": positions[0], "length": min(shortest, 2**20), "sample": 0})
-    settings = {
-        "model": model.config.name,
-        "fingerprint": model.fingerprint,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": model.device.type,
-        "lengths": sorted(lengths),
-        "rates": list(rates),
-        "keys": keys,
-        "controls": controls,
-        "positions": list(positions),
-        "variants": list(variants),
-        "prose": {name: hashlib.sha256(text.encode()).hexdigest() for name, text in (prose or {}).items()},
-        "seed": seed,
-        "batch_tokens": batch_tokens,
-    }
-    results = Results("passkey", settings, folder)
-    counts = {"whole": min(keys, limit or keys), "replaced": min(controls, limit or controls)}
-    cases = run.cases(rates, sorted(lengths), variants, positions, counts)
-    with remembering():
-        results.collect(cases, run.done)
-    results.notes += _notes(results, model)
-    return results
+    evaluation = PasskeyEvaluation(model, tokenizer, PasskeySettings(lengths, **settings), progress)
+    return evaluate(evaluation, folder, evaluation.show_cases)
 
 
-@dataclass
-class _Run:
-    model: RCCForCausalLM
-    tokenizer: PreTrainedTokenizerBase
-    prose: Sequence[np.ndarray]
-    seed: int
-    batch_tokens: int | None
-    progress: ReadProgress | None
-    ends: Sequence[int] = (0,)
-    """Tokens up to the end of each case, the first of them before any."""
+class PasskeyEvaluation:
+    """Keys asked for of one model.
 
-    def encode(self, text: str) -> np.ndarray:
-        return token_ids(self.tokenizer, text)[0].numpy()
+    Args:
+        progress: called with tokens read and tokens in all, also while a long text is read.
 
-    def segments(self, text: Text) -> tuple[torch.Tensor, ...]:
-        """The positions of the tokens of each segment that the model cuts a text into."""
-        return segmenting.split(torch.arange(len(text.ids)), self.model.config)
+    Raises:
+        InputError: what is asked does not fit the model.
+    """
 
-    def text(self, key: Any) -> Text:
-        return make_text(
-            key["variant"], key["position"], key["length"], key["sample"], self.encode, self.seed, self.prose
-        )
+    kind, by, cluster = "passkey", BY, None
 
-    def cases(
+    def __init__(
         self,
-        rates: Sequence[int],
-        lengths: Sequence[int],
-        variants: Sequence[str],
-        positions: Sequence[str],
-        counts: dict[str, int],
-    ) -> list[Case]:
-        """Shorter texts first: a process seldom gives memory back, and its peak should be that of the length."""
-        keys: list[Key] = [
-            dict(zip((*BY, "sample"), (variant, rate, length, position, context, sample), strict=True))
-            for length, variant in itertools.product(lengths, variants)
-            for rate in rates or [self.fitting_rate(length)]
-            for position, context in itertools.product(positions, counts)
-            for sample in range(counts[context])
-        ]
-        self.ends = [0, *itertools.accumulate(int(key["length"]) for key in keys)]
-        return [Case(key, partial(self.measure, key, self.ends[i])) for i, key in enumerate(keys)]
+        model: RCCForCausalLM,
+        tokenizer: PreTrainedTokenizerBase,
+        asked: PasskeySettings,
+        progress: Callable[[int, int], None] | None = None,
+    ):
+        asked.check(model.config)
+        self.model, self.tokenizer, self.asked, self.progress = model, tokenizer, asked, progress
+        prose = any(VARIANTS[variant].prose for variant in asked.variants)
+        self.prose = _prose_ids(tokenizer, asked.prose, max(asked.lengths)) if prose else []
+        shortest = min(*asked.lengths, 2**20)  # a million tokens have room for anything
+        for variant in asked.variants:  # refuse before the work is done, not after
+            self.text({"variant": variant, "position": asked.positions[0], "length": shortest, "sample": 0})
 
-    def fitting_rate(self, length: int) -> int:
+    def settings(self) -> dict[str, Any]:
+        """Return all that a sample depends on beside its key, and what was asked for."""
+        asked = self.asked
+        return {
+            "model": self.model.config.name,
+            "fingerprint": self.model.fingerprint,
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "device": self.model.device.type,
+            "lengths": sorted(asked.lengths),
+            "rates": list(asked.rates),
+            "keys": asked.keys,
+            "controls": asked.controls,
+            "positions": list(asked.positions),
+            "variants": list(asked.variants),
+            "prose": {name: hashlib.sha256(text.encode()).hexdigest() for name, text in asked.prose.items()},
+            "seed": asked.seed,
+            "batch_tokens": asked.batch_tokens,
+        }
+
+    def __len__(self) -> int:
+        """Return the number of cases."""
+        return len(self._keys)
+
+    @cached_property
+    def _keys(self) -> list[Key]:
+        """Shorter texts first: a process seldom gives memory back, and its peak should be that of the length."""
+        asked = self.asked
+        return [
+            dict(zip((*BY, "sample"), (variant, rate, length, position, context, sample), strict=True))
+            for length, variant in itertools.product(sorted(asked.lengths), asked.variants)
+            for rate in asked.rates or [self._fitting_rate(length)]
+            for position, context in itertools.product(asked.positions, asked.counts)
+            for sample in range(asked.counts[context])
+        ]
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        """Tokens up to the end of each case, the first of them before any."""
+        return [0, *itertools.accumulate(int(key["length"]) for key in self._keys)]
+
+    def cases(self) -> list[Case]:
+        """Return a case for each key to be asked for, those of shorter texts first."""
+        return [Case(key, partial(self._measure, key, self._ends[i])) for i, key in enumerate(self._keys)]
+
+    def measuring(self, results: Results) -> AbstractContextManager[Any]:
+        """Return a context in which vectors of filler, once read, are remembered."""
+        return remembering()
+
+    def notes(self, results: Results) -> list[str]:
+        """Return what to know about the figures, each thing once."""
+        return self.report(results).notes(self.model.config.rates)
+
+    def report(self, results: Results) -> PasskeyReport:
+        """Return the figures as a table and heat maps."""
+        return PasskeyReport(results)
+
+    def show_cases(self, cases: int) -> None:
+        """Show the progress after so many cases."""
+        if self.progress is not None:
+            self.progress(self._ends[cases], self._ends[-1])
+
+    def _show_tokens(self, before: int, done: int, _: int) -> None:
+        if self.progress is not None:
+            self.progress(before + done, self._ends[-1])
+
+    def _fitting_rate(self, length: int) -> int:
         try:
             return self.model.fitting_rate([length])
         except WindowError:
             return max(self.model.config.rates)  # its cell will say so
 
-    def done(self, cases: int) -> None:
-        if self.progress is not None:
-            self.progress(self.ends[cases], self.ends[-1])
+    # ---------------------------------------------------------------- one sample
+    def encode(self, text: str) -> np.ndarray:
+        """Return a text's token ids [T]."""
+        return token_ids(self.tokenizer, text)[0].numpy()
 
-    def read(self, before: int, done: int, _: int) -> None:
-        if self.progress is not None:
-            self.progress(before + done, self.ends[-1])
+    def text(self, key: Any) -> Text:
+        """Return the text of a sample."""
+        return make_text(
+            key["variant"], key["position"], key["length"], key["sample"], self.encode, self.asked.seed, self.prose
+        )
 
-    def check_window(self, length: int, rate: int, rest: int) -> None:
+    def _segments(self, text: Text) -> tuple[torch.Tensor, ...]:
+        """Return the positions of the tokens of each segment that the model cuts a text into."""
+        return segmenting.split(torch.arange(len(text.ids)), self.model.config)
+
+    def _check_window(self, length: int, rate: int, rest: int) -> None:
         positions = segmenting.positions(length, rate, self.model.config)
         if positions + rest > self.model.window:
             raise Skipped(
@@ -182,22 +250,22 @@ class _Run:
                 f" more than the decoder's window of {self.model.window:,}"
             )
 
-    def measure(self, key: Any, before: int) -> dict[str, Any]:
+    def _measure(self, key: Any, before: int) -> dict[str, Any]:
         model, length, rate = self.model, key["length"], key["rate"]
-        self.check_window(length, rate, 1)  # a text that cannot be read at all is not even written
+        self._check_window(length, rate, 1)  # a text that cannot be read at all is not even written
         text = self.text(key)
         question = token_ids(self.tokenizer, text.question)
         new = max(ANSWER, len(self.encode(f" {text.key}")) + 2)
-        self.check_window(length, rate, question.shape[1] + new)
-        ids = text.ids if key["context"] == "whole" else text.replaced(self.segments(text))
+        self._check_window(length, rate, question.shape[1] + new)
+        ids = text.ids if key["context"] == "whole" else text.replaced(self._segments(text))
         memory.reset_peak(model.device)
         start = time.perf_counter()
-        with _counted(model) as segments:
+        with counted_segments(model) as segments:
             context = model.compress(
                 torch.from_numpy(ids)[None],
                 rate=rate,
-                batch_tokens=self.batch_tokens or batch_of(key["variant"], rate),
-                progress=partial(self.read, before),
+                batch_tokens=self.asked.batch_tokens or batch_of(key["variant"], rate),
+                progress=partial(self._show_tokens, before),
             )
         out = model.generate(question, context=context, max_new_tokens=new, do_sample=False, pad_token_id=0)
         written = self.tokenizer.decode(out[0, question.shape[1] :], skip_special_tokens=True)
@@ -220,133 +288,37 @@ class _Run:
 
 
 def batch_of(variant: str, rate: int) -> int:
-    """Tokens that are read at once, unless told otherwise: more where filler repeats itself."""
+    """Return the tokens that are read at once, unless told otherwise: more where filler repeats itself."""
     return BATCH_TOKENS if VARIANTS[variant].prose else max(BATCH_TOKENS, min(2**16, 1024 * rate))
 
 
 def _prose_ids(tokenizer: PreTrainedTokenizerBase, texts: Mapping[str, str], length: int) -> list[np.ndarray]:
-    """The first sentences of the texts, as many as the longest context holds; they are repeated where it holds more."""
-    found, tokens = [], 0
+    """Return the first sentences of the texts, as many as the longest context holds.
+
+    They are repeated where it holds more.
+    """
+    sentences, tokens = [], 0
     for sentence in itertools.chain.from_iterable(map(prose_sentences, texts.values())):
         ids = token_ids(tokenizer, sentence)[0].numpy()
-        found.append(ids)
+        sentences.append(ids)
         tokens += len(ids)
         if tokens >= length:
             break
-    if not found:
-        raise InputError("the variant prose needs prose for its filler: give --filler-data a text file.")
-    return found
+    if not sentences:
+        raise InputError("the variant prose needs a text for its filler: give one in prose.")
+    return sentences
 
 
 @contextlib.contextmanager
-def _counted(model: RCCForCausalLM) -> Iterator[list[int]]:
-    """How many segments each pass of the encoder takes."""
-    seen: list[int] = []
+def counted_segments(model: RCCForCausalLM) -> Iterator[list[int]]:
+    """Count the segments that each pass of the encoder takes."""
+    counts: list[int] = []
 
     def count(module: Any, args: Any, inputs: dict[str, Any]) -> None:
-        seen.append(len(next(iter(inputs.values()))))  # input_ids or inputs_embeds
+        counts.append(len(next(iter(inputs.values()))))  # input_ids or inputs_embeds
 
     handle = model.encoder.register_forward_pre_hook(count, with_kwargs=True)
     try:
-        yield seen
+        yield counts
     finally:
         handle.remove()
-
-
-# ---------------------------------------------------------------- what it comes to
-def _groups(results: Results) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
-    """{(variant, length, rate): rows}, as tables show them."""
-    order = results.settings["variants"]
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for row in sorted(results.rows, key=lambda row: (order.index(row["key"]["variant"]), row["key"]["length"])):
-        groups.setdefault((row["key"]["variant"], row["key"]["length"], row["key"]["rate"]), []).append(row)
-    return groups
-
-
-def _right(rows: list[dict[str, Any]], context: str, position: str | None = None) -> list[float]:
-    return [
-        float(row["right"])
-        for row in rows
-        if "right" in row and row["key"]["context"] == context and position in (None, row["key"]["position"])
-    ]
-
-
-def table(results: Results) -> str:
-    """Accuracy by length and position with its 95 % interval, the control's, time and memory; and the paper's rows."""
-    positions = results.settings["positions"]
-    header = ["variant", "tokens", "rate", *positions, "key replaced", "s a sample", "peak MB", "segments read"]
-    lines = []
-    for (variant, length), groups in itertools.groupby(_groups(results).items(), lambda item: item[0][:2]):
-        for (*_, rate), rows in groups:
-            line = [variant, show_count(length), f"{rate}×"]
-            made = [row for row in rows if "right" in row]
-            if not made:
-                lines.append([*line, *("does not fit" for _ in positions), *"––––"])
-                continue
-            shares = [_right(rows, "whole", position) for position in positions]
-            line += [show(interval(share), percent=True) if share else "–" for share in shares]
-            control = _right(rows, "replaced")
-            line.append(f"{sum(control):.0f} of {len(control)}" if control else "–")
-            line.append(f"{np.mean([row['seconds'] for row in made]):.2f}")
-            peaks = [row["peak_mb"] for row in made if "peak_mb" in row]
-            line.append(f"{max(peaks):,.0f}" if peaks else "–")
-            most = max(made, key=lambda row: row["segments_read"])
-            lines.append([*line, f"{most['segments_read']:,} of {most['text']['segments']:,}"])
-        if variant == "plain" and length in PAPER:
-            theirs = dict(zip(POSITIONS, PAPER[length], strict=True))
-            found = [f"{theirs[position]}%" for position in positions]
-            lines.append(["plain, the paper's", show_count(length), "512×", *found, *"––––"])
-    return markdown(header, lines)
-
-
-def figures(results: Results) -> dict[str, Callable[[Path], None]]:
-    """Heat maps of accuracy by length and position, one a variant: {file name: draw it there}."""
-    positions = results.settings["positions"]
-    found: dict[str, Callable[[Path], None]] = {}
-    for variant in results.settings["variants"]:
-        rows = {key[1:]: rows for key, rows in _groups(results).items() if key[0] == variant}
-        shares = [[_right(some, "whole", position) for position in positions] for some in rows.values()]
-        found[f"passkey-{variant}.png"] = partial(
-            plots.heat_map,
-            values=[[float(np.mean(share)) if share else None for share in line] for line in shares],
-            rows=[f"{show_count(length)}, {rate}×" for length, rate in rows],
-            columns=positions,
-            title=f"{results.settings['model']}: {variant}",
-            x="place of the key in the text",
-            y="tokens, rate",
-        )
-    return found
-
-
-def _notes(results: Results, model: RCCForCausalLM) -> list[str]:
-    """What to know about the figures, each thing once."""
-    settings = results.settings
-    seen = [(row["key"]["variant"], row["key"]["rate"]) for row in results.rows if "skipped" not in row]
-    notes = list(dict.fromkeys(f"Not measured: {row['skipped']}." for row in results.rows if "skipped" in row))
-    notes += [
-        f"{model.config.name} was not trained at {rate}×, only at {', '.join(f'{r}×' for r in model.config.rates)}:"
-        " expect little there."
-        for rate in sorted({rate for _, rate in seen} - set(model.config.rates))
-    ]
-    if any(not VARIANTS[variant].prose for variant, _ in seen):
-        notes.append(
-            "Segments read: a segment's vectors depend on nothing but its tokens, so those that repeat (filler) were"
-            " read once; the context is the same up to rounding."
-        )
-    if settings["prose"]:
-        notes.append(f"Prose: {', '.join(settings['prose'])}, begun at any sentence, and again from its beginning.")
-    if any(row["key"]["context"] == "replaced" and "right" in row for row in results.rows):
-        notes.append(
-            "Key replaced: the control, all positions together. Every segment that holds a token of the key gave way to"
-            " the text without it; what is found then was guessed."
-        )
-    if any("peak_mb" in row for row in results.rows):
-        gpu = model.device.type == "cuda"
-        held = "tensors on the GPU, the model's included" if gpu else "resident memory, model and libraries included"
-        notes.append(f"Peak MB: {held}; the most of any sample, shorter texts first.")
-    if any(row["key"]["variant"] == "plain" and row["key"]["length"] in PAPER for row in results.rows):
-        notes.append(
-            "The paper's: its own figures (arXiv 2406.06110, section 4.2), not measured here: Pythia-1.4B, segments of"
-            " 8,192 tokens, 512×."
-        )
-    return notes

@@ -1,8 +1,8 @@
 """LongBench's English tasks (arXiv 2308.14508): how each asks, how long answers may be, and its metric.
 
 The instructions, lengths and metrics are those of its published evaluation, so that figures can be compared. It puts a
-task's instruction before and behind the text; a compressed text is asked with what stands behind. Its sets of code and
-in Chinese are not here.
+task's instruction before and after the text; a compressed text is asked with what comes after. Its sets of code and in
+Chinese are not here.
 """
 
 from __future__ import annotations
@@ -15,8 +15,14 @@ from ..metrics import f1, rouge_l
 
 
 @dataclass(frozen=True)
-class Task:
-    """A set of LongBench: the instruction behind the text, its metric, and the most tokens of an answer."""
+class LongBenchTask:
+    """A set of LongBench.
+
+    Attributes:
+        prompt: the instruction after the text, with a place for `{input}`.
+        metric: a name in :data:`METRICS`.
+        tokens: of an answer, at most.
+    """
 
     prompt: str
     metric: str
@@ -50,58 +56,63 @@ _RETRIEVE = (
     ' The answer format must be like "Paragraph 1", "Paragraph 2", etc.\n\nThe answer is: '
 )
 TASKS = {
-    "narrativeqa": Task(_STORY, "f1", 128),
-    "qasper": Task(_PAPER, "f1", 128),
-    "multifieldqa_en": Task(_FIELDS, "f1", 64),
-    "hotpotqa": Task(_PASSAGES, "f1", 32),
-    "2wikimqa": Task(_PASSAGES, "f1", 32),
-    "musique": Task(_PASSAGES, "f1", 32),
-    "triviaqa": Task("{input}", "f1_first_line", 32),
-    "gov_report": Task("Now, write a one-page summary of the report.\n\nSummary:", "rouge_l", 512),
-    "qmsum": Task(
+    "narrativeqa": LongBenchTask(_STORY, "f1", 128),
+    "qasper": LongBenchTask(_PAPER, "f1", 128),
+    "multifieldqa_en": LongBenchTask(_FIELDS, "f1", 64),
+    "hotpotqa": LongBenchTask(_PASSAGES, "f1", 32),
+    "2wikimqa": LongBenchTask(_PASSAGES, "f1", 32),
+    "musique": LongBenchTask(_PASSAGES, "f1", 32),
+    "triviaqa": LongBenchTask("{input}", "f1_first_line", 32),
+    "gov_report": LongBenchTask("Now, write a one-page summary of the report.\n\nSummary:", "rouge_l", 512),
+    "qmsum": LongBenchTask(
         "Now, answer the query based on the above meeting transcript in one or more sentences.\n\nQuery: {input}\n"
         "Answer:",
         "rouge_l",
         512,
     ),
-    "multi_news": Task("Now, write a one-page summary of all the news.\n\nSummary:", "rouge_l", 512),
-    "samsum": Task("{input}", "rouge_l_first_line", 128),
-    "trec": Task("{input}", "classification", 64),
-    "passage_count": Task(_COUNT, "count", 32),
-    "passage_retrieval_en": Task(_RETRIEVE, "retrieval", 32),
+    "multi_news": LongBenchTask("Now, write a one-page summary of all the news.\n\nSummary:", "rouge_l", 512),
+    "samsum": LongBenchTask("{input}", "rouge_l_first_line", 128),
+    "trec": LongBenchTask("{input}", "classification", 64),
+    "passage_count": LongBenchTask(_COUNT, "count", 32),
+    "passage_retrieval_en": LongBenchTask(_RETRIEVE, "retrieval", 32),
 }
 
 
 def first_line(written: str) -> str:
+    """Return the first line that is not empty."""
     return written.lstrip("\n").split("\n")[0]
 
 
 def classification(written: str, answers: Sequence[str], classes: Sequence[str]) -> float:
-    """1 over the number of classes named in the first line, if the right one is among them; a class whose name is only
-    a part of the right one's does not count."""
+    """Return 1 over the number of classes named in the first line, if the right one is among them, else 0.
+
+    A class whose name is only a part of the right one's does not count.
+    """
     named = [name for name in classes if name in first_line(written)]
     best = 0.0
     for truth in answers:
-        some = [name for name in named if not (name in truth and name != truth)]
-        best = max(best, 1 / len(some) if truth in some else 0.0)
+        counted = [name for name in named if not (name in truth and name != truth)]
+        best = max(best, 1 / len(counted) if truth in counted else 0.0)
     return best
 
 
 def count(written: str, answers: Sequence[str], classes: Sequence[str] = ()) -> float:
-    """The share of the numbers written that are the right one."""
+    """Return the share of the numbers written that are the right one."""
     numbers = re.findall(r"\d+", written)
     return max(sum(n == truth for n in numbers) / len(numbers) for truth in answers) if numbers else 0.0
 
 
 def retrieval(written: str, answers: Sequence[str], classes: Sequence[str] = ()) -> float:
-    """The same of the number in "Paragraph 7"."""
-    found = [match[1] for truth in answers if (match := re.search(r"Paragraph (\d+)", truth))]
-    return count(written, found) if found else 0.0
+    """Return the same of the number in "Paragraph 7"."""
+    numbers = [match[1] for truth in answers if (match := re.search(r"Paragraph (\d+)", truth))]
+    return count(written, numbers) if numbers else 0.0
 
 
 def best_rouge(written: str, answers: Sequence[str]) -> float:
-    """The best ROUGE-L against the accepted answers, by rouge-score (LongBench's own figures are by another package,
-    `rouge`, and differ in the second digit)."""
+    """Return the best ROUGE-L against the accepted answers, by rouge-score.
+
+    LongBench's own figures are by another package, `rouge`, and differ in the second digit.
+    """
     return max(rouge_l(written, truth) for truth in answers)
 
 

@@ -1,12 +1,15 @@
-"""Does it answer? Questions about texts, asked of a compressed context and of what a user might do instead (section
-4.3 of the paper)."""
+"""Does it answer? Questions about texts, asked of a compressed context and of what a user might do instead.
+
+Section 4.3 of the paper.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -19,50 +22,21 @@ from ...errors import WindowError
 from ...model.rcc import RCCForCausalLM
 from ...planning import blueprint as planning
 from .. import metrics
-from ..results import Case, Skipped
+from ..results import Case, Results, Skipped
 from . import longbench
 from .methods import Held, Method
 from .methods.compressed import Compressed
 from .methods.no_context import NoContext
-from .methods.plain import Plain
+from .methods.plain_text import PlainText
 from .methods.retrieved import Retrieved
 from .methods.truncated import Truncated
-from .questions import Question, Texts, bucket, choose, digest
+from .questions import Question, bucket, choose, digest
+from .settings import BY, HINT, TUNED, QASettings
+from .table import QAReport
+from .texts import Texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-BY = ("method", "mode", "rate")
-BASELINES = {
-    "plain": "the base reads the text as it is",
-    "truncated": "the base reads the beginning and the end, as many tokens as the context has positions",
-    "bm25": "the base reads the passages that BM25 finds for the question, as many tokens as the context has positions",
-    "no-context": "the model's decoder reads the question alone",
-}
-TUNED = "plain-tuned"
-HINT = "Answer in a few words."
-"""What a base that was not trained to answer shortly is told behind each question."""
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """What is asked.
-
-    Args:
-        rates: of the methods that compress.
-        limit: questions of each set, chosen by `seed`; None: all.
-        pad_to: other questions' texts are put around each, up to so many tokens; 0: none.
-        max_new_tokens: of an answer, where its set does not say.
-        hint: see :data:`HINT`.
-        seed: of what is chosen and what stands around it.
-    """
-
-    rates: Sequence[int]
-    limit: int | None = None
-    pad_to: int = 0
-    max_new_tokens: int = 64
-    hint: str = HINT
-    seed: int = 0
 
 
 def make_methods(
@@ -76,71 +50,83 @@ def make_methods(
     hint: str = HINT,
     room: int = 512,
 ) -> list[Method]:
-    """The methods to be measured, in the order of the table.
+    """Return the methods to be measured, in the order of the table.
 
     Args:
         modes: of :mod:`rcc.text.prompting`, in which compressed contexts are asked.
-        baselines: some of :data:`BASELINES`.
+        baselines: any of :data:`rcc.evaluation.qa.settings.BASELINES`.
         tuned: a model whose decoder learnt to answer from plain text.
         beside: other RCC models by name, with the same tokenizer.
+        hint: what a base is told after each question.
         room: positions that plain text leaves for a question and its answer.
     """
     methods: list[Method] = [Compressed(model, tokenizer, mode) for mode in modes]
     for name, other in (beside or {}).items():
         methods += [Compressed(other, tokenizer, mode, name) for mode in modes]
-    kinds = {"truncated": Truncated, "bm25": Retrieved, "plain": Plain}
+    kinds = {"truncated": Truncated, "bm25": Retrieved, "plain": PlainText}
     for name in baselines:
         if name == "no-context":
             methods.append(NoContext(model))
         else:
             methods.append(kinds[name](model, tokenizer, name=name, hint=hint, room=room))
     if tuned is not None:
-        methods.append(Plain(tuned, tokenizer, name=TUNED, tuned=True, room=room))
+        methods.append(PlainText(tuned, tokenizer, name=TUNED, tuned=True, room=room))
     return methods
 
 
 class _Clock(BaseStreamer):
-    """When the first token was written."""
+    """The seconds from its making to the first token written."""
 
     def __init__(self) -> None:
         self.start, self.first, self._prompt = time.perf_counter(), 0.0, True
 
     def put(self, value: Tensor) -> None:
+        """Take the prompt, then each token as it is written."""
         if not self._prompt and not self.first:
             self.first = time.perf_counter() - self.start
         self._prompt = False
 
     def end(self) -> None:
-        pass
+        """Do nothing."""
 
 
-class QA:
+class QAEvaluation:
     """Questions asked of all methods.
 
     Args:
-        questions: of which the protocol's limit is chosen.
+        questions: of which as many of each set are chosen as are asked.
         methods: as from :func:`make_methods`.
+        source: the arguments of :func:`rcc.evaluation.qa.questions.open_questions`, so that others can be asked the
+            same questions, too.
+        reading_notes: what that function said of rows that cannot be used.
     """
+
+    kind, by, cluster = "qa", BY, "text"
 
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
         questions: Sequence[Question],
         methods: Sequence[Method],
-        protocol: Protocol,
+        asked: QASettings,
+        source: dict[str, Any] | None = None,
+        reading_notes: Sequence[str] = (),
     ):
-        self.tokenizer, self.methods, self.protocol = tokenizer, methods, protocol
-        self.questions = choose(questions, protocol.limit, protocol.seed)
-        self.text = Texts(questions, tokenizer, protocol.pad_to, protocol.seed)
+        self.tokenizer, self.methods, self.asked = tokenizer, methods, asked
+        self.source, self.reading_notes = source, reading_notes
+        self.questions = choose(questions, asked.limit, asked.seed)
+        self.text = Texts(questions, tokenizer, asked.pad_to, asked.seed)
         self.data_sha256 = digest(questions)
         self._held: dict[tuple[str, int], tuple[str, Held, float]] = {}
         self._position_bytes: dict[int, int] = {}
 
-    def settings(self, data: dict[str, Any]) -> dict[str, Any]:
-        """All that a sample depends on beside its key. Methods, modes, rates and questions can be added to a folder.
+    def settings(self, source: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Return all that a sample depends on beside its key.
+
+        Methods, modes, rates and questions can be added to a folder.
 
         Args:
-            data: where the questions came from, so that others can be asked them too.
+            source: the arguments of `open_questions`; None: those that the evaluation was made with.
         """
         main = self.methods[0].model
         return {
@@ -148,23 +134,35 @@ class QA:
             "fingerprint": main.fingerprint,
             "dtype": str(main.dtype).removeprefix("torch."),
             "trained_rates": main.config.rates,
-            "data": data,
+            "data": self.source if source is None else source,
             "data_sha256": self.data_sha256,
-            "pad_to": self.protocol.pad_to,
-            "max_new_tokens": self.protocol.max_new_tokens,
-            "hint": self.protocol.hint,
-            "seed": self.protocol.seed,
+            "pad_to": self.asked.pad_to,
+            "max_new_tokens": self.asked.max_new_tokens,
+            "hint": self.asked.hint,
+            "seed": self.asked.seed,
         }
 
     def __len__(self) -> int:
-        """Number of cases."""
+        """Return the number of cases."""
         return len(self.questions) * sum(len(self._rates(method)) for method in self.methods)
 
+    def measuring(self, results: Results) -> AbstractContextManager[None]:
+        """Return an empty context: nothing is held beside the last text."""
+        return contextlib.nullcontext()
+
+    def notes(self, results: Results) -> list[str]:
+        """Return what to know about the figures, and about rows that could not be used."""
+        return [*self.report(results).notes(), *self.reading_notes]
+
+    def report(self, results: Results) -> QAReport:
+        """Return the figures as tables and plots."""
+        return QAReport(results)
+
     def _rates(self, method: Method) -> Sequence[int]:
-        return self.protocol.rates if method.compresses else [0]
+        return self.asked.rates if method.compresses else [0]
 
     def cases(self) -> Iterator[Case]:
-        """A case for each question, method and rate; those about one text one after the other."""
+        """Yield a case for each question, method and rate; those about one text one after the other."""
         for question in self.questions:
             text = self.text(question)
             for method in self.methods:
@@ -176,14 +174,14 @@ class QA:
         try:
             with method.decoder():
                 held, seconds = self._hold(question, text, method, rate)
-                asked = method.prompt(question)
+                prompt = method.prompt(question)
                 clock = _Clock()
                 instruction, written = engine.ask(
                     method.model,
                     self.tokenizer,
                     held.context,
-                    asked,
-                    question.tokens or self.protocol.max_new_tokens,
+                    prompt,
+                    question.tokens or self.asked.max_new_tokens,
                     do_sample=False,
                     num_beams=1,
                     repetition_penalty=1.0,  # some bases come with another
@@ -206,11 +204,11 @@ class QA:
         }
 
     def _hold(self, question: Question, text: Tensor, method: Method, rate: int) -> tuple[Held, float]:
-        """What a method holds of a text, and the seconds that it took; kept for the next question about it."""
+        """Return what a method holds of a text, kept for the next question about it, and the seconds that it took."""
         name = (method.name, rate)
-        found = self._held.get(name)
-        if found is not None and found[0] == question.context:
-            return found[1:]
+        before = self._held.get(name)
+        if before is not None and before[0] == question.context:
+            return before[1:]
         self._held.pop(name, None)  # before the next one is made
         start = time.perf_counter()
         held = method.hold(text, rate, question)
@@ -227,9 +225,10 @@ class QA:
 
 
 def key_of(question: Question, method: str, mode: str, rate: int, tokens: int) -> dict[str, Any]:
-    """What tells a sample from others; rate 0: nothing is compressed.
+    """Return the key of a sample.
 
     Args:
+        rate: 0: nothing is compressed.
         tokens: of the text.
     """
     key = {"method": method, "mode": mode, "rate": rate, "set": question.set, "bucket": bucket(tokens)}
@@ -238,7 +237,7 @@ def key_of(question: Question, method: str, mode: str, rate: int, tokens: int) -
 
 
 def score(question: Question, written: str) -> dict[str, Any]:
-    """An answer's figures, 0 to 1, with what they are of."""
+    """Return an answer's figures, 0 to 1, with what they are of."""
     return {
         "score": longbench.METRICS[question.metric](written, question.answers, question.classes),
         "f1": metrics.f1(written, question.answers),

@@ -1,4 +1,4 @@
-"""The figures of :mod:`rcc.evaluation.qa.run` as tables and plots."""
+"""The figures of questions and answers as tables and plots."""
 
 from __future__ import annotations
 
@@ -10,39 +10,49 @@ from typing import Any
 from .. import plots, results
 from ..results import Interval, Results
 from .questions import BUCKETS, LONGEST
-from .run import BASELINES, BY, TUNED
+from .settings import BASELINES, BY, TUNED
 
 BUCKET_NAMES = [*(name for _, name in BUCKETS), LONGEST]
 
 
-class Report:
+class QAReport:
     """The figures of samples as tables and plots.
 
     Args:
-        found: with samples of :meth:`rcc.evaluation.qa.run.QA.cases`.
+        measured: with samples of :meth:`rcc.evaluation.qa.run.QAEvaluation.cases`.
     """
 
-    def __init__(self, found: Results):
-        self.found, self.trained = found, found.settings["trained_rates"]
-        self.cells = found.cells(BY)
-        self.by_length = found.cells((*BY, "bucket"))
-        self.by_set = found.cells((*BY, "set"))
+    def __init__(self, measured: Results):
+        self.measured, self.trained = measured, measured.settings["trained_rates"]
+        self.cells = measured.cells(BY)
+        self.by_length = measured.cells((*BY, "bucket"))
+        self.by_set = measured.cells((*BY, "set"))
         plain = {cell["key"]["method"]: cell for cell in self.cells if "skipped" not in cell}
         self.ceiling = next((name for name in (TUNED, "plain") if name in plain), None)
         self._best = plain[self.ceiling]["score"].mean if self.ceiling else 0.0
 
     def finish(self, notes: Sequence[str] = ()) -> None:
-        """Note what to know about the figures, `notes` behind it, and write the evaluation's folder, if it has one."""
-        self.found.notes = [*self.notes(), *notes]
-        self.found.finish(BY, self.table(), self.plots(), self.more())
+        """Write the evaluation's folder, if it has one.
+
+        Args:
+            notes: that come after those on the figures.
+        """
+        self.measured.notes = [*self.notes(), *notes]
+        self.measured.finish(BY, self.table(), self.plots(), self.more())
 
     def more(self) -> dict[str, Any]:
-        """Figures for `results.json` by length and by set, and what `retained` compares with."""
+        """Return figures for `results.json` by length and by set, and what `retained` compares with."""
         return {"by_length": self.by_length, "by_set": self.by_set, "ceiling": self.ceiling}
 
     # ---------------------------------------------------------------- tables
     def table(self) -> str:
-        """All figures, then scores by length and by set, as Markdown."""
+        """Return all figures, then scores by length and by set, as Markdown."""
+        text = self._figures()
+        for by, cells, columns in (("bucket", self.by_length, BUCKET_NAMES), ("set", self.by_set, None)):
+            text += self._scores(by, cells, columns)
+        return text
+
+    def _figures(self) -> str:
         header = ["method", "rate", "questions", "score", "retained", "F1", "exact match", "ROUGE-L", "instruction"]
         header += ["positions", "held, MB", "compress, s", "first token, s"]
         rows = []
@@ -59,21 +69,26 @@ class Report:
             row += [f"{cell['positions'].mean:,.0f}{star}", f"{cell['bytes'].mean / 1e6:,.1f}"]
             row += [f"{cell[name].mean:.2f}" for name in ("compress_seconds", "first_token_seconds")]
             rows.append(row)
-        text = results.markdown(header, rows)
-        for by, cells, wanted in (("bucket", self.by_length, BUCKET_NAMES), ("set", self.by_set, None)):
-            names = [cell["key"][by] for cell in cells]
-            columns = [name for name in wanted or dict.fromkeys(names) if name in names]
-            if len(columns) < 2:
-                continue
-            found = {(*self._name(cell["key"]), cell["key"][by]): cell for cell in cells}
-            rows = []
-            for cell in self.cells:
-                name = self._name(cell["key"])
-                some = [found.get((*name, column), {}).get("score") for column in columns]
-                rows.append([*name, *("–" if s is None else f"{s.mean:.3f} ({s.n})" for s in some)])
-            title = "Score by context tokens" if by == "bucket" else "Score by set"
-            text += f"\n{title} (questions):\n\n" + results.markdown(["method", "rate", *columns], rows)
-        return text
+        return results.markdown(header, rows)
+
+    def _scores(self, by: str, cells: Sequence[dict[str, Any]], order: Sequence[str] | None) -> str:
+        """Return scores by one more key, a column for each of its values; nothing where there is one value only.
+
+        Args:
+            order: of the columns; None: as they appear.
+        """
+        names = [cell["key"][by] for cell in cells]
+        columns = [name for name in order or dict.fromkeys(names) if name in names]
+        if len(columns) < 2:
+            return ""
+        scores = {(*self._name(cell["key"]), cell["key"][by]): cell.get("score") for cell in cells}
+        rows = []
+        for cell in self.cells:
+            name = self._name(cell["key"])
+            row = [scores.get((*name, column)) for column in columns]
+            rows.append([*name, *("–" if s is None else f"{s.mean:.3f} ({s.n})" for s in row)])
+        title = "Score by context tokens" if by == "bucket" else "Score by set"
+        return f"\n{title} (questions):\n\n" + results.markdown(["method", "rate", *columns], rows)
 
     def _name(self, key: dict[str, Any]) -> tuple[str, str]:
         name = f"{key['method']}, {key['mode']}" if key["mode"] else key["method"]
@@ -82,7 +97,7 @@ class Report:
 
     # ---------------------------------------------------------------- plots
     def plots(self) -> dict[str, Callable[[Path], None]]:
-        """{file name: draw it there}: score by compression, and by length."""
+        """Return {file name: draw it to this path}: score by compression, and by length."""
         rates = sorted({cell["key"]["rate"] for cell in self.cells if cell["key"]["rate"]})
         lines: dict[str, list[tuple[float, Interval]]] = {}
         for cell in self.cells:
@@ -97,7 +112,7 @@ class Report:
                 lines={name: sorted(points, key=lambda point: point[0]) for name, points in lines.items()},
                 x="compression rate",
                 y="score",
-                title=f"Answers, {self.found.settings['model']}",
+                title=f"Answers, {self.measured.settings['model']}",
                 log=True,
             )
         columns = [name for name in BUCKET_NAMES if any(cell["key"]["bucket"] == name for cell in self.by_length)]
@@ -112,35 +127,35 @@ class Report:
                 lines={name: sorted(points, key=lambda point: point[0]) for name, points in lengths.items()},
                 x="context tokens: " + ", ".join(f"{i}: {name}" for i, name in enumerate(columns)),
                 y="score",
-                title=f"Answers by length, {self.found.settings['model']}",
+                title=f"Answers by length, {self.measured.settings['model']}",
             )
         return made
 
     # ---------------------------------------------------------------- notes
     def notes(self) -> list[str]:
-        """What to know about the figures."""
-        settings, keys = self.found.settings, [cell["key"] for cell in self.cells]
+        """Return what to know about the figures."""
+        settings, keys = self.measured.settings, [cell["key"] for cell in self.cells]
         methods = list(dict.fromkeys(key["method"] for key in keys))
         rates = sorted({key["rate"] for key in keys if key["method"] == "rcc"})
         untrained = [rate for rate in rates if rate not in self.trained]
-        found = [
+        notes = [
             "Score: each set's own metric (F1 for questions with short answers), 0 to 1, with 95 % intervals (bootstrap"
             " over texts). Written greedily."
         ]
         if self.ceiling:
-            found.append(f"Retained: the score's share of {self.ceiling}'s.")
+            notes.append(f"Retained: the score's share of {self.ceiling}'s.")
         described = [f"{name}: {BASELINES[name]}" for name in methods if name in BASELINES]
         if described:
-            found.append("; ".join(described) + ".")
+            notes.append("; ".join(described) + ".")
         if {"plain", "truncated", "bm25"} & set(methods) and settings["hint"]:
-            found.append(f'The base is told behind each question: "{settings["hint"]}" The others are not.')
-        found.append(
+            notes.append(f'The base is told behind each question: "{settings["hint"]}" The others are not.')
+        notes.append(
             "Positions: what the decoder reads of the text; held: their keys and values. Compress: once a text; first"
             " token: a question behind what is held (BM25: with finding and reading the passages). * Without the"
             " middle of texts that do not fit the window."
         )
         if settings["pad_to"]:
-            found.append(f"Other questions' texts stand around each, {settings['pad_to']:,} tokens in all at most.")
+            notes.append(f"Other questions' texts stand around each, {settings['pad_to']:,} tokens in all at most.")
         if untrained:
-            found.append(f"Not trained at {', '.join(f'{rate}×' for rate in untrained)}: expect little of it.")
-        return found
+            notes.append(f"Not trained at {', '.join(f'{rate}×' for rate in untrained)}: expect little of it.")
+        return notes

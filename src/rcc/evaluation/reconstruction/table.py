@@ -1,4 +1,4 @@
-"""The figures of :mod:`rcc.evaluation.reconstruction.run` as tables and plots."""
+"""The figures of a reconstruction as tables and plots."""
 
 from __future__ import annotations
 
@@ -14,21 +14,25 @@ from ...config import RCCConfig
 from ...model import segments
 from .. import plots, results
 from ..results import Interval, Results
-from .run import BY, CONTROLS, PROMPT, REAL
+from .settings import BY, CONTROLS, REAL
+from .teacher_forcing import PROMPT
 
-PLACES = 8
+PARTS = 8
 """Parts of a segment whose accuracy is told apart."""
 
 
 def by_place(rows: Sequence[dict[str, Any]], length: int, rate: int, config: RCCConfig) -> dict[str, list[Any]]:
-    """Teacher-forced accuracy of the real context by where in its segment a target token stands, in eighths, and by
-    where in its group of `rate` tokens, of which the last one's state is kept: intervals, None where there is none.
+    """Return the real context's teacher-forced accuracy by the place of the token in its segment and in its group.
 
     Args:
         rows: samples, of any lengths, rates and contexts.
+
+    Returns:
+        `segment`: by eighths of the segment; `group`: by place in the group of `rate` tokens, of which the last one's
+        state is kept. Intervals, None where there is no token.
     """
     lead, segment = segments.padding_before(length, config), config.segment_length
-    places, right, groups = [], [], []
+    places, right, documents = [], [], []
     for row in rows:
         key = row["key"]
         if "skipped" in row or (key["length"], key.get("rate"), key["context"]) != (length, rate, REAL):
@@ -36,65 +40,67 @@ def by_place(rows: Sequence[dict[str, Any]], length: int, rate: int, config: RCC
         recalled = row["recalled"]
         places.append((lead + key["start"] + PROMPT + np.arange(len(recalled))) % segment)
         right.append(np.array([c == "1" for c in recalled], float))
-        groups.append(np.full(len(recalled), key["document"]))
+        documents.append(np.full(len(recalled), key["document"]))
+    parts = min(PARTS, segment)
     if not places:
-        return {"segment": [None] * min(PLACES, segment), "group": [None] * rate}
-    place, hit, document = map(np.concatenate, (places, right, groups))
+        return {"segment": [None] * parts, "group": [None] * rate}
+    place, hit, document = map(np.concatenate, (places, right, documents))
 
     def means(number: np.ndarray, count: int) -> list[Interval | None]:
         chosen = [number == i for i in range(count)]
         return [results.interval(hit[c].tolist(), document[c].tolist()) if c.any() else None for c in chosen]
 
-    parts = min(PLACES, segment)
     return {"segment": means(place * parts // segment, parts), "group": means(place % rate, rate)}
 
 
-class Report:
+class ReconstructionReport:
     """The figures of samples as tables and plots.
 
     Args:
-        found: with samples of :meth:`Reconstruction.cases`.
+        measured: with samples of :meth:`rcc.evaluation.reconstruction.run.ReconstructionEvaluation.cases`.
         config: of the model that they were made with.
     """
 
-    def __init__(self, found: Results, config: RCCConfig):
-        self.found, self.config = found, config
-        self.cells = sorted(found.cells(BY), key=_rank)
-        self.by_start = sorted(found.cells((*BY, "start")), key=_rank)
+    def __init__(self, measured: Results, config: RCCConfig):
+        self.measured, self.config = measured, config
+        self.cells = sorted(measured.cells(BY), key=_rank)
+        self.by_start = sorted(measured.cells((*BY, "start")), key=_rank)
         self.lengths = list(dict.fromkeys(cell["key"]["length"] for cell in self.cells))
         self.rates = sorted({cell["key"]["rate"] for cell in self.cells if "rate" in cell["key"]})
         self.by_place = {
-            (length, rate): by_place(found.rows, length, rate, config) for length in self.lengths for rate in self.rates
+            (length, rate): by_place(measured.rows, length, rate, config)
+            for length in self.lengths
+            for rate in self.rates
         }
 
     def finish(self) -> None:
         """Write the evaluation's folder, if it has one."""
-        self.found.finish(BY, self.table(), self.plots(), self.more())
+        self.measured.finish(BY, self.table(), self.plots(), self.more())
 
     def more(self) -> dict[str, Any]:
-        """Figures for `results.json` by where the prompt begins, and by places in the segment and in the group."""
-        places = [{"length": length, "rate": rate, **some} for (length, rate), some in self.by_place.items()]
+        """Return figures for `results.json` by the prompt's start, and by places in the segment and in the group."""
+        places = [{"length": length, "rate": rate, **parts} for (length, rate), parts in self.by_place.items()]
         return {"by_start": self.by_start, "by_place": places}
 
     def _real(self, length: int) -> dict[int, dict[int, dict[str, Any]]]:
-        """Cells of the real context by rate and start of the prompt; those that were skipped are left out."""
-        found: dict[int, dict[int, dict[str, Any]]] = {rate: {} for rate in self.rates}
+        """Return the real context's cells by rate and start of the prompt, without those that were skipped."""
+        real: dict[int, dict[int, dict[str, Any]]] = {rate: {} for rate in self.rates}
         for cell in self.by_start:
             key = cell["key"]
             if (key["length"], key["context"]) == (length, REAL) and "skipped" not in cell:
-                found[key["rate"]][key["start"]] = cell
-        return {rate: cells for rate, cells in found.items() if cells}
+                real[key["rate"]][key["start"]] = cell
+        return {rate: cells for rate, cells in real.items() if cells}
 
     def _edges(self) -> list[tuple[int, int]]:
-        """First and last place of each part of a segment."""
+        """Return the first and the last place of each part of a segment."""
         segment = self.config.segment_length
-        parts = min(PLACES, segment)
+        parts = min(PARTS, segment)
         edges = [-(-i * segment // parts) for i in range(parts + 1)]
         return [(low, high - 1) for low, high in pairwise(edges)]
 
     # ---------------------------------------------------------------- tables
     def table(self) -> str:
-        """All figures, and the real context's by place, as Markdown."""
+        """Return all figures, and the real context's by place, as Markdown."""
         figures = {"bleu": "BLEU-4", "rouge_l": "ROUGE-L", "exact": "exact", "run": "run, tokens"}
         figures |= {"accuracy": "accuracy", "loss": "loss"}
         rows = []
@@ -135,7 +141,7 @@ class Report:
 
     # ---------------------------------------------------------------- plots
     def plots(self) -> dict[str, Callable[[Path], None]]:
-        """{file name: draw it there}, five for each length that anything was measured at."""
+        """Return {file name: draw it to this path}, five for each length that anything was measured at."""
         made: dict[str, Callable[[Path], None]] = {}
         for length in self.lengths:
             if not (real := self._real(length)):
@@ -184,7 +190,7 @@ class Report:
         return made
 
     def _by_rate(self, length: int, metric: str) -> dict[str, list[tuple[float, Interval]]]:
-        """A curve for each context; what does not depend on the rate is the same at all."""
+        """Return a curve for each context; what does not depend on the rate is the same at all."""
         lines: dict[str, list[tuple[float, Interval]]] = {}
         for cell in self.cells:
             key = cell["key"]
@@ -195,7 +201,7 @@ class Report:
 
 
 def _rank(cell: dict[str, Any]) -> tuple[int, bool, int, int, int]:
-    """Order in tables: by length, then rate, what has none last; contexts in the order of the page's legend."""
+    """Rank a cell in tables: by length, then rate, what has none last; contexts in the order of the page's legend."""
     key = cell["key"]
     kinds = [REAL, *CONTROLS]
     return key["length"], "rate" not in key, key.get("rate", 0), kinds.index(key["context"]), key.get("start", 0)

@@ -10,8 +10,8 @@ from ...context.context import CompressedContext
 from ...engine import Engine
 from ...model.segments import piece_of
 from ...text.tokens import token_ids
-from .run import PROMPT as PROMPT_TOKENS
-from .run import Recovery, teacher_forced
+from .teacher_forcing import PROMPT as PROMPT_TOKENS
+from .teacher_forcing import Recovery, teacher_forced
 
 
 @dataclass(frozen=True)

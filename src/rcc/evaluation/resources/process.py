@@ -1,4 +1,4 @@
-"""What one process measures for :mod:`.run`: a text compressed, a context asked, a text read plain.
+"""Measure one thing in a process of its own: a text compressed, a context asked, or a text read plain.
 
 Memory that a process once had is seldom given back: a peak is that of one measurement only in a process of its own.
 """
@@ -42,9 +42,12 @@ class Job:
 
     Attributes:
         task: a name in :data:`TASKS`.
-        model: a trained model's name or folder, or what to make one with random weights of.
+        model: a trained model's name or folder, or the blueprint to make one of with random weights.
         text: an .npy file of token ids, of which the first `length` are read and the first `question` asked.
         context: the file to save the context to, or to load it from.
+        rate: that a text is compressed at.
+        device: where to measure.
+        dtype: of a trained model; None: as it is stored.
         batch_tokens: that are read at once; None: what `compress` decides.
     """
 
@@ -60,11 +63,12 @@ class Job:
     batch_tokens: int | None
 
     def ids(self, count: int) -> Tensor:
-        """The first tokens of the text, [1, count]."""
+        """Return the first tokens of the text, [1, count]."""
         ids = np.load(self.text, mmap_mode="r")[:count].astype(np.int64)
         return torch.from_numpy(ids)[None].to(self.device)
 
     def load(self) -> RCCForCausalLM:
+        """Return the model, its weights read from the disk."""
         if isinstance(self.model, str):
             model = RCCForCausalLM.from_pretrained(self.model, device=self.device, dtype=self.dtype)
         else:
@@ -74,7 +78,7 @@ class Job:
         return _read_in(model)
 
     def load_base(self) -> PreTrainedModel:
-        """The decoder's base alone."""
+        """Return the decoder's base alone, its weights read from the disk."""
         if isinstance(self.model, str):
             folder = checkpoints.resolve_model(self.model)
             base = checkpoints.resolve_base(RCCConfig.load(folder).base["decoder"].source, relative_to=folder)
@@ -104,7 +108,7 @@ def compress(job: Job) -> dict[str, Any]:
 
 
 def ask(job: Job) -> dict[str, Any]:
-    """Load a context, mapped, and write the first token behind a question; then load it with every byte checked."""
+    """Load a context, mapped, and write the first token after a question; then load it with every byte checked."""
     memory_used = _Memory(job)
     model, question = job.load(), job.ids(job.question)
     load = partial(CompressedContext.load, job.context, model)
@@ -167,11 +171,12 @@ class _Memory:
         memory.reset_peak(self.device)
 
     def peak(self) -> dict[str, int]:
+        """Return bytes held at most since this was made, where the system says so."""
         peak = memory.peak_mb(self.device)
-        found = {} if peak is None else {"peak_bytes": round(peak * 1e6) - self.before}
+        sizes = {} if peak is None else {"peak_bytes": round(peak * 1e6) - self.before}
         if self.device.type == "cuda":  # by torch's own allocator
-            found["reserved_bytes"] = torch.cuda.max_memory_reserved(self.device)
-        return found
+            sizes["reserved_bytes"] = torch.cuda.max_memory_reserved(self.device)
+        return sizes
 
 
 def _load_libraries(device: str) -> None:
@@ -188,18 +193,19 @@ def _load_libraries(device: str) -> None:
 
 
 def _timed(job: Job, run: Callable[[], T]) -> tuple[float, T]:
+    """Return the seconds that a call took, and what it returned."""
     cuda = torch.device(job.device).type == "cuda"
     if cuda:
         torch.cuda.synchronize()
     start = time.perf_counter()
-    found = run()
+    returned = run()
     if cuda:
         torch.cuda.synchronize()
-    return time.perf_counter() - start, found
+    return time.perf_counter() - start, returned
 
 
 def _read_in(model: Any) -> Any:
-    """Weights are mapped files: what is timed should not be how they are read from the disk."""
+    """Read the weights, which are mapped files: what is timed should not be how they come from the disk."""
     for weight in model.parameters():
         weight.sum()
     return model
@@ -207,7 +213,7 @@ def _read_in(model: Any) -> Any:
 
 # ---------------------------------------------------------------- the process
 def measure(job: Job) -> dict[str, Any]:
-    """The figures of a job, from a process of its own.
+    """Return the figures of a job, measured in a process of its own.
 
     Raises:
         Skipped: the process ran out of memory, or ended without figures. RCCError: the job's own.
@@ -218,7 +224,7 @@ def measure(job: Job) -> dict[str, Any]:
     process.start()
     sender.close()
     try:
-        found = receiver.recv()
+        answer = receiver.recv()
     except EOFError:
         process.join()
         code = process.exitcode
@@ -227,9 +233,9 @@ def measure(job: Job) -> dict[str, Any]:
     finally:
         process.kill()
         process.join()
-    if isinstance(found, Exception):
-        raise found
-    return found
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
 
 
 def _run(job: Job, sender: Connection) -> None:

@@ -15,13 +15,13 @@ from transformers import PreTrainedTokenizerBase
 from ....model.rcc import RCCForCausalLM
 from ..questions import Question
 from . import Held
-from .plain import Plain
+from .plain_text import PlainText
 
 PASSAGE = 64
 """Tokens of a passage; fewer where no more are to be read in all."""
 
 
-class Retrieved(Plain):
+class Retrieved(PlainText):
     compresses = True
     by_question = True
 

@@ -6,10 +6,10 @@ from torch import Tensor
 
 from ..questions import Question
 from . import Held
-from .plain import Plain, ends
+from .plain_text import PlainText, ends
 
 
-class Truncated(Plain):
+class Truncated(PlainText):
     compresses = True
 
     def hold(self, text: Tensor, rate: int, question: Question) -> Held:

@@ -14,17 +14,17 @@ from ....model.rcc import RCCForCausalLM
 from ....text import prompting
 from ....text.prompting import Prompt
 from ....text.tokens import Part, token_ids
-from ...plain import base_decoder, read_plain
+from ...uncompressed import base_decoder, read_plain
 from ..questions import Question
 from . import Held
 
 
-class Plain:
+class PlainText:
     """The whole text, of one longer than the window without its middle, as in LongBench.
 
     Args:
         tuned: the model's decoder as it was trained, instead of its base.
-        hint: what an untrained decoder is told behind the question.
+        hint: what an untrained decoder is told after the question.
         room: positions for a question and its answer.
     """
 
@@ -53,18 +53,18 @@ class Plain:
         return Held(read_plain(self.model, torch.cat([self.header, kept])), len(kept), len(kept) < len(text))
 
     def prompt(self, question: Question) -> Prompt:
-        return Prompt("human", "", (Part(behind(question, self.hint)),))
+        return Prompt("human", "", (Part(question_after_text(question, self.hint)),))
 
     def decoder(self) -> AbstractContextManager[None]:
         return contextlib.nullcontext() if self.tuned else base_decoder(self.model)
 
 
-def behind(question: Question, hint: str) -> str:
-    """What stands behind a text that began with the chat's header: the question, the hint, the answer's beginning."""
+def question_after_text(question: Question, hint: str) -> str:
+    """Return what comes after a text that began with the chat's header: question, hint, and the answer's beginning."""
     asked = " ".join(part for part in (question.question.strip(), hint) if part)
     return f"{prompting.SEPARATOR}{asked}{prompting.TURN}"
 
 
 def ends(text: Tensor, most: int) -> Tensor:
-    """A text's first and last tokens, half of `most` each; all of a text that has no more."""
+    """Return a text's first and last tokens, half of `most` each; all of a text that has no more."""
     return text if len(text) <= most else torch.cat([text[: most - most // 2], text[len(text) - most // 2 :]])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 import re
 import subprocess
@@ -17,21 +16,23 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import reference as ref
 from conftest import make_home
-from rcc import InputError, RCCConfig, RCCForCausalLM
+from rcc import InputError, RCCForCausalLM
 from rcc.evaluation import compare, metrics, results
-from rcc.evaluation.plain import base_decoder, read_plain
-from rcc.evaluation.reconstruction.run import CONTROLS, Documents, Protocol, Reconstruction, open_texts
-from rcc.evaluation.reconstruction.table import Report, by_place
-from rcc.evaluation.results import Results, interval
+from rcc.evaluation.evaluation import evaluate
+from rcc.evaluation.reconstruction.documents import open_texts
+from rcc.evaluation.reconstruction.run import ReconstructionEvaluation
+from rcc.evaluation.reconstruction.settings import CONTROLS, ReconstructionSettings
+from rcc.evaluation.reconstruction.table import ReconstructionReport
+from rcc.evaluation.results import Results
+from word_tokens import word_tokenizer, words
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 LENGTH, TARGET = 64, 8
-PROTOCOL = Protocol(rates=[4], lengths=[LENGTH], prompts=2, target_tokens=TARGET)
+ASKED = ReconstructionSettings(rates=[4], lengths=[LENGTH], prompts=2, target_tokens=TARGET)
 STARTS = [0, 38]  # 64 · 1200 / 2048 is 37.5
 
 
@@ -46,10 +47,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word: `w7` is token 7."""
-    inner = Tokenizer(models.WordLevel({f"w{i}": i for i in range(97)}, "w0"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="w0")
+    return word_tokenizer()
 
 
 @pytest.fixture(scope="module")
@@ -66,10 +64,6 @@ def documents(tokens) -> list[list[int]]:
     return [[0, 0, *tokens(LENGTH + 3, seed)] for seed in (1, 2, 3)]  # token 0 stands in prompts, too
 
 
-def words(ids: list[int]) -> str:
-    return " ".join(f"w{i}" for i in ids)
-
-
 @pytest.fixture(scope="module")
 def data(documents, tmp_path_factory) -> Path:
     """Three texts that are long enough, and a short one."""
@@ -80,69 +74,18 @@ def data(documents, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def measuring(tiny, tokenizer, data) -> Callable[..., Reconstruction]:
-    def make(model: RCCForCausalLM | None = None, paths: list[Path] | None = None, **settings: Any) -> Reconstruction:
+def measuring(tiny, tokenizer, data) -> Callable[..., ReconstructionEvaluation]:
+    def make(
+        model: RCCForCausalLM | None = None, paths: list[Path] | None = None, **settings: Any
+    ) -> ReconstructionEvaluation:
         texts = open_texts([str(path) for path in paths or [data]], "text", tokenizer)
-        return Reconstruction(model or tiny(), tokenizer, texts, replace(PROTOCOL, **settings))
+        return ReconstructionEvaluation(model or tiny(), tokenizer, texts, replace(ASKED, **settings))
 
     return make
 
 
-def collect(run: Reconstruction, folder: Path | None = None) -> Results:
-    found = Results("reconstruction", run.settings(), folder, cluster="document", notes=run.notes())
-    found.collect(run.cases())
-    return found
-
-
-# ---------------------------------------------------------------- by hand
-def test_metrics_by_hand():
-    truth = "the cat sat on the mat"
-    # 5 of 6 words, 3 of 5 pairs, 2 of 4 triples, 1 of 3 quadruples
-    assert metrics.bleu("the cat sat on a mat", truth) == pytest.approx((5 / 6 * 3 / 5 * 2 / 4 * 1 / 3) ** 0.25)
-    assert metrics.bleu("the cat sat on", truth) == pytest.approx(math.exp(1 - 6 / 4))  # all right, but short
-    assert (metrics.bleu(truth, truth), metrics.bleu("dogs bark", truth)) == (1, 0)
-    assert metrics.bleu("the cat", "the cat") == 1  # too short for a quadruple
-    assert re.search(r"eff:yes\|tok:13a\|smooth:exp\|version:2", metrics.bleu_settings())
-    # in common, in order: the cat on the, of 5 words written and 6 of the truth
-    assert metrics.rouge_l("The cat on the dog.", truth) == pytest.approx(2 * (4 / 5) * (4 / 6) / (4 / 5 + 4 / 6))
-    assert metrics.matching([1, 2, 9, 4], [1, 2, 3, 4]) == (3 / 4, 2)
-    assert metrics.matching([1, 2], [1, 2]) == (1, 2)
-    assert metrics.matching([9, 2], [1, 2]) == (1 / 2, 0)
-
-
-def test_the_papers_protocol():
-    """At 2,048 tokens it is the paper's: five prompts 300 apart, 500 tokens behind each; others in proportion."""
-    protocol = Protocol(rates=[32], lengths=[2048])
-    assert protocol.spans(2048) == [(start, start + 510) for start in (0, 300, 600, 900, 1200)]
-    assert protocol.spans(512) == [(start, start + 135) for start in (0, 75, 150, 225, 300)]
-    assert protocol.spans(8192)[-1] == (4800, 4800 + 510)  # not more than the paper's
-    assert replace(protocol, prompts=1).starts(2048) == [0]
-    assert replace(protocol, target_tokens=300).spans(512)[-1] == (300, 512)  # the text ends
-
-
-def test_places_by_hand():
-    """Which tokens stand where in segment and group: samples made up, with one and with two documents."""
-    config = RCCConfig(segment_length=16, rates=[4])
-
-    def row(document: int, start: int, recalled: str, context: str = "real") -> dict[str, Any]:
-        key = {"length": 64, "rate": 4, "document": document, "start": start, "context": context}
-        return {"key": key, "recalled": recalled}
-
-    # the targets begin at tokens 10 and 48, places 10 and 0 of a segment
-    rows = [row(0, 0, "110100"), row(0, 38, "10"), row(1, 0, "000000", "wrong"), {**row(1, 0, ""), "skipped": "why"}]
-    found = by_place(rows, 64, 4, config)
-    means = [None if v is None else v.mean for v in found["segment"]]  # pairs of places
-    assert means == [0.5, None, None, None, None, 1.0, 0.5, 0.0]
-    # places 10 … 15 are 2, 3, 0, 1, 2, 3 of their groups, 0 and 1 those
-    assert [(v.mean, v.n) for v in found["group"]] == [(0.5, 2), (0.5, 2), (0.5, 2), (0.5, 2)]
-    rows.append(row(1, 0, "010000"))
-    assert by_place(rows, 64, 4, config)["segment"][5] == interval([1, 1, 0, 1], [0, 0, 1, 1])
-    # 60 tokens: 4 of padding stand before them, so the target begins at place 14
-    moved = [row(0, 0, "10")]
-    moved[0]["key"]["length"] = 60
-    repeating = RCCConfig(segment_length=16, rates=[4], segment_padding="repeat")
-    assert by_place(moved, 60, 4, repeating)["segment"][7] == interval([1, 0], [0, 0])
-    assert by_place(moved, 60, 4, config)["segment"][5] == interval([1, 0], [0, 0])
+def collect(run: ReconstructionEvaluation, folder: Path | None = None) -> Results:
+    return evaluate(run, folder)
 
 
 # ---------------------------------------------------------------- against the reference
@@ -217,24 +160,6 @@ def test_every_context_of_a_direct_prefix_is_what_it_says(tiny, documents, measu
             assert row["loss"] == pytest.approx(F.cross_entropy(logits, torch.tensor(span[10:])).item(), rel=1e-4)
 
 
-def test_a_base_is_read_without_a_trace(fresh, backbone):
-    """Within `base_decoder` the decoder is its base; behind it all is as before: results, fingerprint, what learns."""
-    model, base = fresh(), backbone("llama", seed=1)
-    next(p for name, p in model.decoder.named_parameters() if ".lora_" in name).requires_grad_(False)
-    ids = torch.arange(1, 30)[None]
-    learning = [p.requires_grad for p in model.parameters()]
-    own, fingerprint = model(ids).logits, model.fingerprint
-    with torch.no_grad(), base_decoder(model):
-        torch.testing.assert_close(model(ids).logits, base(ids).logits)
-        context = read_plain(model, ids[0, :20])
-        torch.testing.assert_close(model(ids[:, 20:], context=context).logits, base(ids).logits[:, 20:])
-        assert (len(context), context.rate) == (20, 1)
-    assert torch.equal(model(ids).logits, own)
-    assert not torch.allclose(own, base(ids).logits, atol=1e-2)
-    assert [p.requires_grad for p in model.parameters()] == learning
-    assert model.fingerprint == fingerprint
-
-
 def test_work_is_bounded_and_done_once(tiny, measuring, monkeypatch):
     """Batches are as large as was asked for, and a document's context serves as its neighbour's wrong one."""
     sizes, read = [], []
@@ -249,41 +174,13 @@ def test_work_is_bounded_and_done_once(tiny, measuring, monkeypatch):
     assert sorted(read) == 4 * [4] + 4 * [8]  # the first one again, behind the last
 
 
-# ---------------------------------------------------------------- documents
-def test_documents(tokenizer, data, documents, tmp_path):
-    """Of several texts the beginnings, a short one left out; one text is cut; another document is never the same."""
-    texts = open_texts([str(data)], "text", tokenizer)
-    found = Documents(texts, LENGTH, seed=0)
-    assert (len(found), found.too_short) == (3, 1)
-    assert [found[i].tolist() for i in range(3)] == [ids[:LENGTH] for ids in documents]
-    assert sorted(map(found.another, range(3))) == [0, 1, 2]
-    assert all(found.another(i) != i for i in range(3))
-    assert {tuple(Documents(texts, LENGTH, seed).order) for seed in range(20)} > {tuple(found.order)}
-    (tmp_path / "one.txt").write_text(words(documents[0]), encoding="utf-8")
-    cut = Documents(open_texts([str(tmp_path / "one.txt")], "text", tokenizer), 20, seed=0)
-    assert [cut[i].tolist() for i in range(len(cut))] == [documents[0][i : i + 20] for i in (0, 20, 40)]
-
-
-def test_the_example_is_the_default(tokenizer, tmp_path, monkeypatch):
-    """From the repository's folder, or from a source checkout; elsewhere a file is asked for."""
-    monkeypatch.chdir(tmp_path)
-    here = open_texts([], "text", tokenizer)  # this source checkout's
-    assert Path(here[0].source.path) == ROOT / "examples/simple-susan.txt"
-    (tmp_path / "examples").mkdir()
-    (tmp_path / "examples/simple-susan.txt").write_text("w1 w2", encoding="utf-8")
-    assert open_texts([], "text", tokenizer)[0].tokens_total == 2
-    monkeypatch.setattr("rcc.evaluation.example.EXAMPLE", Path("examples/none.txt"))
-    with pytest.raises(InputError, match="--data is missing"):
-        open_texts([], "text", tokenizer)
-
-
 # ---------------------------------------------------------------- the folder
 def test_resuming(measuring, fresh, tmp_path, monkeypatch):
     """Killed in the middle, it goes on: the same samples, and nothing that was finished is measured again; documents
     and rates can be added."""
     whole = collect(measuring(), tmp_path / "whole")
     model, measured = fresh(), []
-    original = Reconstruction._measure
+    original = ReconstructionEvaluation._measure
 
     def counting(self, length, number, rate, kinds):
         if len(measured) == 4:
@@ -291,7 +188,7 @@ def test_resuming(measuring, fresh, tmp_path, monkeypatch):
         measured.append((number, rate, *kinds))
         return original(self, length, number, rate, kinds)
 
-    monkeypatch.setattr(Reconstruction, "_measure", counting)
+    monkeypatch.setattr(ReconstructionEvaluation, "_measure", counting)
     with pytest.raises(KeyboardInterrupt):
         collect(measuring(model), tmp_path / "killed")
     lines = (tmp_path / "killed/samples.jsonl").read_text().splitlines(keepends=True)
@@ -299,7 +196,9 @@ def test_resuming(measuring, fresh, tmp_path, monkeypatch):
     # the last line cut short, and one sample of those that were measured with it not yet there
     (tmp_path / "killed/samples.jsonl").write_text("".join(lines[:-2]) + lines[-2][:20], encoding="utf-8")
     seen, measured[:] = set(measured), []
-    monkeypatch.setattr(Reconstruction, "_measure", lambda *args: measured.append(args[2:4]) or original(*args))
+    monkeypatch.setattr(
+        ReconstructionEvaluation, "_measure", lambda *args: measured.append(args[2:4]) or original(*args)
+    )
     again = collect(measuring(model), tmp_path / "killed")
     assert [{**row, "took": 0} for row in again.rows] == [{**row, "took": 0} for row in whole.rows]
     assert len(seen) == 4
@@ -318,7 +217,7 @@ def test_the_folder_of_a_run(measuring, tmp_path):
     """Table, plots and JSON; cells that cannot be are named; two runs are compared sample by sample."""
     run = measuring(rates=[4, 16])
     found = collect(run, tmp_path / "a")
-    Report(found, run.model.config).finish()
+    ReconstructionReport(found, run.model.config).finish()
     names = {"accuracy-by-place", "accuracy-by-rate", "accuracy-by-start", "bleu-by-rate", "heat"}
     plots = {f"{name}-{LENGTH}.png" for name in names}
     files = {"results.json", "samples.jsonl", "settings.json", "table.md"} | plots
@@ -349,7 +248,7 @@ def test_the_folder_of_a_run(measuring, tmp_path):
 
     other = measuring(documents=2, controls=("wrong",))
     again = collect(other, tmp_path / "b")
-    Report(again, other.model.config).finish()
+    ReconstructionReport(again, other.model.config).finish()
     differences, notes = compare.compare(tmp_path / "a", tmp_path / "b")
     assert {d.key["context"] for d in differences} == {"real", "wrong"}
     assert all(d.change.mean == pytest.approx(0, abs=1e-6) for d in differences)
@@ -359,7 +258,7 @@ def test_the_folder_of_a_run(measuring, tmp_path):
 def test_what_does_not_fit_says_so(tiny, measuring, tmp_path, data):
     """A rate or a control that cannot be is a cell that says why; the others are measured."""
     run = measuring(tiny(window=64), rates=[1, 4, 16], documents=2)
-    report = Report(collect(run, tmp_path / "out"), run.model.config)
+    report = ReconstructionReport(collect(run, tmp_path / "out"), run.model.config)
     report.finish()
     why = "64 positions of context and 18 tokens of prompt and answer are more than the decoder's window of 64"
     cells = {(cell["key"]["context"], cell["key"].get("rate")): cell for cell in report.cells}
@@ -376,7 +275,7 @@ def test_what_does_not_fit_says_so(tiny, measuring, tmp_path, data):
     assert cells["wrong"] == {"key": {"context": "wrong"}, "skipped": "there is no other document"}
     assert "bleu" in cells["shuffled"]
     nothing = measuring(tiny(window=20), rates=[4], controls=())
-    empty = Report(collect(nothing, tmp_path / "none"), nothing.model.config)
+    empty = ReconstructionReport(collect(nothing, tmp_path / "none"), nothing.model.config)
     empty.finish()
     assert empty.plots() == {}
 
@@ -389,7 +288,7 @@ def test_an_untrained_rate_is_said_once(fresh, measuring, caplog):
     assert [note for note in found.notes if "not trained" in note] == [
         "rcc was not trained at 2×, only at 4×, 8×: expect little of it."
     ]
-    assert "| 2× (untrained) |" in Report(found, model.config).table()
+    assert "| 2× (untrained) |" in ReconstructionReport(found, model.config).table()
 
 
 # ---------------------------------------------------------------- the command

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 import os
@@ -18,224 +17,15 @@ import numpy as np
 import pytest
 import torch
 
-import rcc
 from learning import LENGTH, PART, SPLIT, make_base, passkey_words
 from rcc import InputError, RCCConfig, RCCForCausalLM, checkpoints
-from rcc.data.haystack import (
-    FILLER,
-    OPENING,
-    POSITIONS,
-    QUESTION,
-    VARIANTS,
-    Text,
-    is_right,
-    make_text,
-    passkey_ids,
-    prose_sentences,
-)
+from rcc.data.haystack import POSITIONS, make_text
 from rcc.evaluation import results
 from rcc.evaluation.passkey import run as task
-from rcc.evaluation.results import Results
-from rcc.model import segments
-from rcc.text.counts import parse_count, parse_counts, show_count
+from rcc.evaluation.passkey.table import BY, PasskeyReport
 from rcc.text.tokens import token_ids
 
-TOKENIZER = rcc.load_tokenizer("rcc-smollm2-135m")
-BOOK = Path(__file__).resolve().parents[2] / "examples/simple-susan.txt"
-TOKENS = 1500
-
-
-def encode(text: str) -> np.ndarray:
-    return token_ids(TOKENIZER, text)[0].numpy()
-
-
-@pytest.fixture(scope="module")
-def sentences() -> list[np.ndarray]:
-    """The book's first few thousand tokens."""
-    return [encode(s) for s in itertools.islice(prose_sentences(BOOK.read_text(encoding="utf-8")), 200)]
-
-
-@pytest.fixture
-def write(sentences: list[np.ndarray]) -> Callable[..., Text]:
-    """A text of the default model's tokens."""
-
-    def make(variant: str, position: str = "middle", sample: int = 0, length: int = TOKENS, seed: int = 0) -> Text:
-        return make_text(variant, position, length, sample, encode, seed, sentences)
-
-    return make
-
-
-# ---------------------------------------------------------------- texts
-@pytest.mark.parametrize("position", POSITIONS)
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_texts(variant: str, position: str, write: Callable[..., Text], sentences: list[np.ndarray]) -> None:
-    """The key stands where it should, as often as the wording says, in a text of the length that was asked for."""
-    longest = max(map(len, sentences if variant == "prose" else map(encode, FILLER)))
-    keys, places = set(), set()
-    for sample in range(6):
-        text = write(variant, position, sample)
-        assert TOKENS - longest < len(text.ids) <= TOKENS
-        whole = TOKENIZER.decode(text.ids)
-        times = 1 if variant.startswith("niah") else 2
-        assert whole.count(text.key) == times
-        start, end = text.key_at
-        assert TOKENIZER.decode(text.ids[start:end]).count(text.key) == times
-        low, high = POSITIONS[position]
-        told = encode(VARIANTS[variant].opening)
-        filler = len(text.ids) - len(told) - (end - start)  # and, where there are several keys, the others
-        # sentences are counted: those of prose are long and short; other keys may stand before it
-        slack = 0.1 if variant == "prose" else (150 if VARIANTS[variant].others else longest) / filler
-        assert low - slack <= (start - len(told)) / filler <= high + slack
-        assert re.fullmatch(r"\d{5}|\d{7}|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", text.key)
-        keys.add(text.key)
-        places.add(start)
-    assert len(keys) == 6
-    assert len(places) > 3
-
-
-def test_the_plain_text_is_the_one_of_training(write: Callable[..., Text]) -> None:
-    """Token by token the text that models are trained on, and its question."""
-    text = write("plain")
-    where = (np.arange(0, 1, 1e-3) * 1).tolist()
-    assert any(np.array_equal(passkey_ids(int(text.key), w, TOKENS, encode), text.ids) for w in where)
-    assert text.question == QUESTION
-    assert TOKENIZER.decode(text.ids).startswith(OPENING + " The grass is green.")
-
-
-def test_wordings(write: Callable[..., Text]) -> None:
-    """What hides the key, what else is hidden, and what is asked."""
-    several, similar, ruler = write("several"), write("similar"), write("niah-multikey")
-    found = dict(re.findall(r"The pass key of (\w+) is (\d{5})\. Remember it\.", TOKENIZER.decode(several.ids)))
-    asked = re.fullmatch(r"What is the pass key of (\w+)\? The pass key of \1 is", several.question)[1]
-    assert len(found) == 4
-    assert found[asked] == several.key
-    found = dict(re.findall(r"The (\w+ \w+) is (\d{5})\. Remember it\. \2 is the \1\.", TOKENIZER.decode(similar.ids)))
-    assert len(found) == 4
-    assert found["pass key"] == similar.key
-    assert similar.question == QUESTION
-    whole = TOKENIZER.decode(ruler.ids)
-    assert whole.startswith("A special magic number is hidden within the following text. Make sure to memorize it. I ")
-    found = dict(re.findall(r" One of the special magic numbers for (\w+) is: (\d{7})\. ", whole))
-    asked = re.fullmatch(
-        r"What is the special magic number for (\w+) mentioned in the provided text\?"
-        r" The special magic number for \1 mentioned in the provided text is",
-        ruler.question,
-    )[1]
-    assert len(found) == 4
-    assert found[asked] == ruler.key
-    assert TOKENIZER.decode(write("niah-single").ids).count("One of the special magic numbers for") == 1
-    uuid = write("uuid")
-    assert f" The pass key is {uuid.key}. Remember it. {uuid.key} is the pass key." in TOKENIZER.decode(uuid.ids)
-
-
-def test_prose(write: Callable[..., Text], sentences: list[np.ndarray]) -> None:
-    """Real prose from any sentence on, again from its beginning where it ends; whole sentences, of a bounded length."""
-    first, other = (TOKENIZER.decode(write("prose", sample=sample).ids) for sample in range(2))
-    assert first[: len(OPENING) + 50] != other[: len(OPENING) + 50]
-    book = " ".join(BOOK.read_text(encoding="utf-8").split())
-    assert first[len(OPENING) : len(OPENING) + 300] in book
-    assert list(prose_sentences('He  said:\n"Go!" And (so.)\nshe' + " went" * 80)) == [
-        ' He said: "Go!"',
-        " And (so.)",
-        " she" + " went" * 39,
-        " went" * 40,
-        " went",
-    ]
-    long = make_text("prose", "end", 3 * sum(map(len, sentences)), 0, encode, 0, sentences)
-    assert TOKENIZER.decode(long.ids).count(TOKENIZER.decode(sentences[5])) >= 2
-
-
-def test_texts_are_drawn_by_the_seed(write: Callable[..., Text]) -> None:
-    """The same sample is the same text, whatever was made before; another seed, position or length is another."""
-    one, again = write("several", "start", 3), write("several", "start", 3)
-    assert np.array_equal(one.ids, again.ids)
-    assert (one.key, one.question, one.key_at) == (again.key, again.question, again.key_at)
-    others = [
-        write("several", "end", 3),
-        write("several", "start", 3, seed=1),
-        write("several", "start", 3, TOKENS + 1),
-    ]
-    assert len({one.key, *(other.key for other in others)}) == 4
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("padding", ["none", "repeat"])
-def test_the_control_holds_no_key(variant: str, padding: str, write: Callable[..., Text]) -> None:
-    """Where the key's segments are replaced nothing of it is left, and all other segments are as they were."""
-    config = RCCConfig(segment_length=64, rates=[4], segment_padding=padding)
-    for position in POSITIONS:
-        text = write(variant, position)
-        control = text.replaced(segments.split(torch.arange(len(text.ids)), config))
-        assert len(control) == len(text.ids)
-        assert text.key not in TOKENIZER.decode(control)
-        start, end = text.key_at
-        before, after = (segments.split(torch.from_numpy(ids), config) for ids in (text.ids, control))
-        places = segments.split(torch.arange(len(control)), config)
-        own = {int(i) for place in places if set(range(start, end)) & set(place.tolist()) for i in place}
-        for old, new, place in zip(before, after, places, strict=True):
-            assert own & set(place.tolist()) or torch.equal(old, new)  # what pads the first segment stands in the last
-        if variant == "plain":
-            assert not re.search(r"\d", TOKENIZER.decode(control))
-
-
-# ---------------------------------------------------------------- scoring
-@pytest.mark.parametrize(
-    ("written", "right"),
-    [
-        (" 12345.", True),
-        ("12345", True),
-        (': "12345". It is', True),
-        (" 12345 is the pass key.", True),
-        (" 123456.", False),
-        (" 1234.", False),
-        (" 12345-6", False),
-        (" 54321. 12345", False),
-        (" the number 12345", False),
-        ("", False),
-    ],
-)
-def test_scoring(written: str, right: bool) -> None:
-    assert is_right(written, "12345") is right
-
-
-def test_the_table() -> None:
-    """By hand: 19 of 20 found at the start, 20 of 20 at the end; beside the paper's row for its lengths only."""
-    settings = {"variants": ["plain"], "positions": ["start", "end"], "model": "m", "batch_tokens": None, "prose": {}}
-    run = Results("passkey", settings)
-
-    def row(length: int, position: str, context: str, sample: int, right: bool) -> None:
-        names = (*task.BY, "sample")
-        key = dict(zip(names, ("plain", 512, length, position, context, sample), strict=True))
-        more = {"text": {"segments": 64}, "segments_read": 5 + sample, "seconds": 2.0, "peak_mb": 100.0 + sample}
-        run.rows.append({"key": key, "right": right, **more})
-
-    for length in (2**13, 2**15):
-        for sample in range(20):
-            row(length, "start", "whole", sample, sample != 7)
-            row(length, "end", "whole", sample, True)
-        row(length, "start", "replaced", 0, False)
-    skipped = {"variant": "plain", "rate": 4, "length": 2**20, "position": "start", "context": "whole", "sample": 0}
-    run.rows.append({"key": skipped, "skipped": "1M tokens at 4× take too much"})
-    lines = task.table(run).splitlines()[2:]
-    figures = "95.0% [76.4%, 99.1%] | 100.0% [83.9%, 100.0%] | 0 of 1 | 2.00 | 119 | 24 of 64 |"
-    assert lines == [
-        f"| plain | 8k | 512× | {figures}",
-        f"| plain | 32k | 512× | {figures}",
-        "| plain, the paper's | 32k | 512× | 99% | 100% | – | – | – | – |",
-        "| plain | 1M | 4× | does not fit | does not fit | – | – | – | – |",
-        "| plain, the paper's | 1M | 512× | 100% | 100% | – | – | – | – |",
-    ]
-
-
-def test_counts() -> None:
-    for text, number in (("512", 512), ("8k", 8192), ("1M", 2**20), (" 2K ", 2048), ("1m", 2**20), ("128k", 2**17)):
-        assert parse_count(text, "--x") == number
-        assert parse_count(show_count(number), "--x") == number
-    assert (show_count(8192), show_count(2**20), show_count(1000)) == ("8k", "1M", "1000")
-    assert parse_counts("8k, 32k,8192", "--x") == [8192, 32768]
-    for text in ("", "8k,", "0", "-1", "1.5k", "8kB", "k", "1e3", "9999999999"):
-        with pytest.raises(InputError, match=r"^--lengths '.*' is no whole number above 0: .*\.$"):
-            parse_counts(text, "--lengths")
+BOOK = Path(__file__).resolve().parents[3] / "examples/simple-susan.txt"
 
 
 # ---------------------------------------------------------------- a model that can
@@ -286,7 +76,7 @@ def test_reading_equal_segments_once_changes_nothing(able: tuple[RCCForCausalLM,
     ids = torch.from_numpy(text.ids)[None]
     contexts, read = [], []
     for batch_tokens in (PART, 4096):
-        with task._counted(model) as segments:
+        with task.counted_segments(model) as segments:
             contexts.append(model.compress(ids, batch_tokens=batch_tokens))
         read.append(sum(segments))
     full, once = contexts
@@ -302,7 +92,7 @@ def test_cells_that_do_not_fit(able: tuple[RCCForCausalLM, Any], caplog: pytest.
     """A prefix beyond the window is said so in its cell, and the others go on; untrained rates are noted once."""
     with caplog.at_level(logging.WARNING, "rcc"):
         run = task.passkey(*able, [320, LENGTH], rates=[1, 4, 8], keys=2, positions=["start"])
-    cells = {(cell["key"]["length"], cell["key"]["rate"], cell["key"]["context"]): cell for cell in run.cells(task.BY)}
+    cells = {(cell["key"]["length"], cell["key"]["rate"], cell["key"]["context"]): cell for cell in run.cells(BY)}
     assert "skipped" in cells[320, 1, "whole"]
     assert "right" in cells[LENGTH, 1, "whole"]
     assert "right" in cells[320, 4, "whole"]
@@ -310,7 +100,7 @@ def test_cells_that_do_not_fit(able: tuple[RCCForCausalLM, Any], caplog: pytest.
         "320 tokens at 1× take 320 positions, with the question and the answer more than the decoder's window of 256"
     )
     assert run.notes[0] == f"Not measured: {reason}."
-    assert "| plain | 320 | 1× | does not fit | – | – | – | – |" in task.table(run)
+    assert "| plain | 320 | 1× | does not fit | – | – | – | – |" in PasskeyReport(run).table()
     untrained = [note for note in run.notes if "not trained at" in note]
     assert [re.search(r"not trained at (\d)×, only at 4×:", note)[1] for note in untrained] == ["1", "8"]
     assert [record.args[1] for record in caplog.records] == [1, 8]
@@ -434,7 +224,7 @@ def test_more_refusals(
         ({"keys": 0}, "keys must be at least 1, not 0"),
         ({"controls": -1}, "controls must be at least 0, not -1"),
         ({"limit": 0}, "limit must be at least 1, not 0"),
-        ({"variants": ["prose"]}, "--filler-data"),
+        ({"variants": ["prose"]}, "give one in prose"),
     ):
         with pytest.raises(InputError, match=word):
             task.passkey(*able, [LENGTH], **options)

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,15 +19,16 @@ import torch
 from transformers import AutoConfig
 
 from conftest import make_model, tokens
-from rcc import InputError, ModelError, RCCConfig, RCCForCausalLM
+from rcc import InputError, RCCConfig, RCCForCausalLM
 from rcc.evaluation import results
 from rcc.evaluation.resources import process as resources_process
 from rcc.evaluation.resources import run as resources
 from rcc.evaluation.resources.process import Job
-from rcc.evaluation.results import Skipped
+from rcc.evaluation.resources.subject import Subject, trained
+from rcc.evaluation.resources.table import ResourcesReport
 from rcc.planning import blueprint as planning
 from rcc.planning.reading import Reading
-from rcc.runtime import allocator, memory
+from rcc.runtime import memory
 
 
 @pytest.fixture(autouse=True)
@@ -201,7 +201,7 @@ def test_measured(
 
 def test_a_shape_is_measured_with_random_weights(pretend: list[Job]) -> None:
     """Its window is widened; what does not fit the machine is left out."""
-    subject = resources.Subject("small", small(window=256))
+    subject = Subject("small", small(window=256))
     found = resources.resources(subject, [1024, 2**32], rates=[4], plain=True)
     assert [job.task for job in pretend] == ["plain", "compress", "ask"]
     shapes = [job.model for job in pretend]
@@ -218,7 +218,7 @@ def test_a_shape_is_measured_with_random_weights(pretend: list[Job]) -> None:
 def test_cells_that_do_not_fit(folder: Path, pretend: list[Job]) -> None:
     """A prefix that is too long says so; by default the lowest trained rate that fits is used; plain reading beyond
     the window is extrapolated, and marked."""
-    subject = resources.trained(str(folder))
+    subject = trained(str(folder))
     found = resources.resources(subject, [64, 2048, 2**15], question_tokens=8)
     keys = [(r["key"]["reader"], r["key"]["length"], r["key"].get("rate"), r.get("source")) for r in found.rows]
     assert keys == [
@@ -234,26 +234,11 @@ def test_cells_that_do_not_fit(folder: Path, pretend: list[Job]) -> None:
     assert rows[4]["kv_bytes"] == 2048 * subject.position_bytes
     assert rows[7]["first_token_ratio"] == pytest.approx(204.8)
     assert rows[8]["skipped"] == "2,048 positions and a question do not fit the decoder's window of 512"
-    table = resources.table(found)
+    table = ResourcesReport(found).table()
     assert re.search(r"\| 2k \| 8× \|.* ≈ \d", table)
     assert "≈ 205×" in table
     assert "| 32k | 16× | 2,048 positions and a question do not fit" in table
     assert any(note.startswith("≈ beyond") for note in found.notes)
-
-
-def test_what_goes_wrong_in_a_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process that dies leaves a cell out; what rcc refuses stays refused."""
-    monkeypatch.setattr(allocator, "configure", lambda: True)
-    np.save(tmp_path / "ids.npy", np.ones(64, dtype=np.int32))
-    job = Job("unknown", "./nowhere", tmp_path / "ids.npy", tmp_path / "c", 64, 4, 8, "cpu", None, None)
-    with pytest.raises(Skipped, match="ended with code 1"):
-        resources_process.measure(job)
-    sent: list[Any] = []
-    sender = SimpleNamespace(send=sent.append)
-    resources_process._run(replace(job, task="compress"), sender)  # type: ignore[arg-type]
-    monkeypatch.setitem(resources_process.TASKS, "compress", lambda job: torch.empty(2**60))
-    resources_process._run(replace(job, task="compress"), sender)  # type: ignore[arg-type]
-    assert [type(error) for error in sent] == [ModelError, Skipped]
 
 
 # ---------------------------------------------------------------- parts
@@ -285,7 +270,7 @@ def test_real_text(folder: Path, pretend: list[Job], monkeypatch: pytest.MonkeyP
         return measure(job)
 
     monkeypatch.setattr(resources_process, "measure", look)
-    found = resources.resources(resources.trained(str(folder)), [256], text=ids, plain=False)
+    found = resources.resources(trained(str(folder)), [256], text=ids, plain=False)
     assert (seen[0] == resources.repeat_text(ids, 256, 16)).all()
     assert "the given text" in found.notes[1]
 
@@ -321,7 +306,7 @@ def test_refusals(args: list[str], words: str, call: Callable[..., tuple[int, st
 
 
 def test_refusals_of_the_function(folder: Path, tmp_path: Path) -> None:
-    subject = resources.trained(str(folder))
+    subject = trained(str(folder))
     with pytest.raises(InputError, match="question_tokens must be at least 1"):
         resources.resources(subject, [256], question_tokens=0)
     (tmp_path / "notes.txt").write_text("mine")

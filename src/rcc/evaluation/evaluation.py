@@ -1,0 +1,89 @@
+"""What every kind of evaluation has in common, so that one loop runs them all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Protocol
+
+from .results import Case, Results
+
+
+class Report(Protocol):
+    """The figures of samples as people read them."""
+
+    def table(self) -> str:
+        """Return all figures as Markdown tables."""
+
+    def plots(self) -> Mapping[str, Callable[[Path], None]]:
+        """Return the plots, {file name: draw it to this path}."""
+
+    def more(self) -> Mapping[str, Any]:
+        """Return further figures for `results.json`, beside its cells."""
+
+
+class Evaluation(Protocol):
+    """One kind of measurement of one model, ready to be run.
+
+    Attributes:
+        kind: its name in `results.json`: `reconstruction`, `passkey`, `resources` or `qa`.
+        by: the keys that tell the cells of the table apart.
+        cluster: the key that samples of one document share, over which intervals are made; None: there is none.
+    """
+
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def by(self) -> Sequence[str]: ...
+
+    @property
+    def cluster(self) -> str | None: ...
+
+    def settings(self) -> dict[str, Any]:
+        """Return all that a sample depends on beside its key, in a form that JSON holds."""
+
+    def __len__(self) -> int:
+        """Return the number of cases."""
+
+    def cases(self) -> Iterable[Case]:
+        """Return the samples to be measured, each with the function that measures it."""
+
+    def measuring(self, results: Results) -> AbstractContextManager[Any]:
+        """Return a context to measure in: what is held from the first case to the last.
+
+        Args:
+            results: what was measured so far; grows with every case.
+        """
+
+    def notes(self, results: Results) -> list[str]:
+        """Return what a reader has to know about the figures of what was measured."""
+
+    def report(self, results: Results) -> Report:
+        """Return the figures of what was measured as people read them."""
+
+
+def evaluate(
+    evaluation: Evaluation, folder: Path | None = None, progress: Callable[[int], None] | None = None
+) -> Results:
+    """Measure all cases that the folder does not hold yet, and note what to know about the figures.
+
+    Args:
+        folder: where samples are kept as they are made, and an interrupted evaluation goes on. None: nowhere.
+        progress: called with the number of cases done so far.
+
+    Raises:
+        InputError: the folder holds another evaluation, or something else. FileError: it cannot be written.
+    """
+    results = Results(evaluation.kind, evaluation.settings(), folder, cluster=evaluation.cluster)
+    with evaluation.measuring(results):
+        results.collect(evaluation.cases(), progress)
+    results.notes += evaluation.notes(results)
+    return results
+
+
+def finish(evaluation: Evaluation, results: Results) -> None:
+    """Write figures, table and plots of an evaluation into its folder, if it has one."""
+    report = evaluation.report(results)
+    results.finish(evaluation.by, report.table(), report.plots(), report.more())

@@ -1,0 +1,41 @@
+"""What is asked in question answering, of which rows, and what a base is told."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+BY = ("method", "mode", "rate")
+"""The keys that tell cells apart; rate 0: nothing is compressed."""
+BASELINES = {
+    "plain": "the base reads the text as it is",
+    "truncated": "the base reads the beginning and the end, as many tokens as the context has positions",
+    "bm25": "the base reads the passages that BM25 finds for the question, as many tokens as the context has positions",
+    "no-context": "the model's decoder reads the question alone",
+}
+"""What a user might do instead of compressing."""
+TUNED = "plain-tuned"
+"""The row of a decoder that was trained on the plain text."""
+HINT = "Answer in a few words."
+"""What a base that was not trained to answer shortly is told after each question."""
+
+
+@dataclass(frozen=True)
+class QASettings:
+    """What is asked.
+
+    Args:
+        rates: of the methods that compress.
+        limit: questions of each set, chosen by `seed`; None: all.
+        pad_to: other questions' texts are put around each, up to so many tokens; 0: none.
+        max_new_tokens: of an answer, where its set does not say.
+        hint: see :data:`HINT`.
+        seed: of what is chosen and what stands around it.
+    """
+
+    rates: Sequence[int]
+    limit: int | None = None
+    pad_to: int = 0
+    max_new_tokens: int = 64
+    hint: str = HINT
+    seed: int = 0

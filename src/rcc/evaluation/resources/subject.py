@@ -1,0 +1,124 @@
+"""What resources are measured or computed of: a trained model, or the shape of one."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from transformers import PreTrainedConfig
+
+from ... import checkpoints
+from ...config import RCCConfig
+from ...model import segments
+from ...model.rcc import RCCForCausalLM
+from ...planning import blueprint as planning
+from ...planning import shapes
+from ...planning.reading import Reading
+
+RATES = (8, 32)
+"""Of a shape, unless others are asked for."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model, or the shape of one.
+
+    Attributes:
+        name: of a trained model, by which it can be loaded, or of a shape.
+        blueprint: what it is made of.
+        fingerprint: of a trained model; None: a shape.
+    """
+
+    name: str
+    blueprint: planning.Blueprint
+    fingerprint: str | None = None
+
+    @cached_property
+    def model(self) -> RCCForCausalLM:
+        """The model without storage."""
+        return self.blueprint.build()
+
+    @cached_property
+    def reading(self) -> Reading:
+        """What reading takes, computed."""
+        return Reading(self.blueprint)
+
+    @cached_property
+    def position_bytes(self) -> int:
+        """Bytes of one position's keys and values."""
+        return planning.position_bytes(self.model)
+
+    def positions(self, tokens: int, rate: int) -> int:
+        """Return the positions of a text of so many tokens."""
+        return segments.positions(tokens, rate, self.blueprint.config)
+
+    def digests(self) -> dict[str, str | None]:
+        """Return the SHA-256 of both sides' shapes; None for a side that has none of its own."""
+        return {"decoder": _digest(self.blueprint.decoder), "encoder": _digest(self.blueprint.encoder)}
+
+    @property
+    def is_the_papers(self) -> bool:
+        """Whether the paper's figures are of this model: two models of Pythia-1.4B's shape, read in 2,048 tokens."""
+        plan, known = self.blueprint, shapes.find("pythia-1.4b").to_dict()
+        sides = plan.decoder, plan.encoder
+        return all(s is not None and s.to_dict() == known for s in sides) and plan.config.segment_length == 2048
+
+
+def trained(name: str, dtype: torch.dtype | None = None) -> Subject:
+    """Return a trained model as a subject, by what its folder and its bases' say.
+
+    Raises:
+        ModelError: there is no such model or base. FileError: a base cannot be fetched.
+    """
+    folder = checkpoints.resolve_model(name)
+    config = RCCConfig.load(folder)
+    sides = {
+        side: shapes.find(checkpoints.resolve_base(base.source, relative_to=folder))
+        for side, base in config.base.items()
+    }
+    stored = dtype or getattr(sides["decoder"], "dtype", None) or torch.float32
+    blueprint = planning.Blueprint(config, sides["decoder"], sides.get("encoder"), stored)
+    return Subject(name, blueprint, config.fingerprint)
+
+
+def shaped(
+    name: str,
+    encoder_name: str | None = None,
+    *,
+    share_base: bool = False,
+    rates: Sequence[int] = RATES,
+    segment_length: int = 2048,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Subject:
+    """Return a model of known shape: a decoder and an encoder with all their weights, as the paper's (section 4).
+
+    Args:
+        name: of the decoder's shape, see :func:`rcc.planning.shapes.find`.
+        encoder_name: of the encoder's; None: the same.
+        share_base: one base for both sides instead, under LoRA of rank 16.
+        rates, segment_length: of the model's configuration.
+        dtype: of all weights.
+
+    Raises:
+        ModelError: a shape that is not known or not supported. InputError: settings that cannot be used.
+    """
+    rank = 16 if share_base else 0
+    config = RCCConfig(
+        segment_length=segment_length,
+        rates=list(rates),
+        share_base=share_base,
+        encoder_lora_rank=rank,
+        decoder_lora_rank=rank,
+        name=name,
+    )
+    encoder_shape = None if share_base else shapes.find(encoder_name or name)
+    subject = Subject(name, planning.Blueprint(config, shapes.find(name), encoder_shape, dtype))
+    assert subject.model is not None  # which refuses what cannot be made
+    return subject
+
+
+def _digest(shape: PreTrainedConfig | None) -> str | None:
+    return None if shape is None else hashlib.sha256(shape.to_json_string().encode()).hexdigest()

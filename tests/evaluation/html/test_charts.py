@@ -1,0 +1,71 @@
+"""Where the parts of a chart stand."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rcc.evaluation.html import charts
+from rcc.evaluation.html.charts import Axis, Look, Point, curves
+
+values = st.floats(-5, 1000).map(lambda x: round(x, 5)).map(lambda x: {"mean": x, "low": x - 1, "high": x + 1, "n": 3})
+
+
+lines = st.dictionaries(
+    st.text("abc", min_size=1, max_size=30), st.lists(st.tuples(st.integers(1, 64), values), min_size=1), min_size=1
+)
+
+
+@settings(deadline=None, derandomize=True)
+@given(lines, st.booleans(), st.booleans(), st.booleans())
+def test_charts(lines, log_x, log_y, level):
+    """Whatever is drawn stands inside, in its order; names do not overlap."""
+    found = [
+        (Look(name, level=level and name < "b"), Point(x, value, ""))
+        for name, points in lines.items()
+        for x, value in points
+    ]
+    chart = curves("", found, Axis(log=log_x), Axis(log=log_y))
+    if chart is None:
+        assert log_y
+        assert all(value["mean"] <= 0 for points in lines.values() for _, value in points)
+        return
+    places = [place for line in chart.lines for place in line["places"]]
+    for place in places:
+        assert chart.left <= place["x"] <= chart.right
+        for y in (place["y"], place["low"], place["high"]):
+            assert y is None or 0 <= y <= chart.bottom + 1e-6
+    assert all(0 <= y <= chart.bottom + 1e-6 for y, _ in chart.y_ticks)
+    assert 2 <= len(chart.y_ticks) <= 13
+    by_value = sorted(places, key=lambda place: place["point"].value["mean"])
+    heights = [place["y"] for place in by_value]
+    assert heights == pytest.approx(sorted(heights, reverse=True), abs=1e-6)
+    names = sorted(line["label"] for line in chart.lines)
+    assert all(b - a >= charts.ROW - 1e-6 for a, b in itertools.pairwise(names))
+    assert names[0] >= 0
+    assert names[-1] <= chart.bottom + 1e-6
+
+
+def test_charts_by_hand():
+    """Equal ratios are equal distances on a logarithmic axis; no finite number is no point; labels are thinned."""
+
+    def at(x: float, mean: float) -> tuple[Look, Point]:
+        return Look("a"), Point(x, {"mean": mean, "low": None, "high": None, "n": 1}, "")
+
+    chart = curves("", [at(4, 0.5), at(8, 0.25), at(16, math.nan), at(16, 0)], Axis(log=True), Axis(top=1))
+    xs = [place["x"] for place in chart.lines[0]["places"]]
+    assert xs[1] - xs[0] == pytest.approx(xs[2] - xs[1])
+    assert len(xs) == 3
+    ys = [place["y"] for place in chart.lines[0]["places"]]
+    assert ys[2] - ys[1] == pytest.approx(ys[1] - ys[0]) == pytest.approx((chart.bottom - charts.TOP - 4) / 4)
+    assert [text for _, text in chart.y_ticks] == ["0", "0.2", "0.4", "0.6", "0.8", "1"]
+    logs = curves("", [at(1, 3), at(2, 4e5)], Axis(), Axis(log=True))
+    assert [text for _, text in logs.y_ticks] == ["10", "100", "1,000", "10,000", "100,000"]
+    crowded = curves("", [at(i, 1) for i in range(1, 200)], Axis(ticks={i: str(i) for i in range(1, 200)}), Axis())
+    assert 5 < len(crowded.x_ticks) < 25
+    assert curves("", [at(1, math.inf)], Axis(), Axis()) is None
+    assert curves("", [at(1, 0)], Axis(), Axis(log=True)) is None

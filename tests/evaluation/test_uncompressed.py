@@ -1,0 +1,25 @@
+"""A decoder that reads a text as it is."""
+
+from __future__ import annotations
+
+import torch
+
+from rcc.evaluation.uncompressed import base_decoder, read_plain
+
+
+def test_a_base_is_read_without_a_trace(fresh, backbone):
+    """Within `base_decoder` the decoder is its base; after it all is as before: results, fingerprint, what learns."""
+    model, base = fresh(), backbone("llama", seed=1)
+    next(p for name, p in model.decoder.named_parameters() if ".lora_" in name).requires_grad_(False)
+    ids = torch.arange(1, 30)[None]
+    learning = [p.requires_grad for p in model.parameters()]
+    own, fingerprint = model(ids).logits, model.fingerprint
+    with torch.no_grad(), base_decoder(model):
+        torch.testing.assert_close(model(ids).logits, base(ids).logits)
+        context = read_plain(model, ids[0, :20])
+        torch.testing.assert_close(model(ids[:, 20:], context=context).logits, base(ids).logits[:, 20:])
+        assert (len(context), context.rate) == (20, 1)
+    assert torch.equal(model(ids).logits, own)
+    assert not torch.allclose(own, base(ids).logits, atol=1e-2)
+    assert [p.requires_grad for p in model.parameters()] == learning
+    assert model.fingerprint == fingerprint
