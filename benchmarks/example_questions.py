@@ -13,8 +13,9 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from rcc import RCCForCausalLM, WindowError, engine, load_tokenizer
+from rcc import RCCForCausalLM, WindowError, load_tokenizer
 from rcc.evaluation.metrics import f1
+from rcc.model import answering
 from rcc.runtime import allocator
 from rcc.runtime.precision import computing
 from rcc.text import prompting
@@ -45,7 +46,7 @@ def answers(model, tokenizer, rows: list[dict], texts: list[str | None], rate: i
         if text is not None and text not in contexts:
             contexts = {text: model.compress(token_ids(tokenizer, text), rate=rate)}
         context = None if text is None else contexts[text]
-        yield engine.ask(model, tokenizer, context, prompting.build(row["question"], "human"), max_new_tokens=48)[1]
+        yield answering.ask(model, tokenizer, context, prompting.build(row["question"], "human"), max_new_tokens=48)[1]
 
 
 def main() -> None:

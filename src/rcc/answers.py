@@ -35,7 +35,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Reconstruction:
+class WrittenText:
     """What a context gave back.
 
     Attributes:

@@ -5,7 +5,6 @@ Texts and answers are strings here; tokens, prompts, the choice of a rate and th
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -18,15 +17,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from . import checkpoints
-from .answers import Answer, AnswerStream, Reconstruction, Usage
+from .answers import Answer, AnswerStream, Usage, WrittenText
 from .context import file as fileformat
 from .context.context import CompressedContext
 from .context.store import MAX_BYTES, ContextStore
+from .defaults import BUDGET, default_model
 from .documents.plain import read_text
 from .errors import InputError, ModelError
-from .model.answering import NEVER as NEVER
-from .model.answering import Pieces, generate, write
-from .model.answering import ask as ask
+from .model.answering import NEVER, Pieces, generate, write
 from .model.rcc import RCCForCausalLM
 from .model.segments import piece_of
 from .runtime.precision import computing, parse_device, parse_dtype
@@ -34,17 +32,8 @@ from .text import prompting
 from .text.prompting import Prompt
 from .text.tokens import prompt_ids, token_ids
 
-DEFAULT_MODEL = "rcc-qwen2.5-0.5b"
-BUDGET = 4096
-"""Positions that a context takes at most where the rate is chosen for it: a first token within a second or so."""
-
 Say = Callable[[str], None]
 Progress = Callable[[int, int], None]
-
-
-def default_model() -> str:
-    """Return the model to use where none is named: $RCC_MODEL, else :data:`DEFAULT_MODEL`."""
-    return os.environ.get("RCC_MODEL") or DEFAULT_MODEL
 
 
 def default_store() -> ContextStore:
@@ -348,7 +337,7 @@ class Engine:
     # ---------------------------------------------------------------- the text itself
     def reconstruct(
         self, context: CompressedContext, prompt: str | None = None, tokens: int = 200, on_text: Say | None = None
-    ) -> Reconstruction:
+    ) -> WrittenText:
         """Write back what a context holds, greedily.
 
         Args:
@@ -376,7 +365,7 @@ class Engine:
             )[0].tolist()
         start = ids.shape[1]
         decode = self.tokenizer.decode
-        return Reconstruction(out[:start], out[start:], decode(out[:start]), decode(out[start:]))
+        return WrittenText(out[:start], out[start:], decode(out[:start]), decode(out[start:]))
 
 
 # ---------------------------------------------------------------- files

@@ -19,8 +19,9 @@ from transformers import PreTrainedModel
 
 import rcc
 from conftest import make_backbone, randomise
-from rcc import InputError, RCCConfig, RCCForCausalLM, WindowError, engine
+from rcc import InputError, RCCConfig, RCCForCausalLM, WindowError
 from rcc.evaluation.uncompressed import base_decoder
+from rcc.model import answering
 from rcc.text import prompting
 from rcc.text.tokens import token_ids
 
@@ -284,7 +285,7 @@ def test_the_human_mode_asks_as_rcc_does(lm: Callable[..., RCCLM], model: RCCFor
     harness = lm(mode="human", split_at="Question:")
     context = model.compress(torch.tensor([ids(f"{LONG} ")]), rate=RATE)
     form = prompting.build(question, "human")
-    right = engine.ask(model, TOKENIZER, context, form, 6, do_sample=False)[1]
+    right = answering.ask(model, TOKENIZER, context, form, 6, do_sample=False)[1]
     (found,) = harness.generate_until(asked((prompt, {"until": ["\n\n"], "max_gen_toks": 6})), disable_tqdm=True)
     assert found.split("\n\n")[0].strip() == right.split("\n\n")[0].strip()
     (score,) = harness.loglikelihood(asked((prompt, " A girl")), disable_tqdm=True)

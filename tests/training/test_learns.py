@@ -19,10 +19,11 @@ from tokenizers import pre_tokenizers
 from torch import Tensor
 
 from learning import LENGTH, PART, SEED, make_base, stage, train
-from rcc import RCCForCausalLM, checkpoints, engine
+from rcc import RCCForCausalLM, checkpoints
 from rcc.context.context import CompressedContext
 from rcc.data import haystack
 from rcc.evaluation.reconstruction.teacher_forcing import teacher_forced
+from rcc.model import answering
 from rcc.text.tokens import token_ids
 
 SYMBOLS = 96
@@ -70,7 +71,7 @@ def teacher_forced_accuracy(model: RCCForCausalLM, contexts: Sequence[Compressed
 
 def free_accuracy(model: RCCForCausalLM, context: CompressedContext, texts: Tensor) -> float:
     """Of what greedy generation writes behind the first tokens of each text."""
-    out = model.generate(texts[:, :CUE], context=context, max_new_tokens=SEGMENT - CUE, eos_token_id=engine.NEVER)
+    out = model.generate(texts[:, :CUE], context=context, max_new_tokens=SEGMENT - CUE, eos_token_id=answering.NEVER)
     return float((out == texts[:, :SEGMENT])[:, CUE:].float().mean())
 
 

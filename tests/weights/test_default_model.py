@@ -10,7 +10,7 @@ import torch
 
 import reference as ref
 from rcc import RCCForCausalLM, checkpoints, load_tokenizer
-from rcc.engine import DEFAULT_MODEL
+from rcc.defaults import DEFAULT_MODEL
 from rcc.evaluation.reconstruction.teacher_forcing import teacher_forced
 from rcc.runtime.precision import computing
 from rcc.text.tokens import token_ids

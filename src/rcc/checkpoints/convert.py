@@ -87,9 +87,8 @@ def convert_checkpoint(
     """
     source, target = Path(source), _free(out)
     settings = _base_config(source)
-    words = None if tokenizer is None else Path(tokenizer)
-    if words is None and checkpoints.has_tokenizer(source):
-        words = source
+    own = source if checkpoints.has_tokenizer(source) else None
+    words = own if tokenizer is None else Path(tokenizer)
     tokens = None if words is None else _load_tokenizer(words, settings)
     config = RCCConfig(
         segment_length=segment_length,

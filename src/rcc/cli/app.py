@@ -10,6 +10,7 @@ from .. import __version__
 from .console import out
 from .contexts import ask, chat, compress, contexts, inspect, join, reconstruct
 from .evaluation import app as evaluation
+from .harness import harness
 from .models import convert_checkpoint, models
 from .process import run
 from .report import report
@@ -42,6 +43,9 @@ def _root(
 
 
 app.add_typer(evaluation, name="eval")
+evaluation.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
+)(harness)
 for verb in (compress, join, ask, chat, reconstruct, inspect, contexts, train, models, report, convert_checkpoint):
     app.command()(verb)
 

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from ..engine import Engine
 
 PASSKEY_MODEL = "rcc-smollm2-135m-passkey"
-BUDGET = 4096
-"""The engine's: importing that here would load torch for `rcc --version`."""
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
+from ..defaults import BUDGET
 from ..documents.plain import read_text
 from ..errors import InputError
 from ..text.counts import parse_bytes, parse_rate
 from .console import (
-    BUDGET,
     AllowSpecial,
     Budget,
     Device,

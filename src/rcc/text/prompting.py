@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from ..config import RCCConfig
 from ..errors import InputError
-from .tokens import Part
+from .tokens import PromptPart
 
 MODES = ("human", "reconstruct", "compress")
 SYSTEM = "You are a helpful assistant."
@@ -41,7 +41,7 @@ class Prompt:
 
     mode: str
     encoder_text: str
-    decoder_parts: tuple[Part, ...]
+    decoder_parts: tuple[PromptPart, ...]
     ends: int = 1
 
     @property
@@ -69,13 +69,18 @@ def build(question: str, mode: str, history: Sequence[tuple[str, str]] = ()) -> 
         raise InputError("the question is empty: ask something.")
     question = question.strip()
     if mode == "human":
-        parts = [Part(HEADER)]
+        parts = [PromptPart(HEADER)]
         for earlier, answer in history:
-            parts += [Part(earlier, True), Part(TURN), Part(answer, True), Part(END + FOLLOWING)]
-        return Prompt(mode, "", (*parts, Part(question, True), Part(TURN)))
+            parts += [
+                PromptPart(earlier, True),
+                PromptPart(TURN),
+                PromptPart(answer, True),
+                PromptPart(END + FOLLOWING),
+            ]
+        return Prompt(mode, "", (*parts, PromptPart(question, True), PromptPart(TURN)))
     if mode == "reconstruct":
-        return Prompt(mode, SEPARATOR + question, (Part(HEADER),), ends=2)
-    return Prompt(mode, SEPARATOR + question, (Part(CUE),))
+        return Prompt(mode, SEPARATOR + question, (PromptPart(HEADER),), ends=2)
+    return Prompt(mode, SEPARATOR + question, (PromptPart(CUE),))
 
 
 def joins(config: RCCConfig, prompt: Prompt) -> bool:

@@ -18,7 +18,7 @@ PIECE, OVERLAP = 200_000, 8_000
 
 
 @dataclass(frozen=True)
-class Part:
+class PromptPart:
     """A part of a prompt.
 
     Attributes:
@@ -52,7 +52,7 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, text: str, allow_special: bool
     return torch.cat([torch.as_tensor(piece, dtype=torch.long) for piece in pieces])[None]
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, parts: Sequence[Part], allow_special: bool = False) -> Tensor:
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, parts: Sequence[PromptPart], allow_special: bool = False) -> Tensor:
     """Return the token ids of a prompt, [1, T], read as one text where no part needs to be read otherwise.
 
     Args:

@@ -14,11 +14,12 @@ from typer.testing import CliRunner
 
 import rcc
 from json_lines import write_rows
-from rcc import RCCForCausalLM, checkpoints, engine
+from rcc import RCCForCausalLM, checkpoints
 from rcc.cli.app import app
 from rcc.evaluation.qa import reading
 from rcc.evaluation.qa import run as qa
 from rcc.evaluation.qa.settings import BASELINES, TUNED, QASettings
+from rcc.model import answering
 from rcc.text import prompting
 from rcc.text.tokens import token_ids
 from rcc.training.recipe import Recipe
@@ -95,7 +96,7 @@ def test_contexts_are_asked_as_rcc_ask_does(model: RCCForCausalLM, data: Path) -
         context = model.compress(token_ids(TOKENIZER, text), rate=4)
         for mode in prompting.MODES:
             asked = prompting.build(question, mode)
-            wanted = engine.ask(model, TOKENIZER, context, asked, 6, do_sample=False)
+            wanted = answering.ask(model, TOKENIZER, context, asked, 6, do_sample=False)
             row = found["rcc", mode, f"{name}/{i}"]
             assert (row.get("instruction"), row["written"]) == wanted
             assert ("instruction_accuracy" in row) == (mode == "reconstruct")

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
-from ... import engine
 from ...errors import WindowError
+from ...model import answering
 from ...model.rcc import RCCForCausalLM
 from ...planning import blueprint as planning
 from .. import metrics
@@ -176,7 +176,7 @@ class QAEvaluation:
                 held, seconds = self._hold(question, text, method, rate)
                 prompt = method.prompt(question)
                 clock = _Clock()
-                instruction, written = engine.ask(
+                instruction, written = answering.ask(
                     method.model,
                     self.tokenizer,
                     held.context,

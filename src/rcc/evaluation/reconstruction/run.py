@@ -15,10 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ... import engine
 from ...context.context import CompressedContext
 from ...context.vectors import CompressedVectors
-from ...model import segments
+from ...model import answering, segments
 from ...model.rcc import RCCForCausalLM
 from .. import metrics
 from ..results import Case, Results, Skipped
@@ -205,7 +204,7 @@ class ReconstructionEvaluation:
             do_sample=False,
             num_beams=1,
             repetition_penalty=1.0,  # some bases come with another, which forbids to copy
-            eos_token_id=engine.NEVER,
+            eos_token_id=answering.NEVER,
             pad_token_id=0,
         )
         return [row[PROMPT : len(span)].tolist() for row, span in zip(out, spans, strict=True)]

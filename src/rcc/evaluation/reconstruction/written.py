@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ...answers import Reconstruction
+from ...answers import WrittenText
 from ...context.context import CompressedContext
 from ...engine import Engine
 from ...model.segments import piece_of
@@ -52,7 +52,7 @@ def compare(
     engine: Engine,
     context: CompressedContext,
     source: str,
-    written: Reconstruction,
+    written: WrittenText,
     progress: Callable[[int, int], None] | None = None,
 ) -> WrittenBack:
     """Set a text beside what its context gave back, and measure how much of the whole it gives back.

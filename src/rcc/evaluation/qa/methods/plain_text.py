@@ -13,7 +13,7 @@ from ....errors import WindowError
 from ....model.rcc import RCCForCausalLM
 from ....text import prompting
 from ....text.prompting import Prompt
-from ....text.tokens import Part, token_ids
+from ....text.tokens import PromptPart, token_ids
 from ...uncompressed import base_decoder, read_plain
 from ..questions import Question
 from . import Held
@@ -53,7 +53,7 @@ class PlainText:
         return Held(read_plain(self.model, torch.cat([self.header, kept])), len(kept), len(kept) < len(text))
 
     def prompt(self, question: Question) -> Prompt:
-        return Prompt("human", "", (Part(question_after_text(question, self.hint)),))
+        return Prompt("human", "", (PromptPart(question_after_text(question, self.hint)),))
 
     def decoder(self) -> AbstractContextManager[None]:
         return contextlib.nullcontext() if self.tuned else base_decoder(self.model)
