@@ -230,7 +230,6 @@ def qa(
     _need(output, "rouge_score", "bm25s")
     divisors = None if rates is None else parse_counts(rates, "--rates")
     padded = 0 if pad_to is None else parse_count(pad_to, "--pad-to")
-    others = dict(map(_name_and_model, beside or []))
     with status("loading torch and transformers"):
         from ..evaluation.qa import reading as questions
         from ..evaluation.qa import run as task
@@ -240,7 +239,7 @@ def qa(
         from ..text.prompting import MODES
     forms = parse_choices(modes, "--modes", MODES)
     chosen = parse_choices(baselines, "--baselines", list(qa_settings.BASELINES), optional=True)
-    _check_names(others, {"rcc", qa_settings.TUNED, *qa_settings.BASELINES})
+    others = _named_models(beside or [], {"rcc", qa_settings.TUNED, *qa_settings.BASELINES})
     with status("reading the questions"):
         some_ids = include.split(",") if include else []
         asked, notes = questions.open_questions(data, suite, some_ids)
@@ -269,9 +268,12 @@ def qa(
     _show_report(found, report, qa_settings.BY, output, as_json)
 
 
-def _check_names(others: dict[str, str], taken: set[str]) -> None:
+def _named_models(beside: list[str], taken: set[str]) -> dict[str, str]:
+    """Return {name of a row: model} of what `--beside` was given."""
+    others = dict(map(_name_and_model, beside))
     if both := sorted(taken & set(others)):
         raise InputError(f"--beside {both[0]}=… is the name of another row: use another name.")
+    return others
 
 
 def _name_and_model(text: str) -> tuple[str, str]:
