@@ -17,7 +17,7 @@ from rcc.data.corpus import open_text
 from rcc.data.sources import Source
 from rcc.evaluation import compare, results
 from rcc.evaluation.html import page as report
-from rcc.evaluation.qa import questions
+from rcc.evaluation.qa import reading
 from rcc.planning import plan as planning
 from rcc.planning import shapes
 from rcc.training.checkpointing import load_about
@@ -86,7 +86,7 @@ def test_the_index_of_weights_in_parts(folder: Path) -> None:
 
 # ---------------------------------------------------------------- evaluations and runs
 def test_rows_of_questions(folder: Path) -> None:
-    read_damaged_lines(folder / "questions.jsonl", 60, lambda: questions.open_questions(["questions.jsonl"], None, []))
+    read_damaged_lines(folder / "questions.jsonl", 60, lambda: reading.open_questions(["questions.jsonl"], None, []))
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")  # of figures that are infinite

@@ -96,7 +96,8 @@ class Engine:
             ContextError, FileError: `made` is damaged or cannot be read.
         """
         where, kind = parse_device(device), parse_dtype(dtype)
-        name = _maker(made, model) or default_model()
+        name = _maker(made, model)
+        name = default_model() if name is None else name
         compressor = RCCForCausalLM.from_pretrained(name, device=where, dtype=kind, progress=progress)
         if kind is None:
             compressor.to(computing(compressor.dtype, where))

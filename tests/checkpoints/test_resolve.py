@@ -17,7 +17,7 @@ from rcc.errors import ModelError
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    folder = tmp_path / "models" / "mine"
+    folder = tmp_path / "weights" / "mine"
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("{}")
     save_file({"w": np.zeros(3, np.float32)}, folder / "model.safetensors")
@@ -28,7 +28,7 @@ def test_resolve_a_folder(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert checkpoints.resolve_model(model) == checkpoints.resolve_model(str(model)) == model
     assert checkpoints.resolve_base(f"{model}/") == model
     monkeypatch.chdir(model.parents[1])
-    assert checkpoints.resolve_model("models/mine") == Path("models/mine")
+    assert checkpoints.resolve_model("weights/mine") == Path("weights/mine")
     monkeypatch.setenv("HOME", str(model.parent))
     assert checkpoints.resolve_model("~/mine") == model
 

@@ -26,8 +26,7 @@ import torch
 
 from command_line import LIMIT, RCC, Result, Terminal, environment, process
 from conftest import make_home
-from rcc import CompressedContext, RCCForCausalLM, checkpoints, load_tokenizer
-from rcc.cli import app as cli
+from rcc import CompressedContext, Engine, RCCForCausalLM, checkpoints, load_tokenizer
 from rcc.runtime import precision
 
 BOOK = Path(__file__).resolve().parents[2] / "examples" / "simple-susan.txt"
@@ -703,5 +702,5 @@ def test_out_of_memory(call: Callable[..., Result], text: Path, folder: Path, mo
     def huge(*args: Any, **kwargs: Any) -> None:
         torch.empty(1 << 60, dtype=torch.uint8)
 
-    monkeypatch.setattr(cli, "_compress", huge)
+    monkeypatch.setattr(Engine, "compress", huge)
     call("compress", text, "-o", folder / "x.rcc").refused("out of memory", "--rate")

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import conftest
+import rcc.model.backbones
 import rcc.model.encoder
 from conftest import batch, make_model, randomise, tokens
 from equality import (
@@ -217,4 +218,4 @@ def test_nothing_is_captured_outside_a_pass(tiny, monkeypatch):
 
 def test_every_listed_family_is_tested():
     """A family in the table is one of those that the tests run on."""
-    assert set(rcc.backbones.BLOCKS) == set(conftest.SHAPES)
+    assert set(rcc.model.backbones.BLOCKS) == set(conftest.SHAPES)

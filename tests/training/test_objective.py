@@ -11,8 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from conftest import VOCABULARY, randomise
+from equality import run_training_pass
 from rcc import RCCForCausalLM
-from rcc.model import rcc as modeling
+from rcc.model import training_pass as passes
 from rcc.model.freezing import group_of, learned
 from rcc.training.objective import Objective, divergence
 from rcc.training.recipe import Recipe
@@ -114,8 +115,10 @@ def test_texts_of_a_row_are_as_if_appended(tiny, family: str, share: bool) -> No
     labels = prompt.masked_fill(torch.arange(7) < 4, -100)
     keep = torch.tensor([3, 4, 5])
     with torch.no_grad():
-        whole = model(prompt, context_ids=ids, context_mask=numbers, rate=4, labels=labels)
-        kept = model(prompt, context_ids=ids, context_mask=numbers, rate=4, labels=labels, logits_to_keep=keep)
+        whole = run_training_pass(model, prompt, context_ids=ids, context_mask=numbers, rate=4, labels=labels)
+        kept = run_training_pass(
+            model, prompt, context_ids=ids, context_mask=numbers, rate=4, labels=labels, logits_to_keep=keep
+        )
     torch.testing.assert_close(kept.logits, whole.logits[:, keep])
     torch.testing.assert_close(kept.loss, whole.loss)
     for b, row in enumerate(pieces):
@@ -160,11 +163,13 @@ def test_a_frozen_encoder_keeps_nothing(fresh, monkeypatch: pytest.MonkeyPatch, 
         mask = (torch.arange(tokens) < torch.tensor([[tokens], [tokens - 21]])).long()
         mask[:, 20:] *= 2  # two texts a row
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            out = model(some(2, 5), context_ids=some(2, tokens, seed=1), context_mask=mask, rate=4, labels=some(2, 5))
+            out = run_training_pass(
+                model, some(2, 5), context_ids=some(2, tokens, seed=1), context_mask=mask, rate=4, labels=some(2, 5)
+            )
         out.loss.backward()
         return saved, widest, out.logits.detach()
 
-    monkeypatch.setattr(modeling, "BATCH_TOKENS", 64)
+    monkeypatch.setattr(passes, "BATCH_TOKENS", 64)
     open_small, open_large = read(64), read(256)
     assert open_small[0] > 0
     assert open_small[1] < open_large[1]

@@ -42,7 +42,7 @@ POINTS: dict[str, tuple[str, int]] = {
     "between the two copies of the first stage's model": ("rcc.model.rcc:RCCForCausalLM.save_pretrained", 2),
     "between the stages": ("rcc.training.run:make_model", 3),
     "in the second stage": (TRAINING_STEP, 12),
-    "while the last model is written": ("rcc.model.rcc:RCCConfig.save", 3),
+    "while the last model is written": ("rcc.config:RCCConfig.save", 3),
     "between the two copies of the last": ("rcc.model.rcc:RCCForCausalLM.save_pretrained", 4),
 }
 

@@ -86,7 +86,7 @@ def fill_around(log: str) -> None:
 def test_a_full_disk_elsewhere(shared: Settings, tmp_path: Path, what: str) -> None:
     log = str(tmp_path / "run/log.jsonl")
     fault = {
-        "model.safetensors": partial(at, "rcc.model.rcc:_write_weights", 1, partial(fill_disk, 4_000)),
+        "model.safetensors": partial(at, "rcc.model.loading:_write_weights", 1, partial(fill_disk, 4_000)),
         "log.jsonl": partial(at, "rcc.training.progress:Log.write", 3, partial(fill_around, log)),
     }[what]
     result = train(changed(shared, stages=shared["stages"][:1]), tmp_path / "run", faults=[fault])

@@ -141,7 +141,7 @@ class CompressedContext:
             "bytes_per_position": self.nbytes // len(self),
             "dtype": str(self.dtype).removeprefix("torch."),
             "layers": len(self.blocks.layers),
-            "pieces": [{k: v for k, v in vars(piece).items() if k != "opening"} for piece in self.pieces[0]],
+            "pieces": [{k: v for k, v in piece.as_dict().items() if k != "opening"} for piece in self.pieces[0]],
             "versions": self.versions,
         }
 
