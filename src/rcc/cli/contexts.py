@@ -215,7 +215,8 @@ def inspect(
     for key, value in info.items():
         if key == "pieces":
             value = ", ".join(
-                f"{p['tokens']:,} tokens at {p['rate']}×{' with chat marks' * p.get('special_tokens', False)}" for p in value
+                f"{p['tokens']:,} tokens at {p['rate']}×{' with chat marks' * p.get('special_tokens', False)}"
+                for p in value
             )
         elif key == "versions":
             value = ", ".join(f"{k} {v}" for k, v in value.items())
