@@ -58,7 +58,7 @@ def _need(output: Path | None, *packages: str) -> None:
     need(*packages, *(["matplotlib"] if output is not None else []))
 
 
-def _show_report(results: Results, report: Any, by: Sequence[str], output: Path | None, as_json: bool) -> None:
+def _show_report(results: Results, report: Report, by: Sequence[str], output: Path | None, as_json: bool) -> None:
     """Print a table and its notes, each on a line of its own, or the figures with those that no sample has."""
     text = "\n".join([report.table(), *(f"{note}\n" for note in results.notes)])
     _show(text, results.summary(by, report.more()) if as_json else None, output)
@@ -93,16 +93,14 @@ def reconstruction(
 
     The paper's protocol is --lengths 2k --limit 100.
     """
-    from ..evaluation.results import Results
-
     _need(output, "sacrebleu", "rouge_score")
     wanted = {"rates": rates, "lengths": lengths}
     numbers = {name: None if text is None else parse_counts(text, f"--{name}") for name, text in wanted.items()}
     with status("loading torch and transformers"):
+        from ..evaluation.evaluation import evaluate, finish
         from ..evaluation.reconstruction import settings as measuring
         from ..evaluation.reconstruction.documents import open_texts
         from ..evaluation.reconstruction.run import ReconstructionEvaluation
-        from ..evaluation.reconstruction.table import ReconstructionReport
     known = list(measuring.CONTROLS)
     chosen = parse_choices(controls, "--controls", known, optional=True)
     engine = load_engine(model, device, dtype)
@@ -120,12 +118,9 @@ def reconstruction(
     protocol.check(rcc.config)
     with status("reading the texts"):
         run = ReconstructionEvaluation(rcc, tokenizer, open_texts(data or [], field, tokenizer), protocol)
-    found = Results("reconstruction", run.settings(), output, cluster="document", notes=run.notes())
     with progress("reconstructing", len(run), "samples") as advance:
-        found.collect(run.cases(), advance)
-    report = ReconstructionReport(found, rcc.config)
-    report.finish()
-    _show_report(found, report, measuring.BY, output, as_json)
+        found = evaluate(run, output, advance)
+    _show_report(found, finish(run, found), run.by, output, as_json)
 
 
 @app.command()
@@ -231,11 +226,10 @@ def qa(
     divisors = None if rates is None else parse_counts(rates, "--rates")
     padded = 0 if pad_to is None else parse_count(pad_to, "--pad-to")
     with status("loading torch and transformers"):
+        from ..evaluation.evaluation import evaluate, finish
         from ..evaluation.qa import reading as questions
         from ..evaluation.qa import run as task
         from ..evaluation.qa import settings as qa_settings
-        from ..evaluation.qa.table import QAReport
-        from ..evaluation.results import Results
         from ..text.prompting import MODES
     forms = parse_choices(modes, "--modes", MODES)
     chosen = parse_choices(baselines, "--baselines", list(qa_settings.BASELINES), optional=True)
@@ -259,13 +253,11 @@ def qa(
         beside={name: load_engine(folder, device, dtype).compressor for name, folder in others.items()},
         hint=hint,
     )
-    run = task.QAEvaluation(engine.tokenizer, asked, methods, asking)
-    found = Results("qa", run.settings({"paths": data, "suite": suite, "include": some_ids}), output, cluster="text")
+    source = {"paths": data, "suite": suite, "include": some_ids}
+    run = task.QAEvaluation(engine.tokenizer, asked, methods, asking, source, notes)
     with progress("asking", len(run), "answers") as advance:
-        found.collect(run.cases(), advance)
-    report = QAReport(found)
-    report.finish(notes)
-    _show_report(found, report, qa_settings.BY, output, as_json)
+        found = evaluate(run, output, advance)
+    _show_report(found, finish(run, found), run.by, output, as_json)
 
 
 def _named_models(beside: list[str], taken: set[str]) -> dict[str, str]:

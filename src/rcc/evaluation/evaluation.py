@@ -83,7 +83,8 @@ def evaluate(
     return results
 
 
-def finish(evaluation: Evaluation, results: Results) -> None:
-    """Write figures, table and plots of an evaluation into its folder, if it has one."""
+def finish(evaluation: Evaluation, results: Results) -> Report:
+    """Write figures, table and plots of an evaluation into its folder, if it has one, and return its report."""
     report = evaluation.report(results)
     results.finish(evaluation.by, report.table(), report.plots(), report.more())
+    return report

@@ -22,7 +22,7 @@ import reference as ref
 from conftest import make_home
 from rcc import InputError, RCCForCausalLM
 from rcc.evaluation import compare, metrics, results
-from rcc.evaluation.evaluation import evaluate
+from rcc.evaluation.evaluation import evaluate, finish
 from rcc.evaluation.reconstruction.documents import open_texts
 from rcc.evaluation.reconstruction.run import ReconstructionEvaluation
 from rcc.evaluation.reconstruction.settings import CONTROLS, ReconstructionSettings
@@ -217,7 +217,7 @@ def test_the_folder_of_a_run(measuring, tmp_path):
     """Table, plots and JSON; cells that cannot be are named; two runs are compared sample by sample."""
     run = measuring(rates=[4, 16])
     found = collect(run, tmp_path / "a")
-    ReconstructionReport(found, run.model.config).finish()
+    finish(run, found)
     names = {"accuracy-by-place", "accuracy-by-rate", "accuracy-by-start", "bleu-by-rate", "heat"}
     plots = {f"{name}-{LENGTH}.png" for name in names}
     files = {"results.json", "samples.jsonl", "settings.json", "table.md"} | plots
@@ -248,7 +248,7 @@ def test_the_folder_of_a_run(measuring, tmp_path):
 
     other = measuring(documents=2, controls=("wrong",))
     again = collect(other, tmp_path / "b")
-    ReconstructionReport(again, other.model.config).finish()
+    finish(other, again)
     differences, notes = compare.compare(tmp_path / "a", tmp_path / "b")
     assert {d.key["context"] for d in differences} == {"real", "wrong"}
     assert all(d.change.mean == pytest.approx(0, abs=1e-6) for d in differences)
@@ -258,8 +258,7 @@ def test_the_folder_of_a_run(measuring, tmp_path):
 def test_what_does_not_fit_says_so(tiny, measuring, tmp_path, data):
     """A rate or a control that cannot be is a cell that says why; the others are measured."""
     run = measuring(tiny(window=64), rates=[1, 4, 16], documents=2)
-    report = ReconstructionReport(collect(run, tmp_path / "out"), run.model.config)
-    report.finish()
+    report = finish(run, collect(run, tmp_path / "out"))
     why = "64 positions of context and 18 tokens of prompt and answer are more than the decoder's window of 64"
     cells = {(cell["key"]["context"], cell["key"].get("rate")): cell for cell in report.cells}
     for which in (("real", 1), ("wrong", 1), ("plain-text", None)):
@@ -275,8 +274,7 @@ def test_what_does_not_fit_says_so(tiny, measuring, tmp_path, data):
     assert cells["wrong"] == {"key": {"context": "wrong"}, "skipped": "there is no other document"}
     assert "bleu" in cells["shuffled"]
     nothing = measuring(tiny(window=20), rates=[4], controls=())
-    empty = ReconstructionReport(collect(nothing, tmp_path / "none"), nothing.model.config)
-    empty.finish()
+    empty = finish(nothing, collect(nothing, tmp_path / "none"))
     assert empty.plots() == {}
 
 

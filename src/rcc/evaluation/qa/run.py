@@ -120,13 +120,10 @@ class QAEvaluation:
         self._held: dict[tuple[str, int], tuple[str, Held, float]] = {}
         self._position_bytes: dict[int, int] = {}
 
-    def settings(self, source: dict[str, Any] | None = None) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
         """Return all that a sample depends on beside its key.
 
         Methods, modes, rates and questions can be added to a folder.
-
-        Args:
-            source: the arguments of `open_questions`; None: those that the evaluation was made with.
         """
         main = self.methods[0].model
         return {
@@ -134,7 +131,7 @@ class QAEvaluation:
             "fingerprint": main.fingerprint,
             "dtype": str(main.dtype).removeprefix("torch."),
             "trained_rates": main.config.rates,
-            "data": self.source if source is None else source,
+            "data": self.source,
             "data_sha256": self.data_sha256,
             "pad_to": self.asked.pad_to,
             "max_new_tokens": self.asked.max_new_tokens,

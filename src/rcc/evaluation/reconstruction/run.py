@@ -89,7 +89,7 @@ class ReconstructionEvaluation:
         """Return an empty context: nothing is held beside the last documents' contexts."""
         return contextlib.nullcontext()
 
-    def notes(self, results: Results | None = None) -> list[str]:
+    def notes(self, results: Results) -> list[str]:
         """Return what to know about the figures, all of which is known before anything is measured."""
         config, asked = self.model.config, self.asked
         notes = [

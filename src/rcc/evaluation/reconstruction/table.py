@@ -73,10 +73,6 @@ class ReconstructionReport:
             for rate in self.rates
         }
 
-    def finish(self) -> None:
-        """Write the evaluation's folder, if it has one."""
-        self.measured.finish(BY, self.table(), self.plots(), self.more())
-
     def more(self) -> dict[str, Any]:
         """Return figures for `results.json` by the prompt's start, and by places in the segment and in the group."""
         places = [{"length": length, "rate": rate, **parts} for (length, rate), parts in self.by_place.items()]

@@ -48,7 +48,7 @@ class ResourcesSettings:
         plain: also the same base reading the text as it is, in batches of `batch_tokens`.
         device: where to measure.
         dtype: of a trained model; None: as it is stored.
-        batch_tokens: that are read at once. None: :func:`rcc.model.rcc.batch_tokens_on` the device.
+        batch_tokens: that are read at once. None: :func:`rcc.model.encoder.batch_tokens_on` the device.
         text: token ids [T], repeated if need be. None: random ids.
         limit: lengths at most, the shortest ones.
 
