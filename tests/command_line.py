@@ -1,4 +1,4 @@
-"""`rcc` as a user runs it: processes with pipes or a terminal, and what they leave behind."""
+"""`rcc` as a user runs it: processes with pipes or on a terminal, their output and exit codes."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def read_damaged(file: Path, count: int, read: Callable[[], object]) -> None:
 
 
 def read_damaged_lines(file: Path, count: int, read: Callable[[], object]) -> None:
-    """The same of JSON lines: their first line damaged, and odd ones before and behind all others."""
+    """Damage JSON lines: the first one itself, and odd lines before and after all others."""
     first, *others = file.read_text().splitlines(keepends=True)
     for text in [*(json.dumps(data) for data in damaged(json.loads(first), count)), *ODD]:
         file.write_text("".join([text + "\n", *others]))

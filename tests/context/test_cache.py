@@ -71,7 +71,7 @@ def test_borrowing(tiny, tokens):
 
 
 def test_an_append_shares_memory(tiny, tokens):
-    """An append writes behind its parent in the same memory; a second one to the same parent does not."""
+    """An append goes into the room after its parent, in the same memory; a second one to the same parent does not."""
     model = tiny("llama")
     parent = model.compress(one(tokens(64)))
     first = model.compress(one(tokens(10)), context=parent)

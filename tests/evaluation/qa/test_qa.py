@@ -58,7 +58,7 @@ def answer(model: RCCForCausalLM, methods: list[Any], data: Path, **protocol: An
 
 
 def test_plain_is_the_base(model: RCCForCausalLM, data: Path) -> None:
-    """What the base writes behind the whole chat prompt, by transformers alone; the same decoder behind parts of it."""
+    """What the base writes after the whole chat prompt, by transformers alone; the same decoder after parts of it."""
     methods = qa.make_methods(model, TOKENIZER, [], ["plain", "truncated", "bm25", "no-context"], hint="Be short.")
     found = answer(model, methods, data)
     base = AutoModelForCausalLM.from_pretrained(checkpoints.resolve_base("smollm2-135m-instruct"), dtype=torch.bfloat16)
