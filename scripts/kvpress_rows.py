@@ -22,6 +22,7 @@ from rcc.evaluation.qa import run as qa
 from rcc.evaluation.qa.methods.plain_text import question_after_text
 from rcc.evaluation.qa.questions import Question, choose
 from rcc.evaluation.qa.reading import reopen
+from rcc.evaluation.qa.settings import BY
 from rcc.evaluation.qa.table import QAReport
 from rcc.evaluation.qa.texts import Texts
 from rcc.evaluation.results import Case, Results, Skipped
@@ -104,8 +105,10 @@ def add(arguments: argparse.Namespace) -> None:
     with progress("asking", len(cases), "answers") as advance:
         found.collect(cases, advance)
     report = QAReport(found)
-    report.finish(notes)
-    print(report.table())
+    table = report.table()
+    found.notes = [*report.notes(), *notes]
+    found.finish(BY, table, report.plots(), report.more())
+    print(table)
 
 
 if __name__ == "__main__":

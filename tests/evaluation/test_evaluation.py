@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from rcc.evaluation import results
-from rcc.evaluation.evaluation import Evaluation, evaluate, finish
+from rcc.evaluation.evaluation import Evaluation, Progress, evaluate, finish
 from rcc.evaluation.passkey.run import PasskeyEvaluation
 from rcc.evaluation.qa.run import QAEvaluation
 from rcc.evaluation.reconstruction.run import ReconstructionEvaluation
@@ -28,7 +28,7 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_has_what_the_loop_calls(kind: str) -> None:
     names = {name for name in vars(Evaluation) if not name.startswith("_")} | {"__len__"}
-    assert {"cases", "measuring", "notes", "report", "settings"} <= names
+    assert {"cases", "measuring", "notes", "report", "settings", "verb", "unit", "work"} <= names
     assert all(hasattr(KINDS[kind], name) for name in names)
     assert KINDS[kind].kind == kind
 
@@ -37,6 +37,7 @@ class Squares:
     """An evaluation that measures squares."""
 
     kind, by, cluster = "squares", ("number",), None
+    verb, unit = "squaring", "digits"
 
     def __init__(self) -> None:
         self.open = False
@@ -54,8 +55,11 @@ class Squares:
         assert self.open
         return {"square": number**2}
 
+    def work(self, cases: int) -> int:
+        return 2 * cases
+
     @contextlib.contextmanager
-    def measuring(self, results: Results) -> Iterator[None]:
+    def measuring(self, results: Results, progress: Progress) -> Iterator[None]:
         self.open = True
         yield
         self.open = False
@@ -81,7 +85,7 @@ def test_one_loop_measures_and_writes(tmp_path: Path) -> None:
     squares, seen = Squares(), []
     measured = evaluate(squares, tmp_path / "out", seen.append)
     assert not squares.open
-    assert seen == [1, 2, 3]
+    assert seen == [2, 4, 6]
     finish(squares, measured)
     data, rows = results.load(tmp_path / "out")
     assert [row["square"] for row in rows] == [0, 1, 4]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 
 from rcc import RCCForCausalLM, load_tokenizer
-from rcc.evaluation.passkey.run import passkey
+from rcc.evaluation.evaluation import evaluate
+from rcc.evaluation.passkey.run import PasskeyEvaluation
+from rcc.evaluation.passkey.settings import PasskeySettings
 from rcc.runtime.precision import computing
 
 MODEL = "rcc-smollm2-135m-passkey"
@@ -14,7 +16,8 @@ MODEL = "rcc-smollm2-135m-passkey"
 def test_it_finds_keys() -> None:
     """In 16 and in 256 vectors of 512 tokens each, and in no text whose key is replaced."""
     model = RCCForCausalLM.from_pretrained(MODEL, dtype=computing(torch.bfloat16, "cpu"))
-    found = passkey(model, load_tokenizer(MODEL), [8192, 131072], rates=[512], keys=2, controls=1)
+    settings = PasskeySettings([8192, 131072], rates=[512], keys=2, controls=1)
+    found = evaluate(PasskeyEvaluation(model, load_tokenizer(MODEL), settings))
     right = {
         context: [row["right"] for row in found.rows if row["key"]["context"] == context]
         for context in ("whole", "replaced")

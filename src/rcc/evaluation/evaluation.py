@@ -9,6 +9,13 @@ from typing import Any, Protocol
 
 from .results import Case, Results
 
+Progress = Callable[[int], None]
+"""Called with the units of work done so far."""
+
+
+def ignore(done: int) -> None:
+    """Show no progress."""
+
 
 class Report(Protocol):
     """The figures of samples as people read them."""
@@ -30,6 +37,8 @@ class Evaluation(Protocol):
         kind: its name in `results.json`: `reconstruction`, `passkey`, `resources` or `qa`.
         by: the keys that tell the cells of the table apart.
         cluster: the key that samples of one document share, over which intervals are made; None: there is none.
+        verb: what it does, for a line of progress: `reconstructing`.
+        unit: what its work is counted in, in the plural: `samples`.
     """
 
     @property
@@ -41,6 +50,12 @@ class Evaluation(Protocol):
     @property
     def cluster(self) -> str | None: ...
 
+    @property
+    def verb(self) -> str: ...
+
+    @property
+    def unit(self) -> str: ...
+
     def settings(self) -> dict[str, Any]:
         """Return all that a sample depends on beside its key, in a form that JSON holds."""
 
@@ -50,11 +65,15 @@ class Evaluation(Protocol):
     def cases(self) -> Iterable[Case]:
         """Return the samples to be measured, each with the function that measures it."""
 
-    def measuring(self, results: Results) -> AbstractContextManager[Any]:
+    def work(self, cases: int) -> int:
+        """Return how many units of work the first so many cases are."""
+
+    def measuring(self, results: Results, progress: Progress) -> AbstractContextManager[Any]:
         """Return a context to measure in: what is held from the first case to the last.
 
         Args:
             results: what was measured so far; grows with every case.
+            progress: to be called with the units done, while a case is measured that takes long.
         """
 
     def notes(self, results: Results) -> list[str]:
@@ -64,21 +83,19 @@ class Evaluation(Protocol):
         """Return the figures of what was measured as people read them."""
 
 
-def evaluate(
-    evaluation: Evaluation, folder: Path | None = None, progress: Callable[[int], None] | None = None
-) -> Results:
+def evaluate(evaluation: Evaluation, folder: Path | None = None, progress: Progress = ignore) -> Results:
     """Measure all cases that the folder does not hold yet, and note what to know about the figures.
 
     Args:
         folder: where samples are kept as they are made, and an interrupted evaluation goes on. None: nowhere.
-        progress: called with the number of cases done so far.
+        progress: called with the units of work done so far, of `evaluation.work(len(evaluation))` in all.
 
     Raises:
         InputError: the folder holds another evaluation, or something else. FileError: it cannot be written.
     """
     results = Results(evaluation.kind, evaluation.settings(), folder, cluster=evaluation.cluster)
-    with evaluation.measuring(results):
-        results.collect(evaluation.cases(), progress)
+    with evaluation.measuring(results, progress):
+        results.collect(evaluation.cases(), lambda cases: progress(evaluation.work(cases)))
     results.notes += evaluation.notes(results)
     return results
 

@@ -22,18 +22,18 @@ import pytest
 
 import word_tokens
 from rcc import InputError
-from rcc.evaluation.evaluation import evaluate, finish
+from rcc.evaluation.evaluation import Evaluation, evaluate, finish
 from rcc.evaluation.html import page as report
 from rcc.evaluation.html.folders import SampleLists, read
 from rcc.evaluation.html.tables import figures_of
-from rcc.evaluation.passkey import run as passkey
-from rcc.evaluation.passkey.table import PasskeyReport
+from rcc.evaluation.passkey.run import PasskeyEvaluation
+from rcc.evaluation.passkey.settings import PasskeySettings
 from rcc.evaluation.reconstruction.documents import open_texts
 from rcc.evaluation.reconstruction.run import ReconstructionEvaluation
 from rcc.evaluation.reconstruction.settings import ReconstructionSettings
-from rcc.evaluation.resources import run as resources
+from rcc.evaluation.resources.run import ResourcesEvaluation
+from rcc.evaluation.resources.settings import ResourcesSettings
 from rcc.evaluation.resources.subject import shaped
-from rcc.evaluation.resources.table import ResourcesReport
 from rcc.evaluation.results import Case, Results, Skipped
 
 HOSTILE = "</script><script>window.hacked = 1</script><!-- <img src=x onerror='window.hacked = 2'> \ud83d"
@@ -82,15 +82,15 @@ def folders(tiny, tokens, tmp_path_factory) -> dict[str, Path]:
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     texts = open_texts([str(data)], "text", tokenizer)
     asked = ReconstructionSettings(rates=[1, 4, 8], lengths=[64, 128], prompts=3, target_tokens=8)
-    run = ReconstructionEvaluation(tiny(window=128), tokenizer, texts, asked)
-    finish(run, evaluate(run, top / "recon"))
-    found = passkey.passkey(
-        tiny(), tokenizer, [512, 1024], rates=[1, 16], keys=2, variants=["plain", "several"], folder=top / "passkey"
-    )
-    found.finish(passkey.BY, PasskeyReport(found).table(), {})
-    subject = shaped("pythia-1.4b", rates=[32])
-    found = resources.resources(subject, [2048, 2**16], measured=False, folder=top / "resources")
-    found.finish(resources.BY, ResourcesReport(found).table(), {})
+    hidden = PasskeySettings([512, 1024], rates=[1, 16], keys=2, variants=["plain", "several"])
+    sizes = ResourcesSettings([2048, 2**16], measured=False)
+    evaluations: dict[str, Evaluation] = {
+        "recon": ReconstructionEvaluation(tiny(window=128), tokenizer, texts, asked),
+        "passkey": PasskeyEvaluation(tiny(), tokenizer, hidden),
+        "resources": ResourcesEvaluation(shaped("pythia-1.4b", rates=[32]), sizes),
+    }
+    for name, evaluation in evaluations.items():
+        finish(evaluation, evaluate(evaluation, top / name))
     found = Results("tea <b>time</b>", {"model": "any"}, top / "tea")
     some = {"warm": math.nan, "cups": 3.0, "said": HOSTILE}
     found.collect([Case({"leaf": "<u>green</u>", "cup": n}, lambda: some) for n in range(4)])

@@ -21,8 +21,10 @@ from learning import LENGTH, PART, SPLIT, make_base, passkey_words
 from rcc import InputError, RCCConfig, RCCForCausalLM, checkpoints
 from rcc.data.haystack import POSITIONS, make_text
 from rcc.evaluation import results
+from rcc.evaluation.evaluation import evaluate, ignore
 from rcc.evaluation.passkey import run as task
-from rcc.evaluation.passkey.table import BY, PasskeyReport
+from rcc.evaluation.passkey.settings import BY, PasskeySettings
+from rcc.evaluation.passkey.table import PasskeyReport
 from rcc.text.tokens import token_ids
 
 BOOK = Path(__file__).resolve().parents[3] / "examples/simple-susan.txt"
@@ -33,6 +35,18 @@ BOOK = Path(__file__).resolve().parents[3] / "examples/simple-susan.txt"
 def able(passkey_model: tuple[Path, set[int]]) -> tuple[RCCForCausalLM, Any]:
     """A model that finds keys in texts of LENGTH tokens, and its tokenizer."""
     return RCCForCausalLM.from_pretrained(passkey_model[0]), checkpoints.load_tokenizer(passkey_model[0])
+
+
+def passkey(
+    model: RCCForCausalLM,
+    tokenizer: Any,
+    lengths: list[int],
+    folder: Path | None = None,
+    progress: Callable[[int], None] = ignore,
+    **settings: Any,
+) -> results.Results:
+    """Run the evaluation of these settings."""
+    return evaluate(task.PasskeyEvaluation(model, tokenizer, PasskeySettings(lengths, **settings)), folder, progress)
 
 
 @pytest.fixture
@@ -91,7 +105,7 @@ def test_reading_equal_segments_once_changes_nothing(able: tuple[RCCForCausalLM,
 def test_cells_that_do_not_fit(able: tuple[RCCForCausalLM, Any], caplog: pytest.LogCaptureFixture) -> None:
     """A prefix beyond the window is said so in its cell, and the others go on; untrained rates are noted once."""
     with caplog.at_level(logging.WARNING, "rcc"):
-        run = task.passkey(*able, [320, LENGTH], rates=[1, 4, 8], keys=2, positions=["start"])
+        run = passkey(*able, [320, LENGTH], rates=[1, 4, 8], keys=2, positions=["start"])
     cells = {(cell["key"]["length"], cell["key"]["rate"], cell["key"]["context"]): cell for cell in run.cells(BY)}
     assert "skipped" in cells[320, 1, "whole"]
     assert "right" in cells[LENGTH, 1, "whole"]
@@ -105,7 +119,7 @@ def test_cells_that_do_not_fit(able: tuple[RCCForCausalLM, Any], caplog: pytest.
     assert [re.search(r"not trained at (\d)×, only at 4×:", note)[1] for note in untrained] == ["1", "8"]
     assert [record.args[1] for record in caplog.records] == [1, 8]
     # nothing fits by itself: the highest trained rate says so; a length beyond any memory is not even written
-    run = task.passkey(*able, [2000, 10**14], keys=1, positions=["end"])
+    run = passkey(*able, [2000, 10**14], keys=1, positions=["end"])
     assert [(row["key"]["rate"], "skipped" in row) for row in run.rows] == [(4, True)] * 4
 
 
@@ -122,19 +136,20 @@ def test_going_on(able: tuple[RCCForCausalLM, Any], tmp_path: Path, monkeypatch:
         return compress(*args, **kwargs)
 
     monkeypatch.setattr(model, "compress", watched)
-    seen: list[tuple[int, int]] = []
+    seen: list[int] = []
     options = {"keys": 2, "positions": ["start", "end"], "folder": tmp_path / "out"}
-    task.passkey(model, tokenizer, [LENGTH], limit=1, **options, progress=lambda *at: seen.append(at))
+    passkey(model, tokenizer, [LENGTH], limit=1, **options, progress=seen.append)
     assert len(made) == 4
-    assert seen[-1] == (4 * LENGTH, 4 * LENGTH)
-    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    assert seen[-1] == 4 * LENGTH
+    assert len(seen) > 4  # also while a text is read
+    assert seen == sorted(seen)
     with pytest.raises(KeyboardInterrupt):
-        task.passkey(model, tokenizer, [LENGTH], **options)
-    run = task.passkey(model, tokenizer, [LENGTH], **options)
+        passkey(model, tokenizer, [LENGTH], **options)
+    run = passkey(model, tokenizer, [LENGTH], **options)
     assert len(made) == 4 + 1 + 2
     assert len({json.dumps(row["key"]) for row in run.rows}) == len(run.rows) == 6
     with pytest.raises(InputError, match="other settings"):
-        task.passkey(model, tokenizer, [LENGTH], **options, seed=1)
+        passkey(model, tokenizer, [LENGTH], **options, seed=1)
 
 
 # ---------------------------------------------------------------- a long text
@@ -143,11 +158,14 @@ import json, sys
 from rcc.runtime import allocator
 allocator.configure()
 from rcc import RCCForCausalLM, load_tokenizer
-from rcc.evaluation.passkey.run import passkey
+from rcc.evaluation.evaluation import evaluate
+from rcc.evaluation.passkey.run import PasskeyEvaluation
+from rcc.evaluation.passkey.settings import PasskeySettings
 model = RCCForCausalLM.from_pretrained(sys.argv[1])
 prose = {"book": open(sys.argv[2], encoding="utf-8").read()}
-run = passkey(model, load_tokenizer(sys.argv[1]), [2**16, 2**18], keys=1, controls=0, positions=["middle"],
-              variants=["plain", "prose"], prose=prose)
+settings = PasskeySettings([2**16, 2**18], keys=1, controls=0, positions=["middle"], variants=["plain", "prose"],
+                           prose=prose)
+run = evaluate(PasskeyEvaluation(model, load_tokenizer(sys.argv[1]), settings))
 print(json.dumps(run.rows))
 """
 
@@ -227,9 +245,9 @@ def test_more_refusals(
         ({"variants": ["prose"]}, "give one in prose"),
     ):
         with pytest.raises(InputError, match=word):
-            task.passkey(*able, [LENGTH], **options)
+            passkey(*able, [LENGTH], **options)
     with pytest.raises(InputError, match="less than one segment"):
-        task.passkey(*able, [])
+        passkey(*able, [])
 
 
 def test_json(passkey_model: Any, call: Callable[..., Any]) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from rcc.evaluation.passkey.table import BY, PasskeyReport
+from rcc.evaluation.passkey.settings import BY
+from rcc.evaluation.passkey.table import PasskeyReport
 from rcc.evaluation.results import Results
 
 

@@ -21,9 +21,11 @@ from transformers import AutoConfig
 from conftest import make_model, tokens
 from rcc import InputError, RCCConfig, RCCForCausalLM
 from rcc.evaluation import results
+from rcc.evaluation.evaluation import evaluate
 from rcc.evaluation.resources import process as resources_process
 from rcc.evaluation.resources import run as resources
 from rcc.evaluation.resources.process import Job
+from rcc.evaluation.resources.settings import ResourcesSettings
 from rcc.evaluation.resources.subject import Subject, trained
 from rcc.evaluation.resources.table import ResourcesReport
 from rcc.planning import blueprint as planning
@@ -42,6 +44,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model") / "small"
     make_model(dtype=torch.bfloat16, rates=(4, 8, 16)).save_pretrained(path, full=True)
     return path
+
+
+def measured(subject: Subject, lengths: list[int], folder: Path | None = None, **settings: Any) -> results.Results:
+    """Run the evaluation of these settings."""
+    return evaluate(resources.ResourcesEvaluation(subject, ResourcesSettings(lengths, **settings)), folder)
 
 
 @pytest.fixture
@@ -202,7 +209,7 @@ def test_measured(
 def test_a_shape_is_measured_with_random_weights(pretend: list[Job]) -> None:
     """Its window is widened; what does not fit the machine is left out."""
     subject = Subject("small", small(window=256))
-    found = resources.resources(subject, [1024, 2**32], rates=[4], plain=True)
+    found = measured(subject, [1024, 2**32], rates=[4], plain=True)
     assert [job.task for job in pretend] == ["plain", "compress", "ask"]
     shapes = [job.model for job in pretend]
     assert all(isinstance(shape, planning.Blueprint) for shape in shapes)
@@ -219,7 +226,7 @@ def test_cells_that_do_not_fit(folder: Path, pretend: list[Job]) -> None:
     """A prefix that is too long says so; by default the lowest trained rate that fits is used; plain reading beyond
     the window is extrapolated, and marked."""
     subject = trained(str(folder))
-    found = resources.resources(subject, [64, 2048, 2**15], question_tokens=8)
+    found = measured(subject, [64, 2048, 2**15], question_tokens=8)
     keys = [(r["key"]["reader"], r["key"]["length"], r["key"].get("rate"), r.get("source")) for r in found.rows]
     assert keys == [
         *(("plain", n, None, "measured") for n in (64, 126, 252, 504)),
@@ -270,7 +277,7 @@ def test_real_text(folder: Path, pretend: list[Job], monkeypatch: pytest.MonkeyP
         return measure(job)
 
     monkeypatch.setattr(resources_process, "measure", look)
-    found = resources.resources(trained(str(folder)), [256], text=ids, plain=False)
+    found = measured(trained(str(folder)), [256], text=ids, plain=False)
     assert (seen[0] == resources.repeat_text(ids, 256, 16)).all()
     assert "the given text" in found.notes[1]
 
@@ -308,7 +315,7 @@ def test_refusals(args: list[str], words: str, call: Callable[..., tuple[int, st
 def test_refusals_of_the_function(folder: Path, tmp_path: Path) -> None:
     subject = trained(str(folder))
     with pytest.raises(InputError, match="question_tokens must be at least 1"):
-        resources.resources(subject, [256], question_tokens=0)
+        measured(subject, [256], question_tokens=0)
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(InputError, match="not empty"):
-        resources.resources(subject, [256], folder=tmp_path)
+        measured(subject, [256], folder=tmp_path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ...text.counts import show_count
+from ..resources.settings import PAPER, PAPER_RATE
 from .charts import Axis, Look, Point, curves
 from .folders import Finished, SampleLists
 from .groups import ChartGroup, both, lengths_axis, numbered, point, size
@@ -62,8 +63,6 @@ def resources(runs: list[Finished], samples: SampleLists) -> Iterator[ChartGroup
 
 def paper() -> Iterator[tuple[Look, Point]]:
     """The paper's own figures."""
-    from ..resources.table import PAPER, PAPER_RATE  # which needs torch, as nothing else here does
-
     for reader, name in (("rcc", f"paper, RCC {PAPER_RATE}×"), ("plain", "paper, plain")):
         for length, mb in PAPER[reader].items():
             if length:

@@ -10,19 +10,15 @@ import contextlib
 import hashlib
 import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ...config import RCCConfig
-from ...data.haystack import POSITIONS, VARIANTS, Text, is_right, make_text, prose_sentences
+from ...data.haystack import VARIANTS, Text, is_right, make_text, prose_sentences
 from ...errors import InputError, WindowError
 from ...model import segments as segmenting
 from ...model.encoder import BATCH_TOKENS, remembering
@@ -30,126 +26,29 @@ from ...model.rcc import RCCForCausalLM
 from ...runtime import memory
 from ...text.counts import show_count
 from ...text.tokens import token_ids
-from ..evaluation import evaluate
+from ..evaluation import Progress, ignore
 from ..results import Case, Key, Results, Skipped
-from .table import BY, PasskeyReport
+from .settings import BY, PasskeySettings
+from .table import PasskeyReport
 
 ANSWER = 12
 """Tokens that are written at least, so that a number with more digits than five shows."""
 
 
-@dataclass(frozen=True)
-class PasskeySettings:
-    """What is hidden, where, and how often.
-
-    Args:
-        lengths: tokens of a text.
-        rates: none: for each length the lowest trained one at which the prefix fits.
-        keys: samples of a cell: a variant, rate, length and position.
-        controls: of those, how many are asked again with the key's own segments replaced.
-        positions: any of :data:`rcc.data.haystack.POSITIONS`.
-        variants: any of :data:`rcc.data.haystack.VARIANTS`.
-        prose: {name: text}, the filler of the variant `prose`.
-        seed: of keys and of where they stand.
-        batch_tokens: how much is read at once. None: 4,096 tokens of prose; of filler that repeats itself, of whose
-            segments few are different, up to 65,536, as long as the decoder takes 1,024 positions at once at most.
-        limit: keys and controls of a cell, at most.
-
-    Raises:
-        InputError: a setting that cannot be used.
-    """
-
-    lengths: Sequence[int]
-    rates: Sequence[int] = ()
-    keys: int = 5
-    controls: int = 1
-    positions: Sequence[str] = tuple(POSITIONS)
-    variants: Sequence[str] = ("plain",)
-    prose: Mapping[str, str] = field(default_factory=dict)
-    seed: int = 0
-    batch_tokens: int | None = None
-    limit: int | None = None
-
-    def __post_init__(self) -> None:
-        """Check what can be checked without a model."""
-        for wanted, known, what in ((self.variants, VARIANTS, "variant"), (self.positions, POSITIONS, "position")):
-            for name in wanted:
-                if name not in known:
-                    raise InputError(f"{what} {name!r} is unknown: use some of {', '.join(known)}.")
-        for number, least, what in (
-            (self.keys, 1, "keys"),
-            (self.controls, 0, "controls"),
-            (1 if self.limit is None else self.limit, 1, "limit"),
-        ):
-            if number < least:
-                raise InputError(f"{what} must be at least {least}, not {number}.")
-
-    def check(self, config: RCCConfig) -> None:
-        """Check that a model of this configuration can be asked so.
-
-        Raises:
-            InputError: it cannot.
-        """
-        for rate in self.rates:
-            config.check_rate(rate)
-        shortest, segment = min(self.lengths, default=0), config.segment_length
-        if shortest < segment:
-            raise InputError(f"a length of {shortest:,} tokens is less than one segment: give at least {segment:,}.")
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """Samples of each cell, by context."""
-        return {
-            "whole": min(self.keys, self.limit or self.keys),
-            "replaced": min(self.controls, self.limit or self.controls),
-        }
-
-
-def passkey(
-    model: RCCForCausalLM,
-    tokenizer: PreTrainedTokenizerBase,
-    lengths: Sequence[int],
-    *,
-    folder: Path | None = None,
-    progress: Callable[[int, int], None] | None = None,
-    **settings: Any,
-) -> Results:
-    """Ask for keys hidden in long texts; a cell whose prefix does not fit the decoder's window says so.
-
-    Args:
-        lengths: tokens of a text.
-        folder: where results are kept, and are gone on with. None: nowhere.
-        progress: called with tokens done and tokens in all.
-        settings: the others of :class:`PasskeySettings`.
-
-    Raises:
-        InputError: an argument that cannot be used, or the folder holds something else.
-    """
-    evaluation = PasskeyEvaluation(model, tokenizer, PasskeySettings(lengths, **settings), progress)
-    return evaluate(evaluation, folder, evaluation.show_cases)
-
-
 class PasskeyEvaluation:
     """Keys asked for of one model.
-
-    Args:
-        progress: called with tokens read and tokens in all, also while a long text is read.
 
     Raises:
         InputError: what is asked does not fit the model.
     """
 
     kind, by, cluster = "passkey", BY, None
+    verb, unit = "reading", "tokens"
 
-    def __init__(
-        self,
-        model: RCCForCausalLM,
-        tokenizer: PreTrainedTokenizerBase,
-        asked: PasskeySettings,
-        progress: Callable[[int, int], None] | None = None,
-    ):
+    def __init__(self, model: RCCForCausalLM, tokenizer: PreTrainedTokenizerBase, asked: PasskeySettings):
         asked.check(model.config)
-        self.model, self.tokenizer, self.asked, self.progress = model, tokenizer, asked, progress
+        self.model, self.tokenizer, self.asked = model, tokenizer, asked
+        self._progress: Progress = ignore
         prose = any(VARIANTS[variant].prose for variant in asked.variants)
         self.prose = _prose_ids(tokenizer, asked.prose, max(asked.lengths)) if prose else []
         shortest = min(*asked.lengths, 2**20)  # a million tokens have room for anything
@@ -200,9 +99,16 @@ class PasskeyEvaluation:
         """Return a case for each key to be asked for, those of shorter texts first."""
         return [Case(key, partial(self._measure, key, self._ends[i])) for i, key in enumerate(self._keys)]
 
-    def measuring(self, results: Results) -> AbstractContextManager[Any]:
-        """Return a context in which vectors of filler, once read, are remembered."""
-        return remembering()
+    def work(self, cases: int) -> int:
+        """Return the tokens of the texts of the first so many cases."""
+        return self._ends[cases]
+
+    @contextlib.contextmanager
+    def measuring(self, results: Results, progress: Progress) -> Iterator[None]:
+        """Remember the vectors of filler that was read once, and show the tokens of a long text as they are read."""
+        self._progress = progress
+        with remembering():
+            yield
 
     def notes(self, results: Results) -> list[str]:
         """Return what to know about the figures, each thing once."""
@@ -212,14 +118,8 @@ class PasskeyEvaluation:
         """Return the figures as a table and heat maps."""
         return PasskeyReport(results)
 
-    def show_cases(self, cases: int) -> None:
-        """Show the progress after so many cases."""
-        if self.progress is not None:
-            self.progress(self._ends[cases], self._ends[-1])
-
     def _show_tokens(self, before: int, done: int, _: int) -> None:
-        if self.progress is not None:
-            self.progress(before + done, self._ends[-1])
+        self._progress(before + done)
 
     def _fitting_rate(self, length: int) -> int:
         try:

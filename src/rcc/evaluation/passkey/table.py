@@ -15,8 +15,6 @@ from ...text.counts import show_count
 from .. import plots
 from ..results import Results, interval, markdown, show
 
-BY = ("variant", "rate", "length", "position", "context")
-"""What tells cells apart. The context is the `whole` text, or one in which the key's own segments are `replaced`."""
 PAPER = {2**15: (99, 100, 100), 2**17: (100,) * 3, 2**18: (100,) * 3, 2**19: (98, 100, 100), 2**20: (100,) * 3}
 """Length → % found at start, middle and end: the paper's Transformer encoder at 512×, after both stages."""
 

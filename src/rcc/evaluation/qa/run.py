@@ -22,6 +22,7 @@ from ...model import answering
 from ...model.rcc import RCCForCausalLM
 from ...planning import blueprint as planning
 from .. import metrics
+from ..evaluation import Progress
 from ..results import Case, Results, Skipped
 from . import longbench
 from .methods import Held, Method
@@ -102,6 +103,7 @@ class QAEvaluation:
     """
 
     kind, by, cluster = "qa", BY, "text"
+    verb, unit = "asking", "answers"
 
     def __init__(
         self,
@@ -143,7 +145,11 @@ class QAEvaluation:
         """Return the number of cases."""
         return len(self.questions) * sum(len(self._rates(method)) for method in self.methods)
 
-    def measuring(self, results: Results) -> AbstractContextManager[None]:
+    def work(self, cases: int) -> int:
+        """Return the number of cases: each is a unit."""
+        return cases
+
+    def measuring(self, results: Results, progress: Progress) -> AbstractContextManager[None]:
         """Return an empty context: nothing is held beside the last text."""
         return contextlib.nullcontext()
 

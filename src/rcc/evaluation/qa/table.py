@@ -31,15 +31,6 @@ class QAReport:
         self.ceiling = next((name for name in (TUNED, "plain") if name in plain), None)
         self._best = plain[self.ceiling]["score"].mean if self.ceiling else 0.0
 
-    def finish(self, notes: Sequence[str] = ()) -> None:
-        """Write the evaluation's folder, if it has one.
-
-        Args:
-            notes: that come after those on the figures.
-        """
-        self.measured.notes = [*self.notes(), *notes]
-        self.measured.finish(BY, self.table(), self.plots(), self.more())
-
     def more(self) -> dict[str, Any]:
         """Return figures for `results.json` by length and by set, and what `retained` compares with."""
         return {"by_length": self.by_length, "by_set": self.by_set, "ceiling": self.ceiling}

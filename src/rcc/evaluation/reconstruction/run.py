@@ -20,6 +20,7 @@ from ...context.vectors import CompressedVectors
 from ...model import answering, segments
 from ...model.rcc import RCCForCausalLM
 from .. import metrics
+from ..evaluation import Progress
 from ..results import Case, Results, Skipped
 from ..uncompressed import base_decoder, read_plain
 from .documents import Documents
@@ -48,6 +49,7 @@ class ReconstructionEvaluation:
     """
 
     kind, by, cluster = "reconstruction", BY, "document"
+    verb, unit = "reconstructing", "samples"
 
     def __init__(
         self,
@@ -85,7 +87,11 @@ class ReconstructionEvaluation:
         """Return the number of cases."""
         return sum(1 for _ in self.cases())
 
-    def measuring(self, results: Results) -> AbstractContextManager[None]:
+    def work(self, cases: int) -> int:
+        """Return the number of cases: each is a unit."""
+        return cases
+
+    def measuring(self, results: Results, progress: Progress) -> AbstractContextManager[None]:
         """Return an empty context: nothing is held beside the last documents' contexts."""
         return contextlib.nullcontext()
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -21,106 +21,18 @@ import torch
 
 from ...config import RCCConfig
 from ...context.cache import SPARE
-from ...errors import InputError, WindowError
+from ...errors import WindowError
 from ...model import segments
 from ...model.encoder import BATCH_TOKENS, batch_tokens_on
 from ...planning import blueprint as planning
 from ...runtime import memory
-from ..evaluation import evaluate
+from ..evaluation import Progress
 from ..results import Case, Key, Results, Skipped
 from . import process
 from .process import Job
+from .settings import BY, ResourcesSettings
 from .subject import Subject
-from .table import BY, ResourcesReport
-
-
-@dataclass(frozen=True, eq=False)
-class ResourcesSettings:
-    """What is read, and how.
-
-    Args:
-        lengths: tokens of a text.
-        rates: none: of a trained model, for each length the lowest trained one at which the prefix fits; of a shape,
-            its own.
-        measured: with real weights, or random ones of a shape, whose decoder's window is widened as needed. False:
-            computed, without weights.
-        question_tokens: of the question after which the first token is written.
-        plain: also the same base reading the text as it is, in batches of `batch_tokens`.
-        device: where to measure.
-        dtype: of a trained model; None: as it is stored.
-        batch_tokens: that are read at once. None: :func:`rcc.model.encoder.batch_tokens_on` the device.
-        text: token ids [T], repeated if need be. None: random ids.
-        limit: lengths at most, the shortest ones.
-
-    Raises:
-        InputError: a setting that cannot be used.
-    """
-
-    lengths: Sequence[int]
-    rates: Sequence[int] = ()
-    measured: bool = True
-    question_tokens: int = 32
-    plain: bool = True
-    device: str = "cpu"
-    dtype: torch.dtype | None = None
-    batch_tokens: int | None = None
-    text: np.ndarray | None = None
-    limit: int | None = None
-
-    def check(self, config: RCCConfig) -> None:
-        """Check that a model of this configuration can be measured so.
-
-        Raises:
-            InputError: it cannot.
-        """
-        segment = config.segment_length
-        if not self.sizes or self.sizes[0] < segment:
-            shortest = min(self.lengths, default=0)
-            raise InputError(f"a length of {shortest:,} tokens is less than a segment of {segment:,}.")
-        for rate in self.rates:
-            config.check_rate(rate)
-        if self.question_tokens < 1:
-            raise InputError(f"question_tokens must be at least 1, not {self.question_tokens}.")
-
-    @property
-    def sizes(self) -> list[int]:
-        """The lengths that are measured, in rising order."""
-        return sorted(self.lengths)[: self.limit]
-
-    @property
-    def batch(self) -> int:
-        """Tokens that are read at once."""
-        if self.batch_tokens:
-            return self.batch_tokens
-        return batch_tokens_on(torch.device(self.device)) if self.measured else BATCH_TOKENS
-
-
-def resources(
-    subject: Subject,
-    lengths: Sequence[int],
-    *,
-    folder: Path | None = None,
-    progress: Callable[[int, int], None] | None = None,
-    **settings: Any,
-) -> Results:
-    """Measure or compute memory and time by length and rate; a cell that cannot be made says why.
-
-    Args:
-        lengths: tokens of a text.
-        folder: where results are kept, and are gone on with. None: nowhere.
-        progress: called with cells done and cells in all.
-        settings: the others of :class:`ResourcesSettings`.
-
-    Raises:
-        InputError: an argument that cannot be used, or the folder holds something else.
-    """
-    evaluation = ResourcesEvaluation(subject, ResourcesSettings(lengths, **settings))
-
-    def show(cells: int) -> None:
-        if progress is not None:
-            progress(cells, len(evaluation))
-
-    return evaluate(evaluation, folder, show)
+from .table import ResourcesReport
 
 
 class ResourcesEvaluation:
@@ -131,10 +43,12 @@ class ResourcesEvaluation:
     """
 
     kind, by, cluster = "resources", BY, None
+    verb, unit = "measuring", "cells"
 
     def __init__(self, subject: Subject, asked: ResourcesSettings):
         asked.check(subject.blueprint.config)
         self.subject, self.asked = subject, asked
+        self.batch_tokens = asked.batch_tokens or self._default_batch_tokens()
         self._results: Results | None = None
         self._folder: Path | None = None
 
@@ -155,7 +69,7 @@ class ResourcesEvaluation:
             "device": torch.device(asked.device).type if asked.measured else None,
             "question_tokens": asked.question_tokens,
             "plain": asked.plain,
-            "batch_tokens": asked.batch,
+            "batch_tokens": self.batch_tokens,
             "text": text or "random token ids",
             "paper": subject.is_the_papers,
         }
@@ -186,6 +100,9 @@ class ResourcesEvaluation:
                 cases.append(Case({"reader": "rcc", "length": n, "rate": rate}, partial(self._rcc, n, rate)))
         return cases
 
+    def _default_batch_tokens(self) -> int:
+        return batch_tokens_on(torch.device(self.asked.device)) if self.asked.measured else BATCH_TOKENS
+
     def _rates(self, length: int) -> list[int]:
         own = self.subject.blueprint.config.rates
         if self.subject.fingerprint is None:
@@ -195,8 +112,12 @@ class ResourcesEvaluation:
         except WindowError:
             return [max(own)]
 
+    def work(self, cases: int) -> int:
+        """Return the number of cases: each is a unit."""
+        return cases
+
     @contextlib.contextmanager
-    def measuring(self, results: Results) -> Iterator[None]:
+    def measuring(self, results: Results, progress: Progress) -> Iterator[None]:
         """Keep texts and contexts in a folder of their own until all cells are measured."""
         with tempfile.TemporaryDirectory(dir=results.folder, prefix=".contexts-") as folder:
             self._results, self._folder = results, Path(folder)
@@ -221,7 +142,7 @@ class ResourcesEvaluation:
             raise Skipped(f"{n:,} positions and a question do not fit the decoder's window of {subject.model.window:,}")
         weights, kv = planning.stored_bytes(subject.model), n * subject.position_bytes
         if not self.asked.measured:
-            peak = weights + subject.reading.compress(length, rate, self.asked.batch)
+            peak = weights + subject.reading.compress(length, rate, self.batch_tokens)
             row: dict[str, Any] = {"positions": n, "weights_bytes": weights, "kv_bytes": kv, "file_bytes": kv}
             row |= {"compress_peak_bytes": peak, "ratio": peak / (weights + kv)}
             return {**row, "source": "computed", "beyond_window": beyond}
@@ -267,7 +188,7 @@ class ResourcesEvaluation:
         weights = planning.stored_bytes(subject.model.decoder, adapters=False)
         row: dict[str, Any] = {"weights_bytes": weights, "kv_bytes": length * subject.position_bytes}
         if count:
-            row["plain_peak_bytes"] = weights + subject.reading.prefill(length, self.asked.batch)
+            row["plain_peak_bytes"] = weights + subject.reading.prefill(length, self.batch_tokens)
         return {**row, "beyond_window": length + self.asked.question_tokens > subject.model.window}
 
     # ---------------------------------------------------------------- what it takes
@@ -291,7 +212,7 @@ class ResourcesEvaluation:
         if not text.exists():
             np.save(text, self._ids(max(length, asked.question_tokens)))
         return Job(
-            task, made, text, context, length, rate, asked.question_tokens, asked.device, asked.dtype, asked.batch
+            task, made, text, context, length, rate, asked.question_tokens, asked.device, asked.dtype, self.batch_tokens
         )
 
     def _ids(self, length: int) -> np.ndarray:

@@ -11,17 +11,7 @@ from ...model import backbones
 from ...text.counts import show_count
 from .. import plots
 from ..results import Interval, Results, markdown
-
-BY = ("reader", "length", "rate")
-"""What tells cells apart. The reader is `rcc`, or `plain`: the same base reading the text as it is, without a rate."""
-PAPER_RATE = 32
-PAPER = {
-    "rcc": {
-        0: 7_664, 2**11: 7_788, 2**13: 7_910, 2**14: 8_182, 2**16: 9_302, 2**18: 13_300, 2**20: 29_944, 2**21: 64_858
-    },
-    "plain": {0: 4_078, 2**11: 6_322, 2**13: 11_752, 2**14: 19_914, 2**15: 33_240, 2**16: 61_928},
-}  # fmt: skip
-"""Length → MB of GPU memory that the paper gives for Pythia-1.4B (A800, batch 1); 0: with the weights alone."""
+from .settings import BY, PAPER, PAPER_RATE
 
 Cell = Mapping[str, Any]
 
