@@ -122,7 +122,7 @@ def warmstart(arguments: argparse.Namespace) -> None:
         if step == WARM:
             start, tokens = time.perf_counter(), 0
         rows = stage.rows(length)
-        batch = theirs.to_dev(samples.batch("rec", rows, generator, length, recipe.model.segment_length))
+        batch = theirs.to_dev(samples.batch("rec", rows, generator, length, recipe.model.config.segment_length))
         model(batch[0], stage.rates[step % len(stage.rates)], batch[1], batch[2])[0].backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -141,7 +141,7 @@ def part(arguments: argparse.Namespace) -> None:
     allocator.configure()
     import torch
 
-    from rcc import RCCConfig
+    from rcc import RCCConfig, SideConfig
     from rcc.model.freezing import freeze
     from rcc.planning import shapes
     from rcc.planning.blueprint import Blueprint
@@ -156,7 +156,7 @@ def part(arguments: argparse.Namespace) -> None:
     shape.layer_types = shape.layer_types[: arguments.blocks]
     rank = 0 if "no LoRA" in arguments.part else 16
     config = RCCConfig(1024, [4], "direct", rate_embeddings=True)
-    config.share_base, config.encoder_lora_rank, config.decoder_lora_rank = True, rank, rank
+    config.share_base, config.encoder, config.decoder = True, SideConfig(rank), SideConfig(rank)
     model = Blueprint(config, shape, None, dtype).build("cpu")
     freeze(model, (), dtype)
     used = torch.arange(0, 144_000, 3)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from rcc import RCCConfig, RCCForCausalLM
+from rcc import RCCConfig, RCCForCausalLM, SideConfig
 
 
 def main() -> None:
@@ -34,8 +34,8 @@ def main() -> None:
     config = RCCConfig(
         segment_length=arguments.segment,
         rates=[int(rate) for rate in arguments.rates.split(",")],
-        encoder_lora_rank=rank,
-        decoder_lora_rank=rank,
+        encoder=SideConfig(rank),
+        decoder=SideConfig(rank),
         name=arguments.name,
     )
     model = RCCForCausalLM.from_base("smollm2-135m-instruct", config=config)

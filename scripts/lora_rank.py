@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from rcc import RCCForCausalLM
+from rcc import RCCForCausalLM, SideConfig
 from rcc.text.counts import parse_counts
 
 
@@ -32,8 +32,8 @@ def main() -> None:
         parser.error(f"{arguments.model} has a base for each side: only models with one base can be given other ranks")
     config = replace(
         old,
-        encoder_lora_rank=arguments.encoder,
-        decoder_lora_rank=arguments.decoder,
+        encoder=SideConfig(arguments.encoder),
+        decoder=SideConfig(arguments.decoder),
         segment_length=arguments.segment or old.segment_length,
         rates=parse_counts(arguments.rates, "--rates") if arguments.rates else old.rates,
     )
@@ -47,7 +47,7 @@ def main() -> None:
             resized[name] = a
             continue
         side, other = name.split(".")[0], name.replace(".lora_A.", ".lora_B.")
-        rank = getattr(config, f"{side}_lora_rank")
+        rank = config.sides[side].lora_rank
         # LoRA adds alpha / rank · B A, of which the factor may change with the rank
         b = _factor(old, side) / _factor(config, side) * state[other]
         if rank >= len(a):
@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def _factor(config, side: str) -> float:
-    rank = getattr(config, f"{side}_lora_rank")
+    rank = config.sides[side].lora_rank
     return (config.lora_alpha or rank) / rank
 
 

@@ -40,7 +40,7 @@ def main() -> None:
         dtype, attend = precision(recipe, process.device), attention(recipe, process.device)
         model = RCCForCausalLM.from_pretrained(name, device=process.device, dtype=dtype, attn_implementation=attend)
         # some were not trained; that is to be seen, not warned of
-        model.set_rates(recipe.model.rates, model.config.rate_embeddings)
+        model.set_rates(recipe.model.config.rates, model.config.rate_embeddings)
         objective = Objective(model, dtype)
         columns[name] = measure(objective, samples, arguments.samples, process.device)
     print("| task@length/rate |", " | ".join(str(name).rstrip("/").rpartition("/")[2] for name in columns), "|")

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import reference as ref
 from command_line import Result
-from rcc import RCCConfig, RCCForCausalLM, checkpoints
+from rcc import RCCConfig, RCCForCausalLM, SideConfig, checkpoints
 from rcc.cli import app as cli
 from rcc.runtime import allocator
 
@@ -198,8 +198,8 @@ def make_model(
         segment_length=segment_length,
         rates=list(rates),
         share_base=share,
-        encoder_lora_rank=lora,
-        decoder_lora_rank=lora,
+        encoder=SideConfig(lora),
+        decoder=SideConfig(lora),
         **config,
     )
     lower = make_backbone(family, layers[1], hidden[1], seed + 1, attn, window)

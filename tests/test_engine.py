@@ -10,7 +10,7 @@ import torch
 
 import rcc
 from conftest import make_backbone, randomise
-from rcc import ContextStore, Engine, InputError, RCCConfig, RCCForCausalLM, WindowError
+from rcc import ContextStore, Engine, InputError, RCCConfig, RCCForCausalLM, SideConfig, WindowError
 from rcc.engine import is_context
 from rcc.model.answering import ask
 from rcc.text import prompting
@@ -24,7 +24,7 @@ QUESTION = "where is the cat ?"
 @pytest.fixture(scope="module")
 def engine() -> Engine:
     base = make_backbone("llama", layers=2, window=2048, vocab_size=len(TOKENIZER), eos_token_id=2)
-    settings = {"share_base": True, "encoder_lora_rank": 4, "decoder_lora_rank": 4, "name": "tiny"}
+    settings = {"share_base": True, "encoder": SideConfig(4), "decoder": SideConfig(4), "name": "tiny"}
     model = RCCForCausalLM.from_base(base, config=RCCConfig(segment_length=16, rates=[4, 2, 8], **settings))
     return Engine(randomise(model), TOKENIZER)
 

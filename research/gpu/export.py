@@ -9,7 +9,7 @@ import argparse
 import torch
 from safetensors.torch import load_file
 
-from rcc import RCCConfig, RCCForCausalLM
+from rcc import RCCConfig, RCCForCausalLM, SideConfig
 
 TRAINED = [1, 2, 4, 8, 16, 32]
 """The trainer's rates, in the order of the rows of its rate embeddings."""
@@ -49,8 +49,8 @@ def main():
         segment_length=args.segment,
         rates=rates,
         rate_embeddings=True,
-        encoder_lora_rank=args.rank,
-        decoder_lora_rank=args.rank,
+        encoder=SideConfig(args.rank),
+        decoder=SideConfig(args.rank),
         lora_alpha=args.rank,
     )
     model = RCCForCausalLM.from_base(args.base, config=config, dtype=torch.bfloat16)

@@ -18,6 +18,7 @@ __all__ = [
     "RCCConfig",
     "RCCError",
     "RCCForCausalLM",
+    "SideConfig",
     "WindowError",
     "__version__",
     "load_tokenizer",
@@ -25,7 +26,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from .checkpoints import load_tokenizer
-    from .config import RCCConfig
+    from .config import RCCConfig, SideConfig
     from .context.context import CompressedContext
     from .context.store import ContextStore
     from .context.vectors import CompressedVectors
@@ -36,6 +37,7 @@ _HOMES = {
     "ContextStore": "context.store",
     "Engine": "engine",
     "RCCConfig": "config",
+    "SideConfig": "config",
     "RCCForCausalLM": "model.rcc",
     "CompressedContext": "context.context",
     "CompressedVectors": "context.vectors",

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from .errors import InputError, ModelError, brief
-from .runtime import atomic
+from .runtime import atomic, plain
 
 FORMAT_VERSION = 1
 """Version of the model folder's config.json; a folder with a higher one is refused."""
@@ -22,6 +21,18 @@ class BaseReference:
 
     source: str
     sha256: str
+
+
+@dataclass(frozen=True)
+class SideConfig:
+    """One side of a model: its encoder or its decoder.
+
+    Args:
+        lora_rank: of LoRA on every linear layer of the side's blocks (in Mamba's, on `in_proj`). 0: no LoRA; where the
+            base is not shared, the side's own weights are trained. None: see :meth:`RCCConfig.decide`.
+    """
+
+    lora_rank: int | None = None
 
 
 def _is_count(value: Any) -> bool:
@@ -55,9 +66,7 @@ class RCCConfig:
         segment_padding: `"none"` keeps the state of a partial group's last token; `"repeat"` is the published
             checkpoint's rule, which repeats tokens until the segment is full.
         share_base: the encoder runs on the decoder's own frozen weights. None: see :meth:`decide`.
-        encoder_lora_rank, decoder_lora_rank: LoRA on every linear layer of that side's blocks (in Mamba's, on
-            `in_proj`); 0 is none (and, where the base is not shared, trains the side's own weights). None: see
-            :meth:`decide`.
+        encoder, decoder: the settings of each side, which files call `encoder_lora_rank` and `decoder_lora_rank`.
         lora_alpha: LoRA's scale is alpha / rank. None: equal to the rank, a scale of 1.
         name: what contexts and messages call the model.
 
@@ -77,8 +86,8 @@ class RCCConfig:
     layer_map: str = "duplicate"
     segment_padding: str = "none"
     share_base: bool | None = None
-    encoder_lora_rank: int | None = None
-    decoder_lora_rank: int | None = None
+    encoder: SideConfig = field(default_factory=SideConfig, metadata=plain.inline("encoder_"))
+    decoder: SideConfig = field(default_factory=SideConfig, metadata=plain.inline("decoder_"))
     lora_alpha: float | None = None
     name: str = "rcc"
     base: dict[str, BaseReference] = field(default_factory=dict)
@@ -115,10 +124,12 @@ class RCCConfig:
             raise InputError("rates is empty: name at least one compression rate.")
         for rate in self.rates:
             self.check_rate(rate)
-        for key in ("encoder_lora_rank", "decoder_lora_rank"):
-            value = getattr(self, key)
-            if value is not None and (not _is_count(value) or not 0 <= value < 1 << 31):
-                raise InputError(f"{key} must be a whole number that is not negative, not {value!r}.")
+        for name, side in self.sides.items():
+            if not isinstance(side, SideConfig):
+                raise InputError(f"{name} must be a SideConfig, not {side!r}.")
+            rank = side.lora_rank
+            if rank is not None and (not _is_count(rank) or not 0 <= rank < 1 << 31):
+                raise InputError(f"{name}_lora_rank must be a whole number that is not negative, not {rank!r}.")
         self._check_types()
         self.base = {k: v if isinstance(v, BaseReference) else BaseReference(**v) for k, v in self.base.items()}
 
@@ -148,9 +159,20 @@ class RCCConfig:
         has rank 16 where the base is shared, and elsewhere all weights are trained."""
         if self.share_base is None:
             self.share_base = one_base
-        for side in ("encoder_lora_rank", "decoder_lora_rank"):
-            if getattr(self, side) is None:
-                setattr(self, side, 16 if self.share_base else 0)
+        rank = 16 if self.share_base else 0
+        if self.encoder.lora_rank is None:
+            self.encoder = replace(self.encoder, lora_rank=rank)
+        if self.decoder.lora_rank is None:
+            self.decoder = replace(self.decoder, lora_rank=rank)
+
+    @property
+    def sides(self) -> dict[str, SideConfig]:
+        """Both sides' settings by name."""
+        return {"encoder": self.encoder, "decoder": self.decoder}
+
+    def is_frozen(self, side: str) -> bool:
+        """Return whether a side's base is frozen: shared, or under LoRA."""
+        return bool(self.share_base or self.sides[side].lora_rank)
 
     def check_rate(self, rate: int | None) -> int:
         """The rate to use: `rate`, or the default one for None.
@@ -194,9 +216,14 @@ class RCCConfig:
             keys += ["prefix", "sink_token"]
         return {k: getattr(self, k) for k in keys} | ({"rate_embeddings": self.rates} if self.rate_embeddings else {})
 
+    def settings(self) -> dict[str, Any]:
+        """Return all settings by the names that files have for them, such as `encoder_lora_rank`."""
+        settings: dict[str, Any] = plain.to_plain(self)
+        return settings
+
     def save(self, folder: Path) -> None:
         """Write `config.json` into a folder."""
-        data = {"model_type": "rcc", "format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
+        data = {"model_type": "rcc", "format_version": FORMAT_VERSION, **self.settings()}
         if not self.direct:  # an rcc that knows no other prefix reads the folder as before
             del data["prefix"], data["sink_token"]
         atomic.write_text(folder / "config.json", json.dumps(data, indent=2) + "\n")
@@ -222,11 +249,10 @@ class RCCConfig:
         version = data.pop("format_version", None)
         if version != FORMAT_VERSION:
             raise ModelError(f"{file} has format version {version}, this rcc reads {FORMAT_VERSION}: update rcc.")
-        known = {f.name for f in dataclasses.fields(cls)}
-        if unknown := sorted(set(data) - known):
+        if unknown := sorted(set(data) - set(plain.settings_of(cls))):
             raise ModelError(f"{file} has unknown settings ({', '.join(unknown)}): update rcc.")
         try:
-            return cls(**data)
+            return plain.make(cls, data)
         except (TypeError, AttributeError, ValueError, OverflowError) as error:
             if isinstance(error, InputError):
                 raise ModelError(f"{file}: {error}") from None

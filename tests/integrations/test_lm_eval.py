@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 import rcc
 from conftest import make_backbone, randomise
-from rcc import InputError, RCCConfig, RCCForCausalLM, WindowError
+from rcc import InputError, RCCConfig, RCCForCausalLM, SideConfig, WindowError
 from rcc.evaluation.uncompressed import base_decoder
 from rcc.model import answering
 from rcc.text import prompting
@@ -45,7 +45,7 @@ def backbone(seed: int, window: int = 8192) -> PreTrainedModel:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random model with LoRA on a base, and the default model's tokenizer."""
-    settings = {"share_base": True, "encoder_lora_rank": 4, "decoder_lora_rank": 4, "name": "tiny"}
+    settings = {"share_base": True, "encoder": SideConfig(4), "decoder": SideConfig(4), "name": "tiny"}
     config = RCCConfig(segment_length=SEGMENT, rates=[RATE, 8], **settings)
     return save(RCCForCausalLM.from_base(backbone(1), config=config), tmp_path_factory.mktemp("harness"))
 
@@ -118,7 +118,7 @@ def test_a_prompt_is_cut_at_a_mark(lm: Callable[..., RCCLM]) -> None:
 # ---------------------------------------------------------------- log-likelihoods
 def test_a_short_prompt_is_scored_as_the_base_does(tmp_path: Path) -> None:
     """Where the decoder has no LoRA, it is the base, number by number: also of an empty prompt, and in a batch."""
-    settings = {"share_base": False, "encoder_lora_rank": 0, "decoder_lora_rank": 0}
+    settings = {"share_base": False, "encoder": SideConfig(0), "decoder": SideConfig(0)}
     base = backbone(3)
     own = RCCForCausalLM.from_base(backbone(4), base, RCCConfig(segment_length=SEGMENT, rates=[RATE], **settings))
     lm = RCCLM(save(own, tmp_path), batch_size=3, **OPTIONS)
@@ -204,7 +204,7 @@ def test_a_whole_text(length: int, lm: Callable[..., RCCLM], model: RCCForCausal
 
 def test_a_whole_text_that_does_not_fit_begins_anew(tmp_path: Path) -> None:
     """Where no more positions fit beside a block, the context is dropped."""
-    config = RCCConfig(segment_length=SEGMENT, rates=[8], encoder_lora_rank=4, decoder_lora_rank=4)
+    config = RCCConfig(segment_length=SEGMENT, rates=[8], encoder=SideConfig(4), decoder=SideConfig(4))
     own = RCCForCausalLM.from_base(backbone(5, window=16), config=config)
     tokens = ids(" ".join(WORDS[:80]))[:80]
     text = TOKENIZER.decode(tokens)
@@ -338,7 +338,7 @@ def test_arguments_of_the_harness(folder: Path) -> None:
 
 def test_the_rate_is_the_lowest_that_fits(tmp_path: Path) -> None:
     """With rate=auto, prompt by prompt; a prompt that fits at none is refused before anything is computed."""
-    config = RCCConfig(segment_length=SEGMENT, rates=[4, 8], encoder_lora_rank=4, decoder_lora_rank=4)
+    config = RCCConfig(segment_length=SEGMENT, rates=[4, 8], encoder=SideConfig(4), decoder=SideConfig(4))
     lm = RCCLM(save(RCCForCausalLM.from_base(backbone(6, window=64), config=config), tmp_path), text_tokens=12)
     lm.min_context = 8
     tokens = ids(" ".join(WORDS[:400]))
@@ -359,7 +359,7 @@ def test_the_rate_is_the_lowest_that_fits(tmp_path: Path) -> None:
 
 def test_a_batch_fits_where_each_of_it_does(tmp_path: Path) -> None:
     """A long context with a short answer beside a short context with a long one."""
-    config = RCCConfig(segment_length=SEGMENT, rates=[4], encoder_lora_rank=4, decoder_lora_rank=4)
+    config = RCCConfig(segment_length=SEGMENT, rates=[4], encoder=SideConfig(4), decoder=SideConfig(4))
     own = RCCForCausalLM.from_base(backbone(7, window=64), config=config)
     lm = RCCLM(save(own, tmp_path), text_tokens=12, device="cpu", batch_size=2)
     lm.min_context = 8

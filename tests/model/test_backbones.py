@@ -22,7 +22,7 @@ from equality import (
     run_training_pass,
     same_bits,
 )
-from rcc import ModelError, RCCConfig, RCCForCausalLM
+from rcc import ModelError, RCCConfig, RCCForCausalLM, SideConfig
 
 STATE_SPACE = {name: sides for name, sides in conftest.SIDES.items() if name in ("gpt_neox-mamba", "gpt_neox-mamba2")}
 MAMBA = conftest.SIDES["gpt_neox-mamba"]
@@ -190,7 +190,7 @@ def test_mamba_save_and_load(backbone, tmp_path, family, lora):
     segment may be longer than the decoder's window."""
     backbone(family, layers=4, hidden=32).save_pretrained(tmp_path / "mamba")
     backbone("gpt_neox").save_pretrained(tmp_path / "neox")
-    config = RCCConfig(segment_length=1024, rates=[4], encoder_lora_rank=lora)
+    config = RCCConfig(segment_length=1024, rates=[4], encoder=SideConfig(lora))
     sides = tmp_path / "mamba", tmp_path / "neox"
     model = randomise(RCCForCausalLM.from_base(*sides, config=config, attn_implementation="eager"))
     model.save_pretrained(tmp_path / "model")

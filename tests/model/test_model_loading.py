@@ -21,6 +21,7 @@ from rcc import (
     RCCConfig,
     RCCError,
     RCCForCausalLM,
+    SideConfig,
 )
 
 
@@ -66,7 +67,7 @@ def test_save_and_load(backbone, tokens, tmp_path, family, share, lora, dtype, f
     folder complete; weights at most once."""
     lower = save_base(backbone(family, seed=1).to(dtype), tmp_path / "lower")
     upper = save_base(backbone(family, layers=2, hidden=32, seed=2).to(dtype), tmp_path / "upper")
-    config = RCCConfig(segment_length=16, rates=[4], encoder_lora_rank=lora, decoder_lora_rank=lora)
+    config = RCCConfig(segment_length=16, rates=[4], encoder=SideConfig(lora), decoder=SideConfig(lora))
     model = RCCForCausalLM.from_base(*([lower] if share else [upper, lower]), config=config)
     conftest.randomise(model)
     assert model.dtype == dtype
@@ -146,7 +147,7 @@ def test_settings_survive(fresh, tmp_path):
     loaded = RCCForCausalLM.from_pretrained(tmp_path / "m").config
     for key, value in config.items():
         assert getattr(loaded, key) == (list(value) if key == "rates" else value)
-    assert loaded.encoder_lora_rank == 2
+    assert loaded.encoder.lora_rank == 2
 
 
 def test_loading_in_another_precision(fresh, expected, tokens, tmp_path):
@@ -172,7 +173,8 @@ def test_loading_in_another_precision(fresh, expected, tokens, tmp_path):
         ({"readout": "memory"}, "readout='memory'"),
         ({"layer_map": "x"}, "layer_map='x'"),
         ({"segment_padding": "left"}, "segment_padding='left'"),
-        ({"encoder_lora_rank": -1}, "encoder_lora_rank"),
+        ({"encoder": SideConfig(-1)}, "encoder_lora_rank"),
+        ({"decoder": 4}, "decoder must be a SideConfig"),
     ],
 )
 def test_bad_settings(settings, words):

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import make_backbone, tokens
-from rcc import RCCConfig, RCCForCausalLM
+from rcc import RCCConfig, RCCForCausalLM, SideConfig
 from rcc.model.freezing import freeze
 from rcc.planning import blueprint as blueprints
 from rcc.planning import plan as planning
@@ -64,7 +64,7 @@ def test_activations(way: tuple[int, list[str], bool, torch.dtype, str]) -> None
         attn_implementation=attention,
     )
     config = RCCConfig(
-        segment_length=128, rates=[8], share_base=lora > 0, encoder_lora_rank=lora, decoder_lora_rank=lora
+        segment_length=128, rates=[8], share_base=lora > 0, encoder=SideConfig(lora), decoder=SideConfig(lora)
     )
     batch = Batch(4, 256, 8, 96)
     found = activations(Blueprint(config, shape, None if lora else shape, dtype, attention), batch, frozen)
@@ -82,7 +82,7 @@ def test_activations_of_a_direct_prefix(rate: int) -> None:
     """As of any other; at rate 1 the decoder reads what the encoder would."""
     shape = make_backbone("qwen2", 6, 64, vocab_size=512).config
     config = RCCConfig(
-        segment_length=64, rates=[8, 1], prefix="direct", share_base=True, encoder_lora_rank=4, decoder_lora_rank=4
+        segment_length=64, rates=[8, 1], prefix="direct", share_base=True, encoder=SideConfig(4), decoder=SideConfig(4)
     )
     batch = Batch(4, 192, rate, 96)
     found = activations(Blueprint(config, shape, None, torch.float32), batch)
@@ -98,7 +98,7 @@ def test_activations_of_a_direct_prefix(rate: int) -> None:
 @pytest.mark.parametrize("depths", [(5, 5), (4, 6), (6, 4)])
 def test_three_blocks_stand_for_all(depths: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     upper, lower = make_backbone("gpt_neox", depths[0], 32).config, make_backbone("gpt_neox", depths[1]).config
-    config = RCCConfig(segment_length=32, rates=[4], share_base=False, encoder_lora_rank=0, decoder_lora_rank=0)
+    config = RCCConfig(segment_length=32, rates=[4], share_base=False, encoder=SideConfig(0), decoder=SideConfig(0))
     blueprint = Blueprint(config, lower, upper)
     for frozen in ([], ["encoder"]):
         few = activations(blueprint, Batch(2, 128, 4, 64), frozen)
@@ -121,7 +121,7 @@ def test_blocks_of_every_kind_are_run() -> None:
 @pytest.mark.parametrize("frozen", [[], ["encoder"]])
 def test_a_state_space_encoder_is_not_run(frozen: list[str]) -> None:
     """Its share is 34 bytes · width a token and block, where it learns: 4 blocks of it run for 3 of the decoder."""
-    config = RCCConfig(segment_length=32, rates=[4], share_base=False, encoder_lora_rank=0, decoder_lora_rank=0)
+    config = RCCConfig(segment_length=32, rates=[4], share_base=False, encoder=SideConfig(0), decoder=SideConfig(0))
     blueprint = Blueprint(config, make_backbone("llama").config, make_backbone("mamba", 4, 32).config)
     found = activations(blueprint, Batch(2, 128, 4, 64), frozen)
     other = activations(blueprint, Batch(2, 128, 4, 64), ["encoder"])
@@ -131,7 +131,7 @@ def test_a_state_space_encoder_is_not_run(frozen: list[str]) -> None:
 
 def test_what_grows_with_what() -> None:
     """Activations follow the texts of a batch, and nothing is random."""
-    config = RCCConfig(segment_length=64, share_base=True, encoder_lora_rank=4, decoder_lora_rank=4)
+    config = RCCConfig(segment_length=64, share_base=True, encoder=SideConfig(4), decoder=SideConfig(4))
     blueprint = Blueprint(config, make_backbone("llama").config)
     one, again, four = (activations(blueprint, Batch(n, 256, 32, 64)) for n in (1, 1, 4))
     assert one == again

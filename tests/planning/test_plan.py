@@ -15,7 +15,7 @@ import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import make_backbone, tokens
-from rcc import ModelError, RCCConfig, RCCForCausalLM, WindowError, checkpoints
+from rcc import ModelError, RCCConfig, RCCForCausalLM, SideConfig, WindowError, checkpoints
 from rcc.model import backbones
 from rcc.model.freezing import freeze
 from rcc.planning import plan as planning
@@ -84,7 +84,7 @@ def test_plan_is_the_models(settings: dict[str, Any], tmp_path: Path) -> None:
     data = planning.plan(*sides, rates=[4, 8], segment_length=16, dtype=torch.float32, **settings)
 
     rank = settings.get("lora_rank", 0 if settings.get("full") or upper is not None else 16)
-    config = RCCConfig(segment_length=16, rates=[4, 8], encoder_lora_rank=rank, decoder_lora_rank=rank)
+    config = RCCConfig(segment_length=16, rates=[4, 8], encoder=SideConfig(rank), decoder=SideConfig(rank))
     named = [lower] if upper is None and not settings.get("full") else [upper or lower, lower]
     model = RCCForCausalLM.from_base(*named, config=config)
     assert data["parameters"] == sum(p.numel() for p in model.parameters())

@@ -14,7 +14,7 @@ import torch
 
 from conftest import load_script
 from learning import SPLIT, make_base, passkey_words
-from rcc import RCCConfig, RCCForCausalLM, load_tokenizer
+from rcc import RCCConfig, RCCForCausalLM, SideConfig, load_tokenizer
 from rcc.data import haystack
 from rcc.training.tasks.base import Marks
 
@@ -33,7 +33,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An untrained model of segments of 64 tokens, one vector each."""
     root = tmp_path_factory.mktemp("decoder")
     base = make_base(root / "base", passkey_words(), SPLIT, window=1024)
-    config = RCCConfig(segment_length=PART, rates=[PART], encoder_lora_rank=0, decoder_lora_rank=4, share_base=False)
+    config = RCCConfig(
+        segment_length=PART, rates=[PART], encoder=SideConfig(0), decoder=SideConfig(4), share_base=False
+    )
     torch.manual_seed(0)
     RCCForCausalLM.from_base(base, base, config).save_pretrained(root / "model")
     return root / "model"

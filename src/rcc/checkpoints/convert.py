@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, PreTrainedTokenizerFast
 
 from .. import checkpoints
-from ..config import BaseReference, RCCConfig
+from ..config import BaseReference, RCCConfig, SideConfig
 from ..context import file as fileformat
 from ..errors import FileError, InputError, ModelError, RCCError
 from ..model.fingerprint import fingerprint_of
@@ -95,8 +95,8 @@ def convert_checkpoint(
         rates=[rate],
         segment_padding="repeat",
         share_base=False,
-        encoder_lora_rank=0,
-        decoder_lora_rank=0,
+        encoder=SideConfig(lora_rank=0),
+        decoder=SideConfig(lora_rank=0),
         name=target.name,
     )
     wanted = _wanted(source, config, settings)

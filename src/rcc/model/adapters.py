@@ -83,8 +83,8 @@ def add_lora(encoder: PreTrainedModel, decoder: PreTrainedModel, config: RCCConf
     # a direct prefix is made of the inputs of blocks: the last of an encoder's feed nothing
     used = last_state if config.direct else None
     for body, rank, depth in (
-        (encoder, config.encoder_lora_rank, used),
-        (decoder, config.decoder_lora_rank, None),
+        (encoder, config.encoder.lora_rank, used),
+        (decoder, config.decoder.lora_rank, None),
     ):
         if rank:
             names = backbones.linear_names(body, depth)
@@ -101,7 +101,7 @@ def freeze(encoder: PreTrainedModel, decoder: PreTrainedModel, config: RCCConfig
         decoder: with its head.
         last_state: the last encoder state that feeds the decoder.
     """
-    for side, rank in ((encoder, config.encoder_lora_rank), (decoder, config.decoder_lora_rank)):
+    for side, rank in ((encoder, config.encoder.lora_rank), (decoder, config.decoder.lora_rank)):
         for name, parameter in side.named_parameters():
             parameter.requires_grad_(".lora_" in name or not (rank or config.share_base))
     blocks = backbones.blocks(encoder)

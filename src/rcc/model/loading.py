@@ -104,8 +104,7 @@ def save_pretrained(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for side in ("decoder",) if config.share_base else ("decoder", "encoder"):
-            frozen = config.share_base or getattr(config, f"{side}_lora_rank") > 0
-            if full or not frozen or side not in config.base:
+            if full or not config.is_frozen(side) or side not in config.base:
                 _save_base(getattr(model, side), model.config.base.get(side), folder / side, dtype)
                 config.base[side] = BaseReference(side, checkpoints.weights_sha256(folder / side))
         _write_weights({k: t if packing.is_packed(k) else t.to(dtype=dtype) for k, t in packed.items()}, folder)

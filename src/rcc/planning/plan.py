@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..config import RCCConfig
+from ..config import RCCConfig, SideConfig
 from ..model import backbones
 from ..model.freezing import freeze
 from ..model.rcc import RCCForCausalLM
@@ -48,12 +48,13 @@ def plan(
     rank = lora_rank or 16
     ways = {}
     for name, own in ((f"LoRA of rank {rank}", 0), ("all weights", 1)):
+        side = SideConfig(lora_rank=0 if own else rank)
         config = RCCConfig(
             segment_length=segment_length,
             rates=list(rates),
             share_base=encoder_shape is None and not own,
-            encoder_lora_rank=0 if own else rank,
-            decoder_lora_rank=0 if own else rank,
+            encoder=side,
+            decoder=side,
         )
         ways[name] = Blueprint(
             config, decoder_shape, decoder_shape if encoder_shape is None and own else encoder_shape, dtype

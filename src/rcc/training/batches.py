@@ -181,7 +181,7 @@ class Samples:
     ):
         self.recipe, self.number, self.corpora, self.part = recipe, number, corpora, part
         self.stage = recipe.stages[number]
-        self.segment = recipe.model.segment_length
+        self.segment = recipe.model.config.segment_length
         self.tokenizer, self.marks = tokenizer, Marks.of(tokenizer)
         self.schedule = Schedule(self.stage, _seed(recipe.seed, number))
         self.streams: list[TextStream | QuestionStream | None] = []

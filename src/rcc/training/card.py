@@ -22,16 +22,16 @@ def card(
         tokens: context tokens of that stage.
         figures: held-out loss and accuracy by kind of batch.
     """
-    model = recipe.model
-    base = " and ".join(dict.fromkeys(bases)) or model.encoder
-    rates = ", ".join(f"{rate}×" for rate in model.rates)
+    config = recipe.model.config
+    base = " and ".join(dict.fromkeys(bases)) or recipe.model.encoder
+    rates = ", ".join(f"{rate}×" for rate in config.rates)
     lines = [
         "---",
         "tags: [rcc, context-compression]",
         "---",
         f"# {recipe.name}",
         "",
-        f"Recurrent Context Compression (arXiv 2406.06110) over {base}: segments of {model.segment_length:,} tokens,"
+        f"Recurrent Context Compression (arXiv 2406.06110) over {base}: segments of {config.segment_length:,} tokens,"
         f" rates {rates}.",
         "",
         f"Trained with `rcc train`, started from {recipe.init or 'the base'}, by these stages:",

@@ -88,7 +88,7 @@ def shard(objective: Objective, process: Process) -> None:
     mesh = init_device_mesh(process.device.type, (process.world,))
     whole: set[nn.Parameter] = set()
     for side in ("encoder", "decoder"):
-        if model.config.share_base or getattr(model.config, f"{side}_lora_rank"):
+        if model.config.is_frozen(side):
             whole |= {p for p in getattr(model, side).parameters() if not p.requires_grad}
     # the encoder stops before a block that feeds nothing, where sharding would wait for its end
     read = backbones.blocks(model.encoder)[: model.projections.states[-1]]

@@ -83,10 +83,10 @@ class FrozenHead:
     @staticmethod
     def fits(model: RCCForCausalLM) -> bool:
         """Return whether a model's head is one: under LoRA it does not learn, and some families bend what it gives."""
-        frozen = model.config.share_base or bool(model.config.decoder_lora_rank)
+        frozen = model.config.is_frozen("decoder")
         head = model.decoder.get_output_embeddings()
         bent = getattr(model.decoder.config, "final_logit_softcapping", None) is not None
-        return bool(frozen) and getattr(head, "bias", None) is None and not bent
+        return frozen and getattr(head, "bias", None) is None and not bent
 
     @property
     def rows(self) -> int:

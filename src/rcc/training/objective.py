@@ -108,7 +108,7 @@ def make_teacher(model: RCCForCausalLM) -> nn.Module:
         ModelError: the decoder's own weights are trained, and there is no base to load the teacher from.
     """
     decoder = model.decoder
-    if model.config.share_base or model.config.decoder_lora_rank:
+    if model.config.is_frozen("decoder"):
         teacher: Any = copy.deepcopy(decoder, memo={id(p): p for p in decoder.parameters()})
         for name, module in list(teacher.named_modules()):
             if hasattr(module, "base_layer"):

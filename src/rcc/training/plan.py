@@ -70,10 +70,10 @@ def blueprint(recipe: Recipe, init: str | None) -> Blueprint:
     if init is not None:
         folder = checkpoints.resolve_model(init)
         config = RCCConfig.load(folder)
-        config.segment_length = settings.segment_length
+        config.segment_length = settings.config.segment_length
         named = {side: (base.source, folder) for side, base in config.base.items()}
     else:
-        config = settings.config(recipe.name)
+        config = settings.named(recipe.name)
         config.decide(one_base=settings.decoder is None)
         named = {"decoder": (settings.decoder or settings.encoder, None)}
         if not config.share_base:

@@ -11,8 +11,7 @@ Every key has a default or is asked for by name; an unknown one is an error that
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +20,21 @@ import yaml
 from ..config import RCCConfig
 from ..data.sources import Source
 from ..errors import FileError, InputError
-from ..runtime import atomic
+from ..runtime import atomic, plain
 from .settings import TwiceError, build, check, override, parse
 from .stage import BUDGETS, Stage
+
+_OF_A_MODEL = ("name", "base", "weights_sha256", "fingerprint")
+"""What RCCConfig says of a model once it is made."""
 
 
 @dataclass
 class ModelSettings:
-    """Say what is trained. All but the backbones are :class:`RCCConfig`'s settings and defaults.
+    """Say what is trained.
 
     Args:
         encoder, decoder: folders, hub ids or names of bases; without a decoder the encoder's base is shared.
+        config: the model's configuration, whose settings stand in the same table as these.
         max_position_embeddings: positions that both backbones shall address, where that is more than they were
             pretrained with; their own weights must be trained.
         shapes: for planning, where a backbone is neither at hand nor in :data:`rcc.planning.shapes.SHAPES`: {its
@@ -40,38 +43,23 @@ class ModelSettings:
 
     encoder: str = ""
     decoder: str | None = None
-    segment_length: int = 2048
-    rates: list[int] = field(default_factory=lambda: [32])
-    prefix: str = "residual"
-    sink_token: int | None = None
-    states: str = "all"
-    readout: str = "strided"
-    rate_embeddings: bool = False
-    layer_map: str = "duplicate"
-    segment_padding: str = "none"
-    share_base: bool | None = None
-    encoder_lora_rank: int | None = None
-    decoder_lora_rank: int | None = None
-    lora_alpha: float | None = None
+    config: RCCConfig = field(default_factory=RCCConfig, metadata=plain.inline(without=_OF_A_MODEL))
     max_position_embeddings: int | None = None
     shapes: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.encoder:
             raise InputError("model.encoder is missing: name a folder, a hub id or a base.")
-        config = self.config("check")
-        if self.max_position_embeddings is not None:
-            lora = config.encoder_lora_rank or config.decoder_lora_rank
-            if lora or config.share_base or self.decoder is None:
-                raise InputError(
-                    "model.max_position_embeddings is for backbones that are trained themselves: name a decoder and"
-                    " leave out LoRA, or leave it out."
-                )
+        frozen = self.decoder is None or any(map(self.config.is_frozen, self.config.sides))
+        if self.max_position_embeddings is not None and frozen:
+            raise InputError(
+                "model.max_position_embeddings is for backbones that are trained themselves: name a decoder and"
+                " leave out LoRA, or leave it out."
+            )
 
-    def config(self, name: str) -> RCCConfig:
-        """Return the model's configuration, not yet joined with its bases."""
-        own = {f.name for f in dataclasses.fields(RCCConfig)} & {f.name for f in dataclasses.fields(self)}
-        return RCCConfig(name=name, **{key: getattr(self, key) for key in own})
+    def named(self, name: str) -> RCCConfig:
+        """Return the configuration of a model of that name, not yet joined with its bases."""
+        return replace(self.config, name=name)
 
 
 @dataclass
@@ -184,15 +172,16 @@ class Recipe:
         check(len(set(names)) == len(names), "stages", names, "stages of different names")
         if self.run.vocabulary == "data" and any(stage.distillation for stage in self.stages):
             raise InputError("run.vocabulary=data compares no teacher's logits: leave out distillation, or use all.")
+        known = self.model.config.rates
         for i, stage in enumerate(self.stages):
-            stage.rates = [1] if stage.plain else stage.rates or list(self.model.rates)
+            stage.rates = [1] if stage.plain else stage.rates or list(known)
             used = {f"stages.{i}.rates": stage.rates}
             for name, task in stage.tasks.items():
                 for option in task.rate_options:
                     used[f"stages.{i}.tasks.{name}.{option}"] = getattr(task, option)
             for key, rates in {} if stage.plain else used.items():
                 for rate in rates:
-                    check(rate in self.model.rates, key, rate, f"some of model.rates ({self.model.rates})")
+                    check(rate in known, key, rate, f"some of model.rates ({known})")
             for name, task in stage.tasks.items():
                 for option in task.pass_options if self.run.fsdp else ():
                     # processes that do not run the same passes wait for each other's shards for ever
@@ -203,7 +192,7 @@ class Recipe:
 
     def reads_exactly(self, rate: int) -> bool:
         """Return whether the decoder itself reads contexts at a rate, as they are: 1 with a direct prefix."""
-        return self.model.prefix == "direct" and rate == 1
+        return self.model.config.decoder_reads(rate)
 
     @classmethod
     def load(cls, path: str | Path, overrides: list[str] | None = None) -> Recipe:
@@ -235,7 +224,8 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, from which the same recipe can be built."""
-        return dataclasses.asdict(self)
+        data: dict[str, Any] = plain.to_plain(self)
+        return data
 
     def save(self, path: Path) -> None:
         """Write it as YAML, every default spelt out."""

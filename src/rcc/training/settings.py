@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from ..errors import InputError
+from ..runtime.plain import make, settings_of
 
 
 def check(good: bool, key: str, value: Any, wanted: str) -> None:
@@ -102,18 +103,16 @@ def build(cls: Any, data: Any, path: str) -> Any:
     """
     if not isinstance(data, dict):
         raise InputError(f"{path or 'the recipe'} must be a table of settings, not {data!r}.")
-    hints = typing.get_type_hints(cls)
-    known = {f.name: f for f in dataclasses.fields(cls)}
+    known = settings_of(cls)
     for key in data:
         if key not in known:
             raise InputError(unknown(_join(path, key), key, known))
-    values = {key: _convert(hints[key], value, _join(path, key)) for key, value in data.items()}
-    nothing = dataclasses.MISSING
-    for key, f in known.items():
-        if key not in values and f.default is nothing and f.default_factory is nothing:
+    values = {key: _convert(known[key].hint, value, _join(path, key)) for key, value in data.items()}
+    for key, setting in known.items():
+        if key not in values and setting.required:
             raise InputError(f"{_join(path, key)} is missing.")
     try:
-        return cls(**values)
+        return make(cls, values)
     except InputError as error:
         message = str(error)
         prefix = f"{path}." if path and not message.startswith(path.partition(".")[0]) else ""

@@ -31,18 +31,19 @@ def make_model(recipe: Recipe, init: str | None, device: torch.device) -> RCCFor
     torch.manual_seed(recipe.seed)  # LoRA starts at random, the same in every process
     dtype = precision(recipe, device)
     load: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention(recipe, device)}
-    config = settings.config(recipe.name)
+    config = settings.named(recipe.name)
     if settings.max_position_embeddings is not None:
         load["max_position_embeddings"] = settings.max_position_embeddings
     if init is None:
         model = RCCForCausalLM.from_base(settings.encoder, settings.decoder, config, **load)
     else:
         model = RCCForCausalLM.from_pretrained(init, **load)
+        wanted, made = config.settings(), model.config.settings()
         for key in ("prefix", "states", "readout", "layer_map", "segment_padding"):
-            _same(key, getattr(config, key), getattr(model.config, key), init)
+            _same(key, wanted[key], made[key], init)
         for key in ("share_base", "encoder_lora_rank", "decoder_lora_rank", "lora_alpha", "sink_token"):
-            if getattr(config, key) is not None:  # not set: as it is there
-                _same(key, getattr(config, key), getattr(model.config, key), init)
+            if wanted[key] is not None:  # not set: as it is there
+                _same(key, wanted[key], made[key], init)
         model.config.name, model.config.segment_length = config.name, config.segment_length
         model.set_rates(config.rates, config.rate_embeddings)
     return model.to(device)
@@ -81,7 +82,7 @@ def attention(recipe: Recipe, device: torch.device) -> str:
     if recipe.run.attention is not None:
         return recipe.run.attention
     longest = max(n // rate + stage.target_tokens for stage in recipe.stages for _, n, rate in stage.kinds())
-    short = recipe.model.segment_length <= 256 and longest <= 768
+    short = recipe.model.config.segment_length <= 256 and longest <= 768
     return "eager" if device.type == "cpu" and short else "sdpa"
 
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from learning import LENGTH, PART, SPLIT, make_base, passkey_words
-from rcc import InputError, RCCConfig, RCCForCausalLM, checkpoints
+from rcc import InputError, RCCConfig, RCCForCausalLM, SideConfig, checkpoints
 from rcc.data.haystack import POSITIONS, make_text
 from rcc.evaluation import results
 from rcc.evaluation.evaluation import evaluate, ignore
@@ -172,7 +172,7 @@ print(json.dumps(run.rows))
 
 def test_memory_is_bounded(tmp_path: Path) -> None:
     """Four times the text takes, beside its prefix and its token ids, next to no more memory."""
-    config = RCCConfig(segment_length=64, rates=[64], encoder_lora_rank=0, decoder_lora_rank=0, share_base=False)
+    config = RCCConfig(segment_length=64, rates=[64], encoder=SideConfig(0), decoder=SideConfig(0), share_base=False)
     base = make_base(tmp_path / "base", passkey_words(), SPLIT, window=8192)
     RCCForCausalLM.from_base(base, base, config).save_pretrained(tmp_path / "model")
     done = subprocess.run(

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import rcc
 from json_lines import write_rows
-from rcc import RCCForCausalLM, checkpoints
+from rcc import RCCForCausalLM, SideConfig, checkpoints
 from rcc.cli.app import app
 from rcc.evaluation.qa import reading
 from rcc.evaluation.qa import run as qa
@@ -127,7 +127,7 @@ def test_plain_stage(tuned: Path) -> None:
     """The decoder alone learnt."""
     fresh = RCCForCausalLM.from_base(
         "smollm2-135m-instruct",
-        config=rcc.RCCConfig(segment_length=32, rates=[8], encoder_lora_rank=1, decoder_lora_rank=16),
+        config=rcc.RCCConfig(segment_length=32, rates=[8], encoder=SideConfig(1), decoder=SideConfig(16)),
     ).own_state_dict()
     learnt = RCCForCausalLM.from_pretrained(tuned).own_state_dict()
     changed = {name.split(".")[0] for name, w in learnt.items() if ".lora_B." in name and bool(w.any())}

@@ -19,7 +19,7 @@ import torch
 from transformers import AutoConfig
 
 from conftest import make_model, tokens
-from rcc import InputError, RCCConfig, RCCForCausalLM
+from rcc import InputError, RCCConfig, RCCForCausalLM, SideConfig
 from rcc.evaluation import results
 from rcc.evaluation.evaluation import evaluate
 from rcc.evaluation.resources import process as resources_process
@@ -129,7 +129,9 @@ def small(window: int = 4096, **more: Any) -> planning.Blueprint:
         max_position_embeddings=window,
         **more,
     )
-    config = RCCConfig(segment_length=64, rates=[4], share_base=False, encoder_lora_rank=0, decoder_lora_rank=0, **more)
+    config = RCCConfig(
+        segment_length=64, rates=[4], share_base=False, encoder=SideConfig(0), decoder=SideConfig(0), **more
+    )
     return planning.Blueprint(config, shape, shape)
 
 

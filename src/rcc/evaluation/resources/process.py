@@ -23,7 +23,7 @@ from transformers.cache_utils import Cache
 from transformers.utils import logging as quiet
 
 from ... import checkpoints
-from ...config import RCCConfig
+from ...config import RCCConfig, SideConfig
 from ...context.cache import BlockLayer
 from ...context.context import CompressedContext
 from ...errors import RCCError
@@ -182,7 +182,7 @@ class _Memory:
 def _load_libraries(device: str) -> None:
     """Much of torch, transformers and peft is loaded when it is first used: do with a toy what is done with a model."""
     shape = LlamaConfig(vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
-    config = RCCConfig(segment_length=16, rates=[4], share_base=True, encoder_lora_rank=1, decoder_lora_rank=1)
+    config = RCCConfig(segment_length=16, rates=[4], share_base=True, encoder=SideConfig(1), decoder=SideConfig(1))
     ids = torch.ones(1, 16, dtype=torch.long, device=device)
     with tempfile.TemporaryDirectory() as folder:
         planning.Blueprint(config, shape).build("cpu").save_pretrained(folder)

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from ... import checkpoints
-from ...config import RCCConfig
+from ...config import RCCConfig, SideConfig
 from ...model import segments
 from ...model.rcc import RCCForCausalLM
 from ...planning import blueprint as planning
@@ -105,13 +105,13 @@ def shaped(
     Raises:
         ModelError: a shape that is not known or not supported. InputError: settings that cannot be used.
     """
-    rank = 16 if share_base else 0
+    side = SideConfig(lora_rank=16 if share_base else 0)
     config = RCCConfig(
         segment_length=segment_length,
         rates=list(rates),
         share_base=share_base,
-        encoder_lora_rank=rank,
-        decoder_lora_rank=rank,
+        encoder=side,
+        decoder=side,
         name=name,
     )
     encoder_shape = None if share_base else shapes.find(encoder_name or name)
