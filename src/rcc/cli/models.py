@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import InputError
+from ..text.counts import parse_counts
 from .console import Json, loading, out, print_json, progress, status
 
 if TYPE_CHECKING:
@@ -90,13 +90,7 @@ def _plan(
 ) -> None:
     if full and lora_rank is not None:
         raise InputError("--full trains all weights, without LoRA: leave out --lora-rank.")
-    numbers = []
-    for word in ("8,32" if rates is None else rates).split(","):
-        if not re.fullmatch(" *[1-9][0-9]{0,8} *", word):
-            raise InputError(f"--rates {rates} are not rates: give whole numbers with commas between, such as 8,32.")
-        numbers.append(int(word))
-    if dtype not in (None, "bfloat16", "float16", "float32"):
-        raise InputError(f"--dtype {dtype} is unknown: use bfloat16, float16 or float32.")
+    numbers = parse_counts("8,32" if rates is None else rates, "--rates")
     with loading():
         from ..planning import plan as planning
         from ..planning import table
@@ -104,9 +98,7 @@ def _plan(
     with status("planning"):
         precision = parse_dtype(dtype or "bfloat16")
         assert precision is not None
-        data = planning.plan(
-            backbone, encoder, list(dict.fromkeys(numbers)), segment_length or 2048, lora_rank, full, precision
-        )
+        data = planning.plan(backbone, encoder, numbers, segment_length or 2048, lora_rank, full, precision)
     if as_json:
         print_json(data)
         return

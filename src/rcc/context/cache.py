@@ -74,8 +74,12 @@ class BlockLayer(DynamicLayer):
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes the negative number of positions to remove, not {tokens_to_remove}.")
         if self.is_initialized:
-            self.length = max(0, self.length + tokens_to_remove)
-            self._show()
+            self.resize(max(0, self.length + tokens_to_remove))
+
+    def resize(self, length: int) -> None:
+        """Hold so many positions, whatever was written there; the rest of the block is spare."""
+        self.length = length
+        self._show()
 
     def reset(self) -> None:
         """Forget everything."""

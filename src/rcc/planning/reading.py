@@ -87,6 +87,5 @@ class Reading:
         if n > new:
             yield 1  # which makes the cache
             for layer in cache.layers:
-                layer.length = n - new
-                layer._show()
+                layer.resize(n - new)
         yield new
