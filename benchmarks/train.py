@@ -76,8 +76,8 @@ def loop(arguments: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(recipe, arguments.init)
     samples = Samples(recipe, 0, Corpora(recipe, tokenizer), tokenizer)
     model = make_model(recipe, arguments.init, process.device)
-    prepare(model, recipe.stages[0], recipe, process.device)
-    objective = Objective(model, precision(recipe, process.device)).train()
+    loss = prepare(model, recipe.stages[0], recipe, process.device)
+    objective = Objective(model, precision(recipe, process.device), loss=loss).train()
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
     tokens = start = 0.0
@@ -143,6 +143,7 @@ def part(arguments: argparse.Namespace) -> None:
 
     from rcc import RCCConfig, SideConfig
     from rcc.model.freezing import freeze
+    from rcc.model.losses import TrainingLoss
     from rcc.planning import shapes
     from rcc.planning.blueprint import Blueprint
     from rcc.runtime.precision import computing
@@ -160,10 +161,11 @@ def part(arguments: argparse.Namespace) -> None:
     model = Blueprint(config, shape, None, dtype).build("cpu")
     freeze(model, (), dtype)
     used = torch.arange(0, 144_000, 3)
+    loss = TrainingLoss()
     if "chunks" in arguments.part:
         head = model.decoder.get_output_embeddings().weight
-        model.loss_head = FrozenHead(head, used if "cut" in arguments.part else None)
-    objective = Objective(model, dtype).train()
+        loss = TrainingLoss(head=FrozenHead(head, used if "cut" in arguments.part else None))
+    objective = Objective(model, dtype, loss=loss).train()
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
     start = 0.0

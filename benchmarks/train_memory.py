@@ -55,8 +55,8 @@ def measure(arguments: argparse.Namespace) -> None:
     )
     device = Process.join(recipe.run.device, recipe.run.threads).device
     model = make_model(recipe, MODEL, device)
-    prepare(model, recipe.stages[0], recipe, device)
-    objective = Objective(model, torch.bfloat16).train()
+    loss = prepare(model, recipe.stages[0], recipe, device)
+    objective = Objective(model, torch.bfloat16, loss=loss).train()
     text = torch.randint(1000, 40000, (arguments.length,)).numpy()
     sample = Sample((text,), text[:10], text[10:256], "reconstruction")
     batch = collate([sample], 0)

@@ -1,8 +1,9 @@
-"""Losses of tokens: the cross-entropy, the targets that belong to logits, and what may take the place of the head."""
+"""Losses of tokens: the cross-entropy, the targets of logits, and what a training pass computes its loss with."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -36,8 +37,28 @@ def token_loss(logits: Tensor, targets: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
 
 
+@dataclass(frozen=True)
+class TrainingLoss:
+    """What a training pass computes its loss with.
+
+    Attributes:
+        of_logits: :func:`token_loss`, or the same compiled.
+        head: takes the place of the decoder's head. None: the decoder's own is used.
+    """
+
+    of_logits: Callable[[Tensor, Tensor], Tensor] = token_loss
+    head: LossHead | None = None
+
+
+PLAIN = TrainingLoss()
+"""The decoder's own head, and the cross-entropy of its logits."""
+
+
 def with_loss(
-    out: Any, labels: Tensor | None, logits_to_keep: Tensor | None, loss_of: Callable[[Tensor, Tensor], Tensor]
+    out: Any,
+    labels: Tensor | None,
+    logits_to_keep: Tensor | None,
+    loss_of: Callable[[Tensor, Tensor], Tensor] = token_loss,
 ) -> CausalLMOutputWithPast:
     """Return a decoder's output without its cache, and with the mean loss of labels.
 

@@ -18,7 +18,6 @@ from . import encoder as encoding
 from .decoder import accept_prefix, window_by_position
 from .encoder import Additions
 from .fingerprint import fingerprint_of
-from .losses import LossHead, token_loss
 from .prefix import DirectPrefix, PrefixMaker, ResidualPrefix, new_sink
 from .projection import Projections, layer_map
 
@@ -36,8 +35,6 @@ class RCCPreTrainedModel(nn.Module):
         memory: [M, H_encoder] of `readout="memory_tokens"`, or None.
         rate_embeddings: [rates, H_encoder], or None.
         sink: [L, H_decoder] of a direct prefix, or None.
-        token_loss: the loss of logits; training may compile it.
-        loss_head: what takes the place of the decoder's head in training passes, or None.
     """
 
     def __init__(self, config: RCCConfig, encoder: PreTrainedModel | None, decoder: PreTrainedModel):
@@ -82,8 +79,6 @@ class RCCPreTrainedModel(nn.Module):
         adapters.freeze(self.encoder, self.decoder, config, last_state)
         self._recorded: tuple[str, tuple[int, ...]] | None = None  # fingerprint, and the weights' versions then
         self._warned: set[int] = set()  # of which untrained rates
-        self.token_loss = token_loss
-        self.loss_head: LossHead | None = None
         self.eval()
 
     @classmethod

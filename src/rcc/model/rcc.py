@@ -230,14 +230,14 @@ class RCCForCausalLM(RCCPreTrainedModel):
         if context is None:
             mask, order = positions.mask_and_order(0, None, input_ids.shape[1], attention_mask, input_ids)
             out = self.decoder(attention_mask=mask, position_ids=order, use_cache=False, **arguments)
-            return with_loss(out, labels, logits_to_keep, self.token_loss)
+            return with_loss(out, labels, logits_to_keep)
         context = self.as_cache(context)
         new = input_ids.shape[1]
         mask, order = positions.mask_and_order(len(context), context.mask, new, attention_mask, input_ids)
         with torch.no_grad(), context.borrow(new) as cache:
             arguments[backbones.CACHE] = cache
             out = self.decoder(attention_mask=mask, position_ids=order, use_cache=True, **arguments)
-        return with_loss(out, labels, logits_to_keep, self.token_loss)
+        return with_loss(out, labels, logits_to_keep)
 
     @torch.no_grad()
     def generate(

@@ -22,7 +22,7 @@ from . import segments
 from .arguments import check_prompts, rows_of, to_device
 from .decoder import BlockHook, hook_arguments
 from .encoder import BATCH_TOKENS
-from .losses import targets_of, with_loss
+from .losses import PLAIN, TrainingLoss, targets_of, with_loss
 from .positions import mask_and_order
 from .prefix import text_inputs
 from .rcc import RCCForCausalLM
@@ -69,14 +69,14 @@ class TrainingBatch:
         return replace(self, **moved)
 
 
-def training_pass(model: RCCForCausalLM, batch: TrainingBatch) -> CausalLMOutputWithPast:
+def training_pass(model: RCCForCausalLM, batch: TrainingBatch, loss: TrainingLoss = PLAIN) -> CausalLMOutputWithPast:
     """Compute logits, and with labels the mean loss, of a batch, with gradients to all that learns.
 
     Where no weight of the encoder is trained, it reads in batches of :data:`rcc.model.encoder.BATCH_TOKENS` and keeps
     nothing for a backward pass (the paper's second stage).
 
     Returns:
-        logits [B, Q or U, vocabulary], or, where the model has a head for losses, the hidden states [B, Q or U, H] they
+        logits [B, Q or U, vocabulary], or, where the loss has a head of its own, the hidden states [B, Q or U, H] they
         would be made of; and the loss.
 
     Raises:
@@ -94,7 +94,7 @@ def training_pass(model: RCCForCausalLM, batch: TrainingBatch) -> CausalLMOutput
         model.check_window([0] * len(prompts), prompts, None)
         mask, order = mask_and_order(0, None, batch.input_ids.shape[1], batch.attention_mask, batch.input_ids)
         keep = 0 if batch.logits_to_keep is None else batch.logits_to_keep  # 0 is transformers' word for all
-        return _decode(model, batch, keep, input_ids=batch.input_ids, attention_mask=mask, position_ids=order)
+        return _decode(model, batch, loss, keep, input_ids=batch.input_ids, attention_mask=mask, position_ids=order)
     rate = model.check_rate(batch.rate)
     rows = rows_of(batch.context_ids, batch.context_mask, model.vocabulary, "context_ids")
     if len(rows) != len(prompts):
@@ -105,11 +105,11 @@ def training_pass(model: RCCForCausalLM, batch: TrainingBatch) -> CausalLMOutput
     if model.config.decoder_reads(rate):
         if batch.predicted is not None or any(len(row) > 1 for row in texts):
             raise InputError("rate=1 is read by the decoder itself: without predicted, and one text in each row.")
-        return read_and_decode(model, rows, batch)
+        return read_and_decode(model, rows, batch, loss)
     states, valid = encode_texts(model, texts, rate)
     if batch.predicted is not None:
-        batch = replace(batch, input_ids=_with_predictions(model, states, valid, batch))
-    return decode_states(model, states, valid, batch)
+        batch = replace(batch, input_ids=_with_predictions(model, states, valid, batch, loss))
+    return decode_states(model, states, valid, batch, loss)
 
 
 def encode_texts(
@@ -135,7 +135,11 @@ def encode_texts(
 
 
 def decode_states(
-    model: RCCForCausalLM, states: dict[int, Tensor], valid: Tensor | None, batch: TrainingBatch
+    model: RCCForCausalLM,
+    states: dict[int, Tensor],
+    valid: Tensor | None,
+    batch: TrainingBatch,
+    loss: TrainingLoss = PLAIN,
 ) -> CausalLMOutputWithPast:
     """Run the decoder over the prefix that encoder states make, and the prompts after it.
 
@@ -146,10 +150,12 @@ def decode_states(
     hook, inputs = maker.training_inputs(states)
     if valid is not None and maker.sink_positions:
         valid = nn.functional.pad(valid, (maker.sink_positions, 0), value=True)
-    return _decode_after(model, hook, inputs, valid, batch)
+    return _decode_after(model, hook, inputs, valid, batch, loss)
 
 
-def read_and_decode(model: RCCForCausalLM, rows: list[Tensor], batch: TrainingBatch) -> CausalLMOutputWithPast:
+def read_and_decode(
+    model: RCCForCausalLM, rows: list[Tensor], batch: TrainingBatch, loss: TrainingLoss = PLAIN
+) -> CausalLMOutputWithPast:
     """Run the decoder over the sink, texts that it reads itself (rate 1 of a direct prefix), and the prompts.
 
     Args:
@@ -158,21 +164,21 @@ def read_and_decode(model: RCCForCausalLM, rows: list[Tensor], batch: TrainingBa
     assert model.sink is not None
     texts = model.decoder.get_input_embeddings()(pad_sequence(rows, batch_first=True))
     hook, inputs, valid = text_inputs(model.sink, texts, [len(row) for row in rows])
-    return _decode_after(model, hook, inputs, valid, batch)
+    return _decode_after(model, hook, inputs, valid, batch, loss)
 
 
-def likeliest(model: RCCForCausalLM, out: CausalLMOutputWithPast) -> Tensor:
-    """Return the likeliest next tokens [B, U] of the positions that a training pass was computed at."""
+def likeliest(out: CausalLMOutputWithPast, loss: TrainingLoss = PLAIN) -> Tensor:
+    """Return the likeliest next tokens [B, U] of the positions that a training pass with that loss was computed at."""
     if out.logits is not None:
         return out.logits.argmax(-1)
-    assert model.loss_head is not None
+    assert loss.head is not None
     assert out.hidden_states is not None
-    return model.loss_head.likeliest(out.hidden_states[0])
+    return loss.head.likeliest(out.hidden_states[0])
 
 
 @torch.no_grad()
 def _with_predictions(
-    model: RCCForCausalLM, states: dict[int, Tensor], valid: Tensor | None, batch: TrainingBatch
+    model: RCCForCausalLM, states: dict[int, Tensor], valid: Tensor | None, batch: TrainingBatch, loss: TrainingLoss
 ) -> Tensor:
     """Token ids [B, Q] with the decoder's own likeliest tokens of pass n where `predicted` [B, Q] is n > 0."""
     assert batch.predicted is not None
@@ -182,14 +188,19 @@ def _with_predictions(
     inner = logits_at < tokens.shape[1] - 1  # what follows the last token is not in the batch
     next_to = logits_at[inner] + 1
     for n in range(int(batch.predicted.max())):
-        out = decode_states(model, states, valid, replace(batch, input_ids=tokens, labels=None))
-        predictions, tokens = likeliest(model, out)[:, inner], tokens.clone()
+        out = decode_states(model, states, valid, replace(batch, input_ids=tokens, labels=None), loss)
+        predictions, tokens = likeliest(out, loss)[:, inner], tokens.clone()
         tokens[:, next_to] = torch.where(batch.predicted[:, next_to] > n, predictions, tokens[:, next_to])
     return tokens
 
 
 def _decode_after(
-    model: RCCForCausalLM, hook: BlockHook, prefix: Tensor, valid: Tensor | None, batch: TrainingBatch
+    model: RCCForCausalLM,
+    hook: BlockHook,
+    prefix: Tensor,
+    valid: Tensor | None,
+    batch: TrainingBatch,
+    loss: TrainingLoss,
 ) -> CausalLMOutputWithPast:
     """One pass of the decoder over a prefix and prompts.
 
@@ -208,22 +219,24 @@ def _decode_after(
     mask, order = mask_and_order(0, None, inputs.shape[1], everything, inputs)
     keep = ids.shape[1] if batch.logits_to_keep is None else n + batch.logits_to_keep
     arguments: dict[str, Any] = {"inputs_embeds": inputs, "attention_mask": mask, "position_ids": order}
-    return _decode(model, batch, keep, **arguments, **hook_arguments(hook))
+    return _decode(model, batch, loss, keep, **arguments, **hook_arguments(hook))
 
 
-def _decode(model: RCCForCausalLM, batch: TrainingBatch, keep: int | Tensor, **inputs: Any) -> CausalLMOutputWithPast:
+def _decode(
+    model: RCCForCausalLM, batch: TrainingBatch, loss: TrainingLoss, keep: int | Tensor, **inputs: Any
+) -> CausalLMOutputWithPast:
     """Run the decoder without a cache and compute the loss, by its own head or by the one for losses.
 
     Args:
         keep: the positions of `inputs` to compute logits at; a number: so many at the end, 0: all.
     """
-    if model.loss_head is None:
+    if loss.head is None:
         out = model.decoder(use_cache=False, logits_to_keep=keep, **inputs)
-        return with_loss(out, batch.labels, batch.logits_to_keep, model.token_loss)
+        return with_loss(out, batch.labels, batch.logits_to_keep, loss.of_logits)
     states = model.decoder.base_model(use_cache=False, **inputs).last_hidden_state
     states = states[:, slice(-keep, None) if isinstance(keep, int) else keep]
     if batch.labels is None:
         return CausalLMOutputWithPast(hidden_states=(states,))
     targets = targets_of(batch.labels.to(states.device), batch.logits_to_keep)
-    loss = model.loss_head.loss(states[:, : targets.shape[1]], targets)
-    return CausalLMOutputWithPast(loss=loss, hidden_states=(states,))
+    mean = loss.head.loss(states[:, : targets.shape[1]], targets)
+    return CausalLMOutputWithPast(loss=mean, hidden_states=(states,))

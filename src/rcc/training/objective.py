@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .. import checkpoints
 from ..errors import ModelError
+from ..model.losses import PLAIN, TrainingLoss
 from ..model.rcc import RCCForCausalLM
 from ..model.training_pass import TrainingBatch, likeliest, training_pass
 from .stage import Distillation
@@ -21,11 +22,18 @@ class Objective(nn.Module):
     Args:
         dtype: of the computation; weights that learn stay in float32.
         distillation: see :class:`Distillation`; its teacher is made here.
+        loss: what the targets' loss is computed with.
     """
 
-    def __init__(self, model: RCCForCausalLM, dtype: torch.dtype, distillation: Distillation | None = None):
+    def __init__(
+        self,
+        model: RCCForCausalLM,
+        dtype: torch.dtype,
+        distillation: Distillation | None = None,
+        loss: TrainingLoss = PLAIN,
+    ):
         super().__init__()
-        self.model, self.dtype, self.distillation = model, dtype, distillation
+        self.model, self.dtype, self.distillation, self.loss = model, dtype, distillation, loss
         # in a list: not a part of this module, which is put in training mode and handed out to processes
         self._teacher: list[nn.Module] = [] if distillation is None else [make_teacher(model)]
 
@@ -46,7 +54,7 @@ class Objective(nn.Module):
         """Compute the loss of a batch as :mod:`rcc.training.tasks` collates it.
 
         Returns:
-            `loss`; the `logits` [B, U, V] that it came from, None where the model has a head for losses; and outside
+            `loss`; the `logits` [B, U, V] that it came from, None where the loss has a head of its own; and outside
             training the likeliest `tokens` [B, U].
         """
         with torch.autocast(input_ids.device.type, self.dtype, enabled=self.dtype != torch.float32):
@@ -60,7 +68,7 @@ class Objective(nn.Module):
                 rate=rate,
                 predicted=predicted,
             )
-            out = training_pass(self.model, batch)
+            out = training_pass(self.model, batch, self.loss)
             loss = out.loss
             if teacher_ids is not None and self.distillation is not None:
                 with torch.no_grad():
@@ -77,7 +85,8 @@ class Objective(nn.Module):
                 real = nn.functional.pad(labels, (0, 1), value=-100)[:, logits_to_keep + 1] != -100
                 distance = divergence(out.logits[real], wanted[real], self.distillation)
                 loss = (1 - self.distillation.weight) * loss + self.distillation.weight * distance
-        return {"loss": loss, "logits": out.logits, "tokens": None if self.training else likeliest(self.model, out)}
+        tokens = None if self.training else likeliest(out, self.loss)
+        return {"loss": loss, "logits": out.logits, "tokens": tokens}
 
 
 def divergence(student: Tensor, teacher: Tensor, settings: Distillation) -> Tensor:

@@ -103,8 +103,8 @@ class Run:
         if self.recipe.run.vocabulary == "data":
             vocabulary = torch.from_numpy(used_tokens(samples.corpora, samples.marks))
             display.say(f"{len(vocabulary):,} of the vocabulary's tokens can be targets")
-        prepare(model, stage, self.recipe, process.device, vocabulary)
-        objective = Objective(model, precision(self.recipe, self.process.device), stage.distillation)
+        loss = prepare(model, stage, self.recipe, process.device, vocabulary)
+        objective = Objective(model, precision(self.recipe, self.process.device), stage.distillation, loss)
         if self.recipe.run.fsdp and process.world > 1:
             shard(objective, process)
             weights = {name: p for name, p in model.named_parameters() if name in weights}  # sharding replaced them

@@ -13,7 +13,7 @@ from .. import checkpoints
 from ..errors import InputError, ModelError
 from ..model import backbones
 from ..model.freezing import freeze
-from ..model.losses import token_loss
+from ..model.losses import TrainingLoss, token_loss
 from ..model.rcc import RCCForCausalLM
 from ..runtime.precision import computing
 from .head import FrozenHead, chunk_loss
@@ -93,8 +93,8 @@ def precision(recipe: Recipe, device: torch.device) -> torch.dtype:
 
 def prepare(
     model: RCCForCausalLM, stage: Stage, recipe: Recipe, device: torch.device, vocabulary: Tensor | None = None
-) -> None:
-    """Set a model up for a stage: frozen, checkpointed and compiled as it says.
+) -> TrainingLoss:
+    """Set a model up for a stage: frozen, checkpointed and compiled as it says; and return what to compute losses with.
 
     Args:
         vocabulary: token ids, ascending, that can be targets, where a head for losses is to know no others.
@@ -111,10 +111,10 @@ def prepare(
             # only the block's own code: the hooks around it take objects that dynamo need not see; batches have
             # many shapes, more than dynamo would make a graph for each
             block.forward = torch.compile(block.forward, dynamic=True)
-        # in one piece it never holds a vocabulary of float32 for every target: at 1,000 targets 0.2 instead of 1.2 GB
-        model.token_loss = torch.compile(token_loss, dynamic=True)
     if FrozenHead.fits(model) and stage.distillation is None:
         step = torch.compile(chunk_loss, dynamic=True) if compiled else chunk_loss
-        model.loss_head = FrozenHead(model.decoder.get_output_embeddings().weight, vocabulary, step)
-    elif vocabulary is not None:
+        return TrainingLoss(head=FrozenHead(model.decoder.get_output_embeddings().weight, vocabulary, step))
+    if vocabulary is not None:
         raise InputError("run.vocabulary=data needs LoRA on the decoder: use all.")
+    # in one piece it never holds a vocabulary of float32 for every target: at 1,000 targets 0.2 instead of 1.2 GB
+    return TrainingLoss(torch.compile(token_loss, dynamic=True) if compiled else token_loss)
