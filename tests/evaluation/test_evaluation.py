@@ -73,8 +73,11 @@ class Squares:
     def table(self) -> str:
         return "a table\n"
 
-    def plots(self) -> dict[str, Any]:
-        return {"plot.txt": lambda path: path.write_text("drawn")}
+    def plots(self) -> dict[str, Squares]:
+        return {"plot.txt": self}
+
+    def draw(self, path: Path) -> None:
+        path.write_text("drawn")
 
     def more(self) -> dict[str, Any]:
         return {"further": 1}

@@ -34,6 +34,13 @@ def cases(count=6, better=0.0, fails_at=None):
     return made, calls
 
 
+class Drawn:
+    """A plot that is a word."""
+
+    def draw(self, path):
+        path.write_text("drawn")
+
+
 def test_a_folder(tmp_path):
     """Samples, figures by cell, table and plots are written; figures are the means of the samples."""
     run = Results("demo", SETTINGS, tmp_path / "out", cluster="document")
@@ -41,7 +48,7 @@ def test_a_folder(tmp_path):
     run.collect(cases()[0], seen.append)
     assert seen == list(range(1, 13))
     run.notes.append("a note")
-    run.finish(["rate"], "| table |\n", {"plot.txt": lambda path: path.write_text("drawn")})
+    run.finish(["rate"], "| table |\n", {"plot.txt": Drawn()})
     data, rows = results.load(tmp_path / "out")
     assert [cell["key"] for cell in data["cells"]] == [{"rate": 4}, {"rate": 8}]
     assert data["cells"][0]["accuracy"]["mean"] == pytest.approx(0.255)

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
+from .plots import Plot
 from .results import Case, Results
 
 Progress = Callable[[int], None]
@@ -23,8 +24,8 @@ class Report(Protocol):
     def table(self) -> str:
         """Return all figures as Markdown tables."""
 
-    def plots(self) -> Mapping[str, Callable[[Path], None]]:
-        """Return the plots, {file name: draw it to this path}."""
+    def plots(self) -> Mapping[str, Plot]:
+        """Return the plots by file name."""
 
     def more(self) -> Mapping[str, Any]:
         """Return further figures for `results.json`, beside its cells."""

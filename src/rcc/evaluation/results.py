@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,6 +22,9 @@ from ..errors import FileError, InputError, brief
 from ..runtime import atomic, locks
 from ..runtime.provenance import commit, libraries, machine
 from ..runtime.terminal import shown
+
+if TYPE_CHECKING:
+    from .plots import Plot
 
 FORMAT_VERSION = 1
 RESAMPLES = 2000
@@ -244,14 +247,14 @@ class Results:
         self,
         by: Sequence[str],
         table: str,
-        plots: Mapping[str, Callable[[Path], None]] | None = None,
+        plots: Mapping[str, Plot] | None = None,
         more: Mapping[str, Any] | None = None,
     ) -> None:
-        """Write `results.json` (see :meth:`summary`), `table.md` and the plots `{file name: draw it there}`."""
+        """Write `results.json` (see :meth:`summary`), `table.md` and the plots, which have their files' names."""
         if self.folder is None:
             return
-        for name, draw in (plots or {}).items():
-            draw(self.folder / name)
+        for name, plot in (plots or {}).items():
+            plot.draw(self.folder / name)
         self._write("table.md", table + "".join(f"\n{note}\n" for note in self.notes))
         self._write("results.json", json.dumps(self.summary(by, more), indent=2) + "\n")
         self._lock.release()

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rcc.evaluation.axes import Axis
 from rcc.evaluation.html import charts
-from rcc.evaluation.html.charts import Axis, Look, Point, curves
+from rcc.evaluation.html.charts import Look, Point, curves
 
 values = st.floats(-5, 1000).map(lambda x: round(x, 5)).map(lambda x: {"mean": x, "low": x - 1, "high": x + 1, "n": 3})
 

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..axes import Axis
+
 WIDTH, HEIGHT = 360, 230
 """Of a chart, in CSS pixels."""
 TOP, BOTTOM = 8, 34
@@ -47,23 +49,6 @@ class Point:
     value: Mapping[str, Any]
     text: str
     samples: int | None = None
-
-
-@dataclass(frozen=True)
-class Axis:
-    """What a chart is read by.
-
-    Attributes:
-        ticks: place → what is written there. None: round numbers.
-        show: a round number as it is written.
-        top: of a linear axis, which begins at 0: its end, at least.
-    """
-
-    name: str = ""
-    log: bool = False
-    ticks: Mapping[float, str] | None = None
-    show: Callable[[float], str] = "{:,g}".format
-    top: float = 0
 
 
 @dataclass

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...text.counts import show_count
-from .charts import WIDTH, Axis, Chart, Look, Point, curves
+from ..axes import Axis, counts_axis
+from .charts import WIDTH, Chart, Look, Point, curves
 from .keys import joined
 from .tables import Cell, Table, Value, digits, interval
 
@@ -51,7 +51,7 @@ def rates_axis(rates: Iterable[float], name: str = "compression rate") -> Axis:
 
 
 def lengths_axis(lengths: Iterable[int]) -> Axis:
-    return Axis("tokens of text", log=True, ticks={length: show_count(length) for length in sorted(lengths)})
+    return counts_axis("tokens of text", lengths)
 
 
 def size(mb: float) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from .charts import Axis, Look, Point, curves
+from ..axes import Axis
+from .charts import Look, Point, curves
 from .folders import Finished, SampleLists
 from .groups import SHARE, ChartGroup, both, numbered, point, rates_axis, shade, size
 from .keys import describe, joined

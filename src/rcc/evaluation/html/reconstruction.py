@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from .charts import Axis, Chart, Look, Point, curves
+from ..axes import Axis
+from .charts import Chart, Look, Point, curves
 from .folders import Finished, SampleLists
 from .groups import PART, SHARE, ChartGroup, lengths_axis, numbered, point, rates_axis
 from .keys import joined, text_of

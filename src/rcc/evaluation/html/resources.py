@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ...text.counts import show_count
+from ..axes import Axis
 from ..resources.settings import PAPER, PAPER_RATE
-from .charts import Axis, Look, Point, curves
+from .charts import Look, Point, curves
 from .folders import Finished, SampleLists
 from .groups import ChartGroup, both, lengths_axis, numbered, point, size
 from .keys import joined, name_of

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
-from functools import partial
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from ...data.haystack import POSITIONS, VARIANTS
 from ...text.counts import show_count
-from .. import plots
+from ..axes import Axis
+from ..plots import HeatPlot
 from ..results import Results, interval, markdown, show
 
 PAPER = {2**15: (99, 100, 100), 2**17: (100,) * 3, 2**18: (100,) * 3, 2**19: (98, 100, 100), 2**20: (100,) * 3}
@@ -70,21 +69,20 @@ class PasskeyReport:
         most = max(made, key=lambda row: row["segments_read"])
         return [*line, f"{most['segments_read']:,} of {most['text']['segments']:,}"]
 
-    def plots(self) -> dict[str, Callable[[Path], None]]:
-        """Return heat maps of accuracy by length and position, one a variant: {file name: draw it to this path}."""
-        made: dict[str, Callable[[Path], None]] = {}
+    def plots(self) -> dict[str, HeatPlot]:
+        """Return heat maps of accuracy by length and position, one a variant, by file name."""
+        made = {}
         settings = self.measured.settings
         for variant in settings["variants"]:
             groups = {key[1:]: rows for key, rows in self.groups.items() if key[0] == variant}
             shares = [[_right(rows, "whole", position) for position in self.positions] for rows in groups.values()]
-            made[f"passkey-{variant}.png"] = partial(
-                plots.heat_map,
-                values=[[float(np.mean(share)) if share else None for share in line] for line in shares],
+            made[f"passkey-{variant}.png"] = HeatPlot(
+                shares=[[float(np.mean(share)) if share else None for share in line] for line in shares],
                 rows=[f"{show_count(length)}, {rate}×" for length, rate in groups],
                 columns=self.positions,
                 title=f"{settings['model']}: {variant}",
-                x="place of the key in the text",
-                y="tokens, rate",
+                x=Axis("place of the key in the text"),
+                y=Axis("tokens, rate"),
             )
         return made
 

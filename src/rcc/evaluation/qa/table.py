@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-from .. import plots, results
-from ..results import Interval, Results
+from .. import results
+from ..axes import Axis, counts_axis
+from ..plots import CurvePlot, Lines, from_left
+from ..results import Results
 from .questions import BUCKETS, LONGEST
 from .settings import BASELINES, BY, TUNED
 
@@ -87,39 +87,30 @@ class QAReport:
         return name, f"{key['rate']}×{' (untrained)' if untrained else ''}" if key["rate"] else "–"
 
     # ---------------------------------------------------------------- plots
-    def plots(self) -> dict[str, Callable[[Path], None]]:
-        """Return {file name: draw it to this path}: score by compression, and by length."""
+    def plots(self) -> dict[str, CurvePlot]:
+        """Return score by compression and by length, by file name."""
         rates = sorted({cell["key"]["rate"] for cell in self.cells if cell["key"]["rate"]})
-        lines: dict[str, list[tuple[float, Interval]]] = {}
+        lines: Lines = {}
         for cell in self.cells:
             if "skipped" in cell:
                 continue
             rate, name = cell["key"]["rate"], self._name(cell["key"])[0]
             lines.setdefault(name, []).extend((r, cell["score"]) for r in ([rate] if rate else rates))
-        made: dict[str, Callable[[Path], None]] = {}
+        made = {}
         if rates and lines:
-            made["score-by-rate.png"] = partial(
-                plots.curves,
-                lines={name: sorted(points, key=lambda point: point[0]) for name, points in lines.items()},
-                x="compression rate",
-                y="score",
-                title=f"Answers, {self.measured.settings['model']}",
-                log=True,
-            )
+            axis = counts_axis("compression rate", (rate for points in lines.values() for rate, _ in points))
+            title = f"Answers, {self.measured.settings['model']}"
+            made["score-by-rate.png"] = CurvePlot(from_left(lines), axis, Axis("score"), title)
         columns = [name for name in BUCKET_NAMES if any(cell["key"]["bucket"] == name for cell in self.by_length)]
         if len(columns) > 1:
-            lengths: dict[str, list[tuple[float, Interval]]] = {}
+            lengths: Lines = {}
             for cell in self.by_length:
                 if "skipped" not in cell:
                     name = " ".join(part for part in self._name(cell["key"]) if part != "–")
                     lengths.setdefault(name, []).append((columns.index(cell["key"]["bucket"]), cell["score"]))
-            made["score-by-length.png"] = partial(
-                plots.curves,
-                lines={name: sorted(points, key=lambda point: point[0]) for name, points in lengths.items()},
-                x="context tokens: " + ", ".join(f"{i}: {name}" for i, name in enumerate(columns)),
-                y="score",
-                title=f"Answers by length, {self.measured.settings['model']}",
-            )
+            axis = Axis("context tokens: " + ", ".join(f"{i}: {name}" for i, name in enumerate(columns)))
+            title = f"Answers by length, {self.measured.settings['model']}"
+            made["score-by-length.png"] = CurvePlot(from_left(lengths), axis, Axis("score"), title)
         return made
 
     # ---------------------------------------------------------------- notes

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ...config import RCCConfig
 from ...model import segments
-from .. import plots, results
+from .. import results
+from ..axes import Axis, counts_axis
+from ..plots import CurvePlot, HeatPlot, Lines, Plot
 from ..results import Interval, Results
 from .settings import BY, CONTROLS, REAL
 from .teacher_forcing import PROMPT
@@ -136,31 +136,25 @@ class ReconstructionReport:
         return f"{rate}×" if rate in self.config.rates else f"{rate}× (untrained)"
 
     # ---------------------------------------------------------------- plots
-    def plots(self) -> dict[str, Callable[[Path], None]]:
-        """Return {file name: draw it to this path}, five for each length that anything was measured at."""
-        made: dict[str, Callable[[Path], None]] = {}
+    def plots(self) -> dict[str, Plot]:
+        """Return plots by file name, five for each length that anything was measured at."""
+        made: dict[str, Plot] = {}
+        accurate = Axis("token accuracy, teacher forced")
         for length in self.lengths:
             if not (real := self._real(length)):
                 continue
             named, of = f"-{length}.png", f"texts of {length:,} tokens"
-            for metric, name in (("bleu", "BLEU-4"), ("accuracy", "token accuracy, teacher forced")):
+            for metric, y in (("bleu", Axis("BLEU-4")), ("accuracy", accurate)):
                 lines = self._by_rate(length, metric)
-                made[f"{metric}-by-rate{named}"] = partial(
-                    plots.curves, lines=lines, x="compression rate", y=name, title=f"Reconstruction, {of}", log=True
-                )
-            accuracy = {
+                x = counts_axis("compression rate", (rate for points in lines.values() for rate, _ in points))
+                made[f"{metric}-by-rate{named}"] = CurvePlot(lines, x, y, f"Reconstruction, {of}")
+            accuracy: Lines = {
                 f"{rate}×": [(start, cell["accuracy"]) for start, cell in cells.items()] for rate, cells in real.items()
             }
-            made[f"accuracy-by-start{named}"] = partial(
-                plots.curves,
-                lines=accuracy,
-                x="token at which the prompt begins",
-                y="token accuracy, teacher forced",
-                title=f"By position in the text, {of}",
-            )
+            start = Axis("token at which the prompt begins")
+            made[f"accuracy-by-start{named}"] = CurvePlot(accuracy, start, accurate, f"By position in the text, {of}")
             middles = [(low + high) / 2 for low, high in self._edges()]
-            made[f"accuracy-by-place{named}"] = partial(
-                plots.curves,
+            made[f"accuracy-by-place{named}"] = CurvePlot(
                 lines={
                     f"{rate}×": [
                         (x, v)
@@ -169,25 +163,24 @@ class ReconstructionReport:
                     ]
                     for rate in real
                 },
-                x="place of the token in its segment",
-                y="token accuracy, teacher forced",
+                x=Axis("place of the token in its segment"),
+                y=accurate,
                 title=f"By place in the segment, {of}",
             )
             starts = [start for start, _ in next(iter(accuracy.values()))]
-            made[f"heat{named}"] = partial(
-                plots.heat_map,
-                values=[[v.mean for _, v in points] for points in accuracy.values()],
+            made[f"heat{named}"] = HeatPlot(
+                shares=[[v.mean for _, v in points] for points in accuracy.values()],
                 rows=list(accuracy),
                 columns=[str(start) for start in starts],
+                x=start,
+                y=Axis("rate"),
                 title=f"Token accuracy, {of}",
-                x="token at which the prompt begins",
-                y="rate",
             )
         return made
 
-    def _by_rate(self, length: int, metric: str) -> dict[str, list[tuple[float, Interval]]]:
+    def _by_rate(self, length: int, metric: str) -> Lines:
         """Return a curve for each context; what does not depend on the rate is the same at all."""
-        lines: dict[str, list[tuple[float, Interval]]] = {}
+        lines: Lines = {}
         for cell in self.cells:
             key = cell["key"]
             if key["length"] == length and "skipped" not in cell:

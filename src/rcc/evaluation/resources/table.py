@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import partial
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 from ...model import backbones
 from ...text.counts import show_count
-from .. import plots
+from ..axes import Axis, counts_axis
+from ..plots import CurvePlot, Lines, from_left
 from ..results import Interval, Results, markdown
 from .settings import BY, PAPER, PAPER_RATE
 
@@ -119,9 +118,9 @@ class ResourcesReport:
         return ["–" if value is None else f"{value:,}" for value in values]
 
     # ---------------------------------------------------------------- plot
-    def plots(self) -> dict[str, Callable[[Path], None]]:
-        """Return {file name: draw it to this path}: peak memory by length."""
-        lines: dict[str, list[tuple[float, Interval]]] = {}
+    def plots(self) -> dict[str, CurvePlot]:
+        """Return peak memory by length, by file name."""
+        lines: Lines = {}
         for (reader, length, rate), cell in self.cells.items():
             plain = reader == "plain"
             peak = _value(cell, "plain_peak_bytes" if plain else "compress_peak_bytes")
@@ -133,9 +132,8 @@ class ResourcesReport:
         if not lines:
             return {}
         title = f"{self.settings['model']}: {'measured' if self.settings['measured'] else 'computed'}"
-        lines = {name: sorted(points, key=lambda point: point[0]) for name, points in lines.items()}
-        draw = partial(plots.curves, lines=lines, x="tokens", y="peak, MB", title=title, log=True, log_y=True)
-        return {"memory.png": draw}
+        tokens = counts_axis("tokens", (length for points in lines.values() for length, _ in points))
+        return {"memory.png": CurvePlot(from_left(lines), tokens, Axis("peak, MB", log=True), title)}
 
     # ---------------------------------------------------------------- notes
     def notes(self, shares_base: bool, encoder_type: str) -> list[str]:
