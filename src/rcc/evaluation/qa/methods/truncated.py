@@ -13,5 +13,4 @@ class Truncated(PlainText):
     compresses = True
 
     def hold(self, text: Tensor, rate: int, question: Question) -> Held:
-        kept = ends(text, -(-len(text) // rate))
-        return super().hold(kept, 1, question)
+        return super().hold(ends(text, -(-len(text) // rate)), 1, question)
