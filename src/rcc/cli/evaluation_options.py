@@ -16,8 +16,11 @@ from ..text.counts import parse_choices, parse_count, parse_counts
 from .console import PASSKEY_MODEL, Device, Dtype, Json, Model, load_engine, status
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from ..evaluation.evaluation import Evaluation
     from ..evaluation.resources.subject import Subject
+    from ..model.rcc import RCCForCausalLM
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +48,11 @@ class EvaluationOptions(abc.ABC):
         Raises:
             InputError: an option that cannot be used. FileError, ModelError: what it names cannot be loaded.
         """
+
+    def load(self, model: str | None) -> tuple[RCCForCausalLM, PreTrainedTokenizerBase]:
+        """Return a model, where and as the options say, and its tokenizer."""
+        engine = load_engine(model, self.device, self.dtype)
+        return engine.compressor, engine.tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,11 +90,10 @@ class ReconstructionOptions(EvaluationOptions):
             from ..evaluation.reconstruction.run import ReconstructionEvaluation
             from ..evaluation.reconstruction.settings import CONTROLS, ReconstructionSettings
         controls = parse_choices(self.controls, "--controls", list(CONTROLS), optional=True)
-        engine = load_engine(self.model, self.device, self.dtype)
-        config = engine.compressor.config
+        model, tokenizer = self.load(self.model)
         asked = ReconstructionSettings(
-            rates=rates or config.rates,
-            lengths=lengths or [max(512, config.segment_length)],
+            rates=rates or model.config.rates,
+            lengths=lengths or [max(512, model.config.segment_length)],
             prompts=self.prompts,
             target_tokens=self.target_tokens,
             controls=controls,
@@ -94,10 +101,9 @@ class ReconstructionOptions(EvaluationOptions):
             batch=self.batch,
             seed=self.seed,
         )
-        asked.check(config)  # before any text is read
+        asked.check(model.config)  # before any text is read
         with status("reading the texts"):
-            corpora = open_texts(self.data or [], self.field, engine.tokenizer)
-            return ReconstructionEvaluation(engine.compressor, engine.tokenizer, corpora, asked)
+            return ReconstructionEvaluation(model, tokenizer, open_texts(self.data or [], self.field, tokenizer), asked)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +138,7 @@ class PasskeyOptions(EvaluationOptions):
         positions = parse_choices(self.positions, "--positions", POSITIONS)
         variants = parse_choices(self.variants, "--variants", VARIANTS)
         prose = self._prose(variants)
-        engine = load_engine(self.model, self.device, self.dtype)
+        model, tokenizer = self.load(self.model)
         asked = PasskeySettings(
             lengths,
             rates=rates,
@@ -145,7 +151,7 @@ class PasskeyOptions(EvaluationOptions):
             batch_tokens=batch_tokens,
             limit=self.limit,
         )
-        return PasskeyEvaluation(engine.compressor, engine.tokenizer, asked)
+        return PasskeyEvaluation(model, tokenizer, asked)
 
     def _prose(self, variants: list[str]) -> dict[str, str]:
         """Return the texts by name that are the filler of the variant prose; none without it."""
@@ -206,10 +212,10 @@ class QAOptions(EvaluationOptions):
         source["include"] = self.include.split(",") if self.include else []
         with status("reading the questions"):
             questions, notes = open_questions(**source)
-        engine = load_engine(self.model, self.device, self.dtype)
-        config, hint = engine.compressor.config, settings.HINT if self.hint is None else self.hint
+        model, tokenizer = self.load(self.model)
+        hint = settings.HINT if self.hint is None else self.hint
         asked = settings.QASettings(
-            rates=[config.check_rate(rate) for rate in rates or config.rates],
+            rates=[model.config.check_rate(rate) for rate in rates or model.config.rates],
             limit=self.limit,
             pad_to=pad_to or 0,
             max_new_tokens=self.max_new_tokens,
@@ -217,18 +223,15 @@ class QAOptions(EvaluationOptions):
             seed=self.seed,
         )
         methods = make_methods(
-            engine.compressor,
-            engine.tokenizer,
+            model,
+            tokenizer,
             modes,
             baselines,
-            tuned=None if self.tuned is None else self._compressor(self.tuned),
-            beside={name: self._compressor(folder) for name, folder in others.items()},
+            tuned=None if self.tuned is None else self.load(self.tuned)[0],
+            beside={name: self.load(folder)[0] for name, folder in others.items()},
             hint=hint,
         )
-        return QAEvaluation(engine.tokenizer, questions, methods, asked, source, notes)
-
-    def _compressor(self, model: str) -> Any:
-        return load_engine(model, self.device, self.dtype).compressor
+        return QAEvaluation(tokenizer, questions, methods, asked, source, notes)
 
 
 @dataclass(frozen=True, kw_only=True)
