@@ -16,6 +16,7 @@ from ..text.counts import parse_choices, parse_count, parse_counts
 from .console import PASSKEY_MODEL, Device, Dtype, Json, Model, load_engine, status
 
 if TYPE_CHECKING:
+    import numpy as np
     from transformers import PreTrainedTokenizerBase
 
     from ..evaluation.evaluation import Evaluation
@@ -266,15 +267,11 @@ class ResourcesOptions(EvaluationOptions):
         batch_tokens = _count(self.batch_tokens, "--batch-tokens")
         text = None if self.data is None else read_text(str(self.data))
         with status("loading torch and transformers"):
-            from .. import checkpoints
-            from ..defaults import default_model
             from ..evaluation.resources.run import ResourcesEvaluation
             from ..evaluation.resources.settings import ResourcesSettings
             from ..runtime.precision import parse_device, parse_dtype
-            from ..text.tokens import token_ids
         subject = self._subject(rates)
         measured = self.shape is None or self.random
-        model = self.model or default_model()
         asked = ResourcesSettings(
             lengths,
             rates=rates,
@@ -284,10 +281,19 @@ class ResourcesOptions(EvaluationOptions):
             device=parse_device(self.device) if measured else "cpu",
             dtype=parse_dtype(self.dtype),
             batch_tokens=batch_tokens,
-            text=None if text is None else token_ids(checkpoints.load_tokenizer(model), text)[0].numpy(),
+            text=None if text is None else self._ids(text),
             limit=self.limit,
         )
         return ResourcesEvaluation(subject, asked)
+
+    def _ids(self, text: str) -> np.ndarray:
+        """Return a text's token ids [T], by the model's tokenizer."""
+        from .. import checkpoints
+        from ..defaults import default_model
+        from ..text.tokens import token_ids
+
+        ids: np.ndarray = token_ids(checkpoints.load_tokenizer(self.model or default_model()), text)[0].numpy()
+        return ids
 
     def _subject(self, rates: list[int]) -> Subject:
         """Return the model, or the shape with its rates and segments."""
