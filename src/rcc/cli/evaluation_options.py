@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
+from ..defaults import default_model
 from ..documents.plain import read_text
 from ..errors import InputError
 from ..evaluation.example import example_text
@@ -289,7 +290,6 @@ class ResourcesOptions(EvaluationOptions):
     def _ids(self, text: str) -> np.ndarray:
         """Return a text's token ids [T], by the model's tokenizer."""
         from .. import checkpoints
-        from ..defaults import default_model
         from ..text.tokens import token_ids
 
         ids: np.ndarray = token_ids(checkpoints.load_tokenizer(self.model or default_model()), text)[0].numpy()
@@ -297,7 +297,6 @@ class ResourcesOptions(EvaluationOptions):
 
     def _subject(self, rates: list[int]) -> Subject:
         """Return the model, or the shape with its rates and segments."""
-        from ..defaults import default_model
         from ..evaluation.resources import subject
         from ..runtime.precision import parse_dtype
 
