@@ -9,5 +9,5 @@ EXAMPLE = Path("examples/simple-susan.txt")
 
 def example_text() -> Path | None:
     """Where the example is: below the working folder or, of an editable installation, with its source; or None."""
-    candidates = [EXAMPLE, Path(__file__).resolve().parents[3] / EXAMPLE]
-    return next((path for path in candidates if path.is_file()), None)
+    places = [EXAMPLE, Path(__file__).resolve().parents[3] / EXAMPLE]
+    return next((place for place in places if place.is_file()), None)

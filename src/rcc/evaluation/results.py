@@ -152,7 +152,7 @@ class Results:
 
     def _read(self) -> list[dict[str, Any]]:
         assert self.folder is not None
-        path, rows, lines = self.folder / "samples.jsonl", [], []
+        path, rows, kept = self.folder / "samples.jsonl", [], []
         if not path.exists():
             return []
         for line in path.read_text(encoding="utf-8").splitlines():
@@ -162,8 +162,8 @@ class Results:
                 continue  # the last line of a killed process
             if _is_sample(row):  # what is not will be measured again
                 rows.append(row)
-                lines.append(line + "\n")
-        self._write("samples.jsonl", "".join(lines))
+                kept.append(line + "\n")
+        self._write("samples.jsonl", "".join(kept))
         return rows
 
     def _write(self, name: str, text: str) -> None:
@@ -209,18 +209,18 @@ class Results:
         groups: dict[str, list[dict[str, Any]]] = {}
         for row in self.rows:
             groups.setdefault(_name({k: row["key"][k] for k in by if k in row["key"]}), []).append(row)
-        cells = []
+        found = []
         for name, rows in groups.items():
             cell: dict[str, Any] = {"key": json.loads(name)}
             made = [row for row in rows if "skipped" not in row]
             if not made:
                 cell["skipped"] = rows[0]["skipped"]
             for metric in sorted({k for row in made for k, v in row.items() if _is_number(v)}):
-                with_it = [row for row in made if _is_number(row.get(metric))]
-                shared = [row["key"].get(self.cluster) for row in with_it] if self.cluster else None
-                cell[metric] = interval([float(row[metric]) for row in with_it], shared)
-            cells.append(cell)
-        return cells
+                some = [row for row in made if _is_number(row.get(metric))]
+                shared = [row["key"].get(self.cluster) for row in some] if self.cluster else None
+                cell[metric] = interval([float(row[metric]) for row in some], shared)
+            found.append(cell)
+        return found
 
     def summary(self, by: Sequence[str], more: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """What `results.json` holds: the figures by some of the keys, and what made them.

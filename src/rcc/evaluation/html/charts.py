@@ -67,31 +67,30 @@ class Chart:
     lines: list[dict[str, Any]] = field(default_factory=list)
 
 
-def gather(points: Iterable[tuple[Look, Point]]) -> dict[Look, list[Point]]:
+def gather(found: Iterable[tuple[Look, Point]]) -> dict[Look, list[Point]]:
     """Points of the same look are a line, from left to right; what is no finite number is left out."""
     lines: dict[Look, list[Point]] = {}
-    for look, point in points:
+    for look, point in found:
         if math.isfinite(point.value["mean"]) and math.isfinite(point.x):
             lines.setdefault(look, []).append(point)
-    return {look: sorted(line, key=lambda p: p.x) for look, line in lines.items()}
+    return {look: sorted(points, key=lambda p: p.x) for look, points in lines.items()}
 
 
 def curves(
-    title: str, points: Iterable[tuple[Look, Point]], x: Axis, y: Axis, width: int = WIDTH, height: int = HEIGHT
+    title: str, found: Iterable[tuple[Look, Point]], x: Axis, y: Axis, width: int = WIDTH, height: int = HEIGHT
 ) -> Chart | None:
     """Lines with their names at the right; None where nothing can be drawn.
 
     Args:
         height: in pixels, more where the names of the lines need it.
     """
-    lines = gather(points)
+    lines = gather(found)
     if y.log:
-        positive = {look: [p for p in line if p.value["mean"] > 0] for look, line in lines.items()}
-        lines = {look: line for look, line in positive.items() if line}
+        lines = {k: some for k, points in lines.items() if (some := [p for p in points if p.value["mean"] > 0])}
     if not lines:
         return None
-    xs = [p.x for look, line in lines.items() if not look.level for p in line]
-    ends = [p.value[end] for line in lines.values() for p in line for end in ("mean", "low", "high")]
+    xs = [p.x for look, points in lines.items() if not look.level for p in points]
+    ends = [p.value[end] for points in lines.values() for p in points for end in ("mean", "low", "high")]
     heights = [v for v in ends if v is not None and math.isfinite(v) and (v > 0 or not y.log)]
     y_ticks = _round(heights if y.log else [0, y.top, *heights], y.log)
     height = max(height, int(TOP + BOTTOM + ROW * (len(lines) + 1)))  # room for the names
@@ -113,15 +112,15 @@ def curves(
     )
     apart = [look for look in lines if not look.level]
     uncertain = any(
-        end is not None for line in lines.values() for p in line for end in (p.value["low"], p.value["high"])
+        end is not None for points in lines.values() for p in points for end in (p.value["low"], p.value["high"])
     )
-    for look, line in lines.items():
+    for look, points in lines.items():
         # lines that have the same x stand side by side, so that their intervals can be told apart
         aside = 0.0
         if uncertain and not look.level:
             aside = (apart.index(look) - (len(apart) - 1) / 2) * min(3, 18 / len(apart))
         places = []
-        for p in line:
+        for p in points:
             at = right if look.level else across(p.x) + aside
             low, high = (None if v is None or (y.log and v <= 0) else up(v) for v in map(p.value.get, ("low", "high")))
             places.append({"x": at, "y": up(p.value["mean"]), "low": low, "high": high, "point": p})
@@ -129,13 +128,10 @@ def curves(
         path = "M" + "L".join(f"{a:.1f} {b:.1f}" for a, b in [*start, *((p["x"], p["y"]) for p in places)])
         name = look.name if len(look.name) <= LONGEST else look.name[: LONGEST - 1] + "…"
         chart.lines.append({"look": look, "path": path, "places": places, "name": name, "end": places[-1]})
-    chart.lines.sort(key=lambda drawn: drawn["end"]["y"])
-    labels = _spread([drawn["end"]["y"] for drawn in chart.lines], TOP, bottom)
-    for drawn, label in zip(chart.lines, labels, strict=True):
-        drawn["label"] = label
-    chart.lines.sort(
-        key=lambda drawn: not drawn["look"].soft
-    )  # what is compared is drawn over what it is compared with
+    chart.lines.sort(key=lambda line: line["end"]["y"])
+    for line, place in zip(chart.lines, _spread([line["end"]["y"] for line in chart.lines], TOP, bottom), strict=True):
+        line["label"] = place
+    chart.lines.sort(key=lambda line: not line["look"].soft)  # what is compared is drawn over what it is compared with
     return chart
 
 
@@ -169,18 +165,18 @@ def _round(values: Sequence[float], log: bool) -> list[float]:
 
 def _thin(ticks: Sequence[tuple[float, str]]) -> list[tuple[float, str]]:
     """The ticks that there is room for, from left to right."""
-    apart: list[tuple[float, str]] = []
-    for at, text in ticks:
-        if not apart or at - apart[-1][0] >= 8 + LETTER * (len(text) + len(apart[-1][1])) / 2:
-            apart.append((at, text))
-    return apart
+    found: list[tuple[float, str]] = []
+    for place, text in ticks:
+        if not found or place - found[-1][0] >= 8 + LETTER * (len(text) + len(found[-1][1])) / 2:
+            found.append((place, text))
+    return found
 
 
-def _spread(heights: Sequence[float], low: float, high: float) -> list[float]:
+def _spread(places: Sequence[float], low: float, high: float) -> list[float]:
     """Heights in rising order moved apart by a row, between the bounds as long as there is room."""
-    spread: list[float] = []
-    for height in heights:
-        spread.append(max(height, spread[-1] + ROW if spread else low))
-    for i in reversed(range(len(spread))):
-        spread[i] = min(spread[i], high if i == len(spread) - 1 else spread[i + 1] - ROW)
-    return spread
+    found: list[float] = []
+    for place in places:
+        found.append(max(place, found[-1] + ROW if found else low))
+    for i in reversed(range(len(found))):
+        found[i] = min(found[i], high if i == len(found) - 1 else found[i + 1] - ROW)
+    return found

@@ -26,12 +26,12 @@ class ChartGroup:
     heat: list[Table] = field(default_factory=list)
 
 
-def point(name: str, at: str, x: float, value: Value, samples: int | None, factor: float = 1) -> Point:
+def point(name: str, where: str, x: float, value: Value, samples: int | None, factor: float = 1) -> Point:
     """A figure in a chart, with what the pointer is told."""
     ends = {end: None if value[end] is None else value[end] * factor for end in ("mean", "low", "high")}
     places = digits([float(ends["mean"] or 0)])
     around = interval(value, places, factor)
-    text = f"{name}, {at}: {ends['mean']:,.{places}f}{f' [{around}]' if around else ''}, n {value['n']:,}"
+    text = f"{name}, {where}: {ends['mean']:,.{places}f}{f' [{around}]' if around else ''}, n {value['n']:,}"
     return Point(x, {**ends, "n": value["n"]}, text, samples)
 
 

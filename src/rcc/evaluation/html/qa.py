@@ -34,8 +34,8 @@ def qa(runs: list[Finished], samples: SampleLists) -> Iterator[ChartGroup]:
             for key, cell, link in samples.cells(run):
                 if figure in cell:
                     of, x = look(run, key), held(cell)
-                    at = f"{x:.1f} tokens a position" if key["rate"] else "at any rate"
-                    yield of, point(of.name, at, x, cell[figure], link, label(figure)[1])
+                    where = f"{x:.1f} tokens a position" if key["rate"] else "at any rate"
+                    yield of, point(of.name, where, x, cell[figure], link, label(figure)[1])
 
     axis = rates_axis(rates, "tokens of text for each position held")
     yield ChartGroup(
@@ -63,7 +63,7 @@ def qa(runs: list[Finished], samples: SampleLists) -> Iterator[ChartGroup]:
                     of, bucket = look(run, key, level=False), key["bucket"]
                     yield of, point(of.name, bucket, buckets[bucket], cell["score"], link)
 
-    axis = Axis("tokens of text", ticks={number: name for name, number in buckets.items()})
+    axis = Axis("tokens of text", ticks={place: name for name, place in buckets.items()})
     yield ChartGroup(
         "Score by length of the text",
         "Each rate, beside what does not compress.",

@@ -49,8 +49,8 @@ class PlainText:
     def hold(self, text: Tensor, rate: int, question: Question) -> Held:
         if self.room < 1:
             raise WindowError(f"the decoder's window of {self.model.window:,} has no room for a text and an answer.")
-        read = ends(text, self.room)
-        return Held(read_plain(self.model, torch.cat([self.header, read])), len(read), len(read) < len(text))
+        kept = ends(text, self.room)
+        return Held(read_plain(self.model, torch.cat([self.header, kept])), len(kept), len(kept) < len(text))
 
     def prompt(self, question: Question) -> Prompt:
         return Prompt("human", "", (PromptPart(question_after_text(question, self.hint)),))

@@ -40,10 +40,10 @@ class Retrieved(PlainText):
             chosen.append(number)
             left -= len(passages[number])
         # in the order of the text; the least of them gives way where they are too many
-        read = {number: passages[number] for number in chosen}
+        kept = {number: passages[number] for number in chosen}
         if left < 0:
-            read[chosen[-1]] = read[chosen[-1]][:left]
-        return super().hold(torch.cat([read[number] for number in sorted(read)]), 1, question)
+            kept[chosen[-1]] = kept[chosen[-1]][:left]
+        return super().hold(torch.cat([kept[number] for number in sorted(kept)]), 1, question)
 
 
 def ranked(passages: list[str], question: str) -> list[int]:
@@ -53,6 +53,6 @@ def ranked(passages: list[str], question: str) -> list[int]:
     logging.getLogger("bm25s").setLevel(logging.WARNING)
     words = bm25s.tokenize([*passages, question], stopwords="en", show_progress=False, return_ids=False)
     index = bm25s.BM25()
-    index.index([passage or [""] for passage in words[:-1]], show_progress=False)
+    index.index([some or [""] for some in words[:-1]], show_progress=False)
     scores = index.get_scores(words[-1]) if words[-1] else torch.zeros(len(passages)).numpy()
     return sorted(range(len(passages)), key=lambda number: -scores[number])

@@ -13,4 +13,5 @@ class Truncated(PlainText):
     compresses = True
 
     def hold(self, text: Tensor, rate: int, question: Question) -> Held:
-        return super().hold(ends(text, -(-len(text) // rate)), 1, question)
+        kept = ends(text, -(-len(text) // rate))
+        return super().hold(kept, 1, question)
