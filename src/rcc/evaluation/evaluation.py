@@ -32,30 +32,27 @@ class Report(Protocol):
 
 
 class Evaluation(Protocol):
-    """One kind of measurement of one model, ready to be run.
-
-    Attributes:
-        kind: its name in `results.json`: `reconstruction`, `passkey`, `resources` or `qa`.
-        by: the keys that tell the cells of the table apart.
-        cluster: the key that samples of one document share, over which intervals are made; None: there is none.
-        verb: what it does, for a line of progress: `reconstructing`.
-        unit: what its work is counted in, in the plural: `samples`.
-    """
+    """One kind of measurement of one model, ready to be run."""
 
     @property
-    def kind(self) -> str: ...
+    def kind(self) -> str:
+        """Its name in `results.json`: `reconstruction`, `passkey`, `resources` or `qa`."""
 
     @property
-    def by(self) -> Sequence[str]: ...
+    def by(self) -> Sequence[str]:
+        """The keys that tell the cells of the table apart."""
 
     @property
-    def cluster(self) -> str | None: ...
+    def cluster(self) -> str | None:
+        """The key that samples of one document share, over which intervals are made; None: there is none."""
 
     @property
-    def verb(self) -> str: ...
+    def verb(self) -> str:
+        """What it does, for a line of progress: `reconstructing`."""
 
     @property
-    def unit(self) -> str: ...
+    def unit(self) -> str:
+        """What its work is counted in, in the plural: `samples`."""
 
     def settings(self) -> dict[str, Any]:
         """Return all that a sample depends on beside its key, in a form that JSON holds."""

@@ -63,7 +63,7 @@ def resources(runs: list[Finished], samples: SampleLists) -> Iterator[ChartGroup
 
 
 def paper() -> Iterator[tuple[Look, Point]]:
-    """The paper's own figures."""
+    """Yield the paper's own figures."""
     for reader, name in (("rcc", f"paper, RCC {PAPER_RATE}×"), ("plain", "paper, plain")):
         for length, mb in PAPER[reader].items():
             if length:
