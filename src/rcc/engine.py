@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ from .model.segments import piece_of
 from .runtime.precision import computing, parse_device, parse_dtype
 from .text import prompting
 from .text.prompting import Prompt
-from .text.tokens import prompt_ids, token_ids
+from .text.tokens import decode, prompt_ids, token_ids
 
 Say = Callable[[str], None]
 Progress = Callable[[int, int], None]
@@ -214,7 +214,7 @@ class Engine:
                 done += ids.shape[1]
         if context is None:
             raise InputError("source holds no text: give at least one.")
-        return context.to(dtype=self.compressor.decoder.config.dtype)
+        return context.to(dtype=cast("torch.dtype", self.compressor.decoder.config.dtype))
 
     def _with_special_tokens(self, context: CompressedContext, ids: Tensor) -> CompressedContext:
         """The context, which says of its last text whether chat marks in it were read as special tokens."""
@@ -332,7 +332,7 @@ class Engine:
         return prompt
 
     def _answer(self, context: CompressedContext, prompt: Prompt, written: Tensor, prompt_tokens: int) -> Answer:
-        instruction, answer = prompt.parse(self.tokenizer.decode(written))
+        instruction, answer = prompt.parse(decode(self.tokenizer, written))
         return Answer(answer, instruction, Usage(len(context), prompt_tokens, len(written)))
 
     # ---------------------------------------------------------------- the text itself
@@ -365,8 +365,8 @@ class Engine:
                 streamer=streamer,
             )[0].tolist()
         start = ids.shape[1]
-        decode = self.tokenizer.decode
-        return WrittenText(out[:start], out[start:], decode(out[:start]), decode(out[start:]))
+        before, written = (decode(self.tokenizer, ids) for ids in (out[:start], out[start:]))
+        return WrittenText(out[:start], out[start:], before, written)
 
 
 # ---------------------------------------------------------------- files

@@ -159,8 +159,9 @@ def _wanted(source: Path, config: RCCConfig, settings: Any) -> dict[str, tuple[i
     """Names and shapes in the state dict of our model, in order."""
     try:
         with torch.device("meta"):  # without storage
-            kinds = AutoModel, AutoModelForCausalLM
-            model = RCCForCausalLM(config, *(kind.from_config(settings, trust_remote_code=False) for kind in kinds))
+            make: list[Any] = [AutoModel.from_config, AutoModelForCausalLM.from_config]  # which have no types
+            encoder, decoder = (from_config(settings, trust_remote_code=False) for from_config in make)
+            model = RCCForCausalLM(config, encoder, decoder)
     except RCCError:
         raise
     except Exception as error:  # a setting that transformers first looks at here

@@ -76,7 +76,8 @@ def _write_tokenizer(gguf: Path, folder: Path, family: str) -> int:
         tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
     tokenizer.eos_token = "<|im_end|>"  # all bases here are chat models of this one mark
     tokenizer.save_pretrained(folder)
-    return tokenizer.eos_token_id
+    end: int = tokenizer.eos_token_id
+    return end
 
 
 # ---------------------------------------------------------------- weights

@@ -48,7 +48,8 @@ def read_tensor(file: Path, name: str) -> Tensor:
     from safetensors import safe_open
 
     with safe_open(file, framework="pt") as opened:
-        return opened.get_tensor(name)
+        tensor: Tensor = opened.get_tensor(name)
+        return tensor
 
 
 def add_tensor(digest: hashlib._Hash, name: str, tensor: Tensor) -> None:

@@ -69,9 +69,9 @@ def load_backbone(folder: Path, head: bool, **settings: Any) -> PreTrainedModel:
         mapping = (AutoModelForCausalLM if head else AutoModel)._model_mapping
         if type(config) not in mapping:
             raise ModelError(f"{folder} cannot be used: transformers has no language model {config.model_type!r}.")
-        kind = mapping[type(config)]
-        kind = kind[0] if isinstance(kind, (list, tuple)) else kind
-        model = kind.from_pretrained(
+        kinds: Any = mapping[type(config)]
+        kind = kinds[0] if isinstance(kinds, (list, tuple)) else kinds
+        model: PreTrainedModel = kind.from_pretrained(
             None, config=config, state_dict=read_weights(folder), trust_remote_code=False, **own, **settings
         )
         model.name_or_path = config._name_or_path = str(folder)

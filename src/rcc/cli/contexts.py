@@ -15,6 +15,7 @@ from rich.text import Text
 from ..defaults import BUDGET
 from ..documents.plain import read_text
 from ..errors import InputError
+from ..runtime.terminal import shown
 from ..text.counts import parse_bytes, parse_rate
 from .console import (
     AllowSpecial,
@@ -28,7 +29,6 @@ from .console import (
     out,
     print_json,
     progress,
-    shown,
     status,
     write,
 )

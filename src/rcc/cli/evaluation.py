@@ -167,7 +167,7 @@ def passkey(
     with status("loading torch and transformers"):
         from ..data import haystack
         from ..evaluation.passkey import run as task
-        from ..evaluation.passkey.table import PasskeyReport
+        from ..evaluation.passkey.table import BY, PasskeyReport
     where = parse_choices(positions, "--positions", haystack.POSITIONS)
     forms = parse_choices(variants, "--variants", haystack.VARIANTS)
     if filler_data and "prose" not in forms:
@@ -197,7 +197,7 @@ def passkey(
             folder=output,
             progress=advance,
         )
-    _finish(results, PasskeyReport(results), task.BY, output, as_json)
+    _finish(results, PasskeyReport(results), BY, output, as_json)
 
 
 @app.command()
@@ -307,7 +307,7 @@ def resources(
         from ..defaults import default_model
         from ..evaluation.resources import run as task
         from ..evaluation.resources import subject as subjects
-        from ..evaluation.resources.table import ResourcesReport
+        from ..evaluation.resources.table import BY, ResourcesReport
         from ..runtime.precision import parse_device, parse_dtype
         from ..text.tokens import token_ids
     kind = parse_dtype(dtype)
@@ -335,7 +335,7 @@ def resources(
             folder=output,
             progress=advance,
         )
-    _finish(results, ResourcesReport(results), task.BY, output, as_json)
+    _finish(results, ResourcesReport(results), BY, output, as_json)
 
 
 def _check_shape_options(

@@ -86,7 +86,7 @@ def _usage(error: Any) -> int:
     message = error.format_message()
     if "\n" in message:  # no command: this is the help
         error.show()
-        return error.exit_code
+        return int(error.exit_code)
     return refuse(f"{message.rstrip('.')} (see {error.ctx.command_path if error.ctx else 'rcc'} --help).")
 
 

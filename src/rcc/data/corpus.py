@@ -94,17 +94,17 @@ class Corpus:
         return {k: self.__dict__[k] for k in ("source", "folder", "info", "kind", "_runs")}
 
     def __len__(self) -> int:
-        return self.info["rows"]
+        return int(self.info["rows"])
 
     @property
     def tokens_total(self) -> int:
         """Tokens of all rows together."""
-        return self.info["tokens"]
+        return int(self.info["tokens"])
 
     @property
     def broken(self) -> int:
         """How many rows were left out because they cannot be used."""
-        return self.info["broken"]["count"]
+        return int(self.info["broken"]["count"])
 
     # plain views of the maps: indexing np.memmap itself is several times slower
     @cached_property

@@ -111,7 +111,8 @@ def _is_made(folder: Path) -> bool:
             return False
         if any(type(n) is not int or n < 0 for n in (info["rows"], info["broken"]["count"])):
             return False
-        return (folder / "tokens.bin").stat().st_size == info["tokens"] * np.dtype(info["dtype"]).itemsize
+        size = info["tokens"] * np.dtype(info["dtype"]).itemsize
+        return bool((folder / "tokens.bin").stat().st_size == size)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 

@@ -35,14 +35,14 @@ def exact_match(answer: str, accepted: Sequence[str]) -> float:
 
 @cache
 def _bleu() -> Any:
-    from sacrebleu.metrics import BLEU
+    from sacrebleu.metrics.bleu import BLEU
 
     return BLEU(effective_order=True)  # a text of fewer than four words can be right, too
 
 
 def bleu(written: str, truth: str) -> float:
     """BLEU-4 of one text against the original, by sacrebleu with :func:`bleu_settings`, 0 to 1."""
-    return min(1.0, _bleu().sentence_score(written, [truth]).score / 100)
+    return min(1.0, float(_bleu().sentence_score(written, [truth]).score) / 100)
 
 
 def bleu_settings() -> str:

@@ -238,7 +238,8 @@ class Results:
             "cells": self.cells(by),
             **(more or {}),
         }
-        return json.loads(json.dumps(data, default=vars))
+        plain: dict[str, Any] = json.loads(json.dumps(data, default=vars))
+        return plain
 
     def finish(
         self,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from ..context.cache import BlockLayer, KVBlocks
+from ..context.cache import BlockLayer, KVBlocks, block_layers
 from ..context.context import CompressedContext
 from ..context.pieces import Piece
 from ..model import backbones
@@ -43,7 +43,7 @@ def read_plain(model: RCCForCausalLM, ids: Tensor) -> CompressedContext:
         ids: [T] token ids, at most the decoder's window.
     """
     ids = ids.to(model.device)
-    depth = len(backbones.blocks(model.decoder.base_model))
+    depth = len(backbones.blocks(backbones.body(model.decoder)))
     cache = Cache(layers=[BlockLayer(len(ids)) for _ in range(depth)])
     model.decoder.base_model(
         input_ids=ids[None],
@@ -52,7 +52,7 @@ def read_plain(model: RCCForCausalLM, ids: Tensor) -> CompressedContext:
         use_cache=True,
     )
     return CompressedContext(
-        KVBlocks([layer.block for layer in cache.layers], len(ids), writable=False),
+        KVBlocks([layer.block for layer in block_layers(cache)], len(ids), writable=False),
         len(ids),
         ((Piece(len(ids), len(ids), 1, ""),),),
         model.fingerprint,

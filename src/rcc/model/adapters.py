@@ -89,7 +89,7 @@ def add_lora(encoder: PreTrainedModel, decoder: PreTrainedModel, config: RCCConf
         if rank:
             names = backbones.linear_names(body, depth)
             alpha = config.lora_alpha or rank
-            settings = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=names)
+            settings = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=names)  # type: ignore[arg-type]  # 1.5 will do, too
             inject_adapter_in_model(settings, body)
 
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase, StoppingCriteria, TextStreamer
 
 from ..context.context import CompressedContext
 from ..text.prompting import END, Prompt, allows_special
-from ..text.tokens import prompt_ids, token_ids
+from ..text.tokens import decode, prompt_ids, token_ids
 from .rcc import RCCForCausalLM
 
 NEVER = 2**31 - 1
@@ -101,7 +101,7 @@ def ask(
         WindowError: the prompt and the answer do not fit after the context.
     """
     written, _ = write(model, tokenizer, context, prompt, max_new_tokens, allow_special, **generation)
-    return prompt.parse(tokenizer.decode(written))
+    return prompt.parse(decode(tokenizer, written))
 
 
 def write(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -78,6 +78,16 @@ def blocks(body: PreTrainedModel) -> Any:
     return getattr(body, BLOCKS[body.config.model_type])
 
 
+def body(decoder: PreTrainedModel) -> PreTrainedModel:
+    """Return the base model of a causal language model: all but its head."""
+    return cast("PreTrainedModel", decoder.base_model)  # which transformers calls a module only
+
+
+def embeddings(model: PreTrainedModel) -> nn.Embedding:
+    """Return the table of token embeddings; its `weight` is [vocabulary, H]."""
+    return cast("nn.Embedding", model.get_input_embeddings())
+
+
 def linear_names(body: PreTrainedModel, depth: int | None = None) -> list[str]:
     """Names of the linear layers in the blocks that LoRA goes on (all, but see :data:`STATE_SPACE`), relative to the
     base model; with a depth, those of as many first blocks."""
@@ -102,8 +112,9 @@ def rotary(body: PreTrainedModel, positions: Tensor) -> list[tuple[Tensor, Tenso
         For each block cos and sin, [B or 1, T, rotary dimensions] each, in the model's precision.
     """
     like = torch.empty(0, device=positions.device, dtype=body.dtype)
+    rotary_emb: Any = body.rotary_emb
     if body.config.model_type != "gemma3_text":
-        return [body.rotary_emb(like, positions)] * len(blocks(body))
+        return [rotary_emb(like, positions)] * len(blocks(body))
     kinds = body.config.layer_types
-    tables = {kind: body.rotary_emb(like, positions, kind) for kind in set(kinds)}
+    tables = {kind: rotary_emb(like, positions, kind) for kind in set(kinds)}
     return [tables[kind] for kind in kinds]

@@ -65,7 +65,7 @@ def capture_states(body: PreTrainedModel) -> None:
     """Make every block of an encoder's base model hand its input to the pass's :class:`_Capture`, if it has one."""
     for i, block in enumerate(backbones.blocks(body)):
 
-        def take(module: nn.Module, args: tuple, i: int = i) -> None:
+        def take(module: nn.Module, args: tuple[Any, ...], i: int = i) -> None:
             if (capture := _capture.get()) is not None:
                 capture.take(i, args[0])
 

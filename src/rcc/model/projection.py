@@ -61,4 +61,5 @@ class Projections(nn.ModuleList):
         source = self.sources[i]
         vectors = states[source[0]] if len(source) == 1 else torch.stack([states[k] for k in source]).mean(0)
         vectors = vectors.to(self.weight(i).dtype)
-        return vectors + self[i](vectors) if self.from_identity else self[i](vectors)
+        projected: Tensor = self[i](vectors)
+        return vectors + projected if self.from_identity else projected

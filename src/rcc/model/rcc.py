@@ -80,7 +80,7 @@ class RCCForCausalLM(RCCPreTrainedModel):
             reading: Iterable[tuple[States, Tensor | None, int]]
             if self.config.decoder_reads(rate):
                 assert self.sink is not None
-                reading = read_with_decoder(self.decoder.base_model, self.sink, rows, step)
+                reading = read_with_decoder(backbones.body(self.decoder), self.sink, rows, step)
             else:
                 reading = self._encode(rows, rate, self.projections.states, step)
             for states, valid, done in reading:
@@ -158,7 +158,7 @@ class RCCForCausalLM(RCCPreTrainedModel):
             context = self._check_context(context, len(pieces))
         self.check_window([piece.positions for piece in pieces], [0] * len(pieces), context)
         if context is None:
-            layers = len(backbones.blocks(self.decoder.base_model))
+            layers = len(backbones.blocks(backbones.body(self.decoder)))
             cache = new_cache(layers, min(new + SPARE, max(new, self.window)))
             mask = prefix_pass(self.prefix_maker, cache, None, chunks)
             return CompressedContext(
@@ -187,7 +187,7 @@ class RCCForCausalLM(RCCPreTrainedModel):
         if context.rotated:
             return context
         assert self.sink is not None
-        return as_cache(self.decoder.base_model, self.sink, context)
+        return as_cache(backbones.body(self.decoder), self.sink, context)
 
     # ---------------------------------------------------------------- context and prompt → logits, tokens
     def forward(
@@ -276,10 +276,11 @@ class RCCForCausalLM(RCCPreTrainedModel):
         if context is not None:
             context = self._check_context(context, len(prompts))
         self.check_window([0] * len(prompts), [n + answer for n in prompts], context)
+        generate: Any = self.decoder.generate
         if context is None:
             if attention_mask is None:  # or transformers takes what looks like padding for padding
                 attention_mask = torch.ones_like(input_ids)
-            return self.decoder.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+            return generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         context = self.as_cache(context)
         mask = positions.mask_and_order(len(context), context.mask, length, attention_mask, input_ids)[0]
         if mask is None:
@@ -290,7 +291,7 @@ class RCCForCausalLM(RCCPreTrainedModel):
         with context.lend(length + answer) if handed_out else context.borrow(length + answer) as cache:
             if copies > 1:
                 cache.batch_repeat_interleave(copies)
-            return self.decoder.generate(input_ids=input_ids, attention_mask=mask, **{backbones.CACHE: cache}, **kwargs)
+            return generate(input_ids=input_ids, attention_mask=mask, **{backbones.CACHE: cache}, **kwargs)
 
     # ---------------------------------------------------------------- checks
     def check_rate(self, rate: int | None) -> int:

@@ -46,7 +46,8 @@ def split(ids: Tensor, config: RCCConfig) -> tuple[Tensor, ...]:
     if config.segment_padding == "repeat" and len(ids) % size:
         missing = -len(ids) % size
         ids = ids.repeat(-(-size // len(ids)))[:size] if len(ids) < size else torch.cat([ids[-missing:], ids])
-    return ids.split(size)
+    parts: tuple[Tensor, ...] = ids.split(size)
+    return parts
 
 
 def padding_before(tokens: int, config: RCCConfig) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -106,10 +107,10 @@ def _run(blueprint: Blueprint, batch: Batch, frozen: Collection[str], recompute:
     live.adopt(model)
     marks: dict[str, list[tuple[int, int]]] = {"encoder": [], "decoder": []}
 
-    def note(side: str, module: nn.Module, arguments: tuple) -> None:
+    def note(side: str, module: nn.Module, arguments: tuple[Any, ...]) -> None:
         marks[side].append((live.now, arguments[0].untyped_storage().nbytes()))
 
-    for side, body in (("encoder", model.encoder), ("decoder", model.decoder.base_model)):
+    for side, body in (("encoder", model.encoder), ("decoder", backbones.body(model.decoder))):
         for block in backbones.blocks(body):  # before our other hooks, so that what they keep is the block's
             block.register_forward_pre_hook(partial(note, side), prepend=True)
     with live, torch.autocast("cpu", blueprint.dtype, enabled=blueprint.dtype != torch.float32):
@@ -130,6 +131,8 @@ def _run(blueprint: Blueprint, batch: Batch, frozen: Collection[str], recompute:
             out = training_pass.decode_states(model, states, None, training_pass.TrainingBatch(prompt, labels=prompt))
     after = live.now
     with live:
+        assert out.loss is not None
+        assert out.logits is not None  # the model has its own head
         torch.autograd.grad(out.loss, out.logits)  # logits are in memory most often on the way back
     blocks = {
         side: _Block(wanted[-1] if side == "encoder" else len(seen), seen[-1][1], seen[-1][0] - seen[-2][0])

@@ -31,6 +31,9 @@ def has_bfloat16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or not torch.cpu._is_avx512_supported()
 
 
+FOR_WEIGHTS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
 def parse_dtype(name: str | None) -> torch.dtype | None:
     """Return the precision of that name; None for None.
 
@@ -40,7 +43,7 @@ def parse_dtype(name: str | None) -> torch.dtype | None:
     if name is None:
         return None
     dtype = getattr(torch, name, None)
-    if dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+    if not isinstance(dtype, torch.dtype) or dtype not in FOR_WEIGHTS:
         raise InputError(f"dtype {name} is unknown: use bfloat16, float16 or float32.")
     return dtype
 

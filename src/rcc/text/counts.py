@@ -85,4 +85,5 @@ def parse_bytes(text: str) -> int:
     match = re.fullmatch("([0-9]{1,9})(|kb|mb|gb|tb)", text.strip().lower())
     if not match:
         raise InputError(f"{text!r} is no size: write it as 500MB or 2GB.")
-    return int(match[1]) * 1000 ** ("", "kb", "mb", "gb", "tb").index(match[2])
+    factor: int = 1000 ** ("", "kb", "mb", "gb", "tb").index(match[2])
+    return int(match[1]) * factor

@@ -68,6 +68,18 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, parts: Sequence[PromptPart], 
     return torch.cat(rows, 1)
 
 
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Tensor | list[int], skip_special: bool = False) -> str:
+    """Return the text of token ids.
+
+    Args:
+        ids: [T], of one text.
+        skip_special: whether special tokens, such as `<|im_end|>`, are left out.
+    """
+    text = tokenizer.decode(ids, skip_special_tokens=skip_special)
+    assert isinstance(text, str)  # a list only for several texts
+    return text
+
+
 def holds_special(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
     """Return whether a text holds a mark that the tokenizer has a special token for."""
     return any(token.special and token.content in text for token in tokenizer.added_tokens_decoder.values())

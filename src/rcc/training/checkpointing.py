@@ -14,7 +14,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -86,7 +86,8 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
         FileError: it cannot be read.
     """
     try:
-        return torch.load(checkpoint / STATE, map_location="cpu", weights_only=True, mmap=True)
+        state: dict[str, Any] = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True, mmap=True)
+        return state
     except Exception as error:  # a damaged file ends in whatever its bytes look like to the unpickler
         raise FileError(f"{checkpoint / STATE} is damaged or cannot be read ({brief(error)}).") from error
 
@@ -110,7 +111,7 @@ def load_about(checkpoint: Path) -> dict[str, Any]:
             raise TypeError("it counts no steps")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise FileError(f"{checkpoint / name} is damaged or cannot be read ({brief(error)}).") from error
-    return about
+    return cast("dict[str, Any]", about)
 
 
 def random_state() -> dict[str, Any]:

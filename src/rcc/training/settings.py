@@ -6,11 +6,14 @@ import dataclasses
 import difflib
 import types
 import typing
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 
 from ..errors import InputError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 
 def check(good: bool, key: str, value: Any, wanted: str) -> None:
@@ -90,8 +93,11 @@ def override(data: Any, setting: str) -> None:
     table[index] = value
 
 
+T = TypeVar("T", bound="DataclassInstance")
+
+
 # ---------------------------------------------------------------- plain data → dataclasses
-def build(cls: Any, data: Any, path: str) -> Any:
+def build(cls: type[T], data: Any, path: str) -> T:
     """Return a dataclass made from plain data, checked key by key.
 
     Args:

@@ -106,7 +106,7 @@ def prepare(
         model.gradient_checkpointing_enable({"use_reentrant": False})
     compiled = device.type == "cuda" if recipe.run.compile is None else recipe.run.compile
     if compiled:
-        for block in (*backbones.blocks(model.encoder), *backbones.blocks(model.decoder.base_model)):
+        for block in (*backbones.blocks(model.encoder), *backbones.blocks(backbones.body(model.decoder))):
             # only the block's own code: the hooks around it take objects that dynamo need not see; batches have
             # many shapes, more than dynamo would make a graph for each
             block.forward = torch.compile(block.forward, dynamic=True)

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -58,6 +58,10 @@ class StageTrainer(Trainer):
         samples: the stage's; `held_out` those to measure on, None where there are none.
         log, display: where losses go, and what the user sees.
     """
+
+    objective: Objective
+    tokens: int
+    spent: float
 
     def __init__(
         self,
@@ -108,13 +112,13 @@ class StageTrainer(Trainer):
         if process.first:
             with suppress(ImportError):
                 from torch.utils.tensorboard import SummaryWriter
-                from transformers.integrations import TensorBoardCallback
+                from transformers.integrations.integration_utils import TensorBoardCallback
 
                 board = folder.parents[1] / "tensorboard" / stage.name
                 self.add_callback(TensorBoardCallback(SummaryWriter(str(board))))
 
     # -------- what Trainer asks for
-    def get_train_dataloader(self) -> DataLoader:
+    def get_train_dataloader(self) -> DataLoader[Any]:
         cuda = self.process.device.type == "cuda"
         workers = self.recipe.run.workers
         workers = (4 if cuda else 0) if workers is None else workers
@@ -137,7 +141,13 @@ class StageTrainer(Trainer):
     @property
     def _own_optimizer(self) -> torch.optim.Optimizer:
         """The optimizer without accelerate's wrapper."""
-        return getattr(self.optimizer, "optimizer", self.optimizer)
+        return cast("torch.optim.Optimizer", getattr(self.optimizer, "optimizer", self.optimizer))
+
+    @property
+    def _schedule(self) -> torch.optim.lr_scheduler.LRScheduler:
+        """The learning rates' schedule, which Trainer makes with the optimizer."""
+        assert self.lr_scheduler is not None
+        return self.lr_scheduler
 
     def part(self, step: int) -> float:
         """Return the part of the stage's budget that is spent."""
@@ -209,7 +219,7 @@ class StageTrainer(Trainer):
         state = {
             "weights": {name: unsharded(p) for name, p in self.weights.items()},
             "optimizer": tree_map(unsharded, self._own_optimizer.state_dict()),
-            "schedule": self.lr_scheduler.state_dict(),
+            "schedule": self._schedule.state_dict(),
             "random": gather(random_state()),
             "tokens": self.tokens,
             "spent": self.spent,
@@ -251,7 +261,7 @@ class StageTrainer(Trainer):
         for i, values in state["optimizer"]["state"].items():
             state["optimizer"]["state"][i] = {k: sharded_like(v, parameters[i]) for k, v in values.items()}
         inner.load_state_dict(state["optimizer"])
-        self.lr_scheduler.load_state_dict(state["schedule"])
+        self._schedule.load_state_dict(state["schedule"])
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:

@@ -36,11 +36,12 @@ class Finished:
 
     @property
     def task(self) -> str:
-        return self.data["task"]
+        return str(self.data["task"])
 
     @property
     def cells(self) -> list[dict[str, Any]]:
-        return self.data["cells"]
+        cells: list[dict[str, Any]] = self.data["cells"]
+        return cells
 
     @cached_property
     def groupings(self) -> dict[str, list[dict[str, Any]]]:

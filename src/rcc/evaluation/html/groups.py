@@ -67,7 +67,7 @@ SHARE, PART = Axis(), Axis(top=1)
 def shade(cell: Mapping[str, Any], figure: str, link: int | None, most: float = 1, percent: bool = False) -> Cell | str:
     """A share as a heat map shows it, its colour deepest at `most`; or why there is none."""
     if figure not in cell:
-        return cell.get("skipped", "")
+        return str(cell.get("skipped", ""))
     value, places, factor = cell[figure], 0 if percent else 3, 100 if percent else 1
     small = joined(interval(value, max(0, places - 1), factor), f"n\u00a0{value['n']:,}")
     return Cell(f"{value['mean'] * factor:.{places}f}{'%' if percent else ''}", small, link, value["mean"] / most)

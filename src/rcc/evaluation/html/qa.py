@@ -74,7 +74,7 @@ def qa(runs: list[Finished], samples: SampleLists) -> Iterator[ChartGroup]:
 def held(cell: Mapping[str, Any]) -> float:
     """Tokens of text for each position held: measured, or the rate."""
     if "context_tokens" in cell and "positions" in cell and cell["positions"]["mean"] > 0:
-        return cell["context_tokens"]["mean"] / cell["positions"]["mean"]
+        return float(cell["context_tokens"]["mean"] / cell["positions"]["mean"])
     return float(cell["key"]["rate"])
 
 

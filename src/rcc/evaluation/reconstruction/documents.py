@@ -77,4 +77,4 @@ class Documents:
 
     def another(self, number: int) -> int:
         """Return the number of the document that comes next in the order, after the last one the first."""
-        return self.order[(self.order.index(number) + 1) % len(self)]
+        return int(self.order[(self.order.index(number) + 1) % len(self)])

@@ -9,7 +9,7 @@ from ...answers import WrittenText
 from ...context.context import CompressedContext
 from ...engine import Engine
 from ...model.segments import piece_of
-from ...text.tokens import token_ids
+from ...text.tokens import decode, token_ids
 from .teacher_forcing import PROMPT as PROMPT_TOKENS
 from .teacher_forcing import Recovery, teacher_forced
 
@@ -75,8 +75,8 @@ def compare(
         len(ids),
         truth,
         guess,
-        engine.tokenizer.decode(truth),
-        engine.tokenizer.decode(guess),
+        decode(engine.tokenizer, truth),
+        decode(engine.tokenizer, guess),
         teacher_forced(engine.compressor, context, ids, progress=progress),
         piece.rate,
     )

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ....model.rcc import RCCForCausalLM
+from ....text.tokens import decode
 from ..questions import Question
 from . import Held
 from .plain_text import PlainText
@@ -34,7 +35,7 @@ class Retrieved(PlainText):
         passages = text.split(min(PASSAGE, most))
         chosen: list[int] = []
         left = most
-        for number in ranked([self.tokenizer.decode(ids) for ids in passages], question.question):
+        for number in ranked([decode(self.tokenizer, ids) for ids in passages], question.question):
             if left < 1:
                 break
             chosen.append(number)
