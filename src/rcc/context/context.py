@@ -59,7 +59,8 @@ class CompressedContext:
     # ---------------------------------------------------------------- a value
     def __getstate__(self) -> dict[str, Any]:
         """What a copy is made of: its own positions of the blocks, which it shares with no other context; and not the
-        cache that a model has made of it."""
+        cache that a model has made of it.
+        """
         layers = [(k.clone(), v.clone()) for k, v in (self.layer(i) for i in range(len(self.blocks.layers)))]
         self.blocks.release()
         state = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in _DERIVED}

@@ -119,7 +119,8 @@ def _put(header: bytes, tensors: Mapping[str, Lazy], put: Callable[[bytes | memo
 
 def is_ours(path: Path, kind: str) -> bool:
     """Whether a file says of itself that it is an rcc file of this kind; it may still be damaged. What can be read only
-    once, such as a pipe, is none, and is not looked into."""
+    once, such as a pipe, is none, and is not looked into.
+    """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             return False

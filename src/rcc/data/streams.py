@@ -30,6 +30,7 @@ def split(
     they stand.
 
     Args:
+        corpora: to split; what one holds out, the others hold out as well.
         held_out: the share of contents that is held out, at least 0 and below 1.
         other: corpora whose contents are on neither side, such as separate evaluation data.
 

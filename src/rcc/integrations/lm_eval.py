@@ -262,6 +262,8 @@ class RCCLM(TemplateLM):  # type: ignore[misc]  # lm-eval says nothing of its ty
 
         Args:
             requests: strings, tokens of the prompt that stay text, and tokens of the answer.
+            disable_tqdm: show no progress bar.
+            **kwargs: what else lm-eval may pass, not used.
         """
         asked = [
             self._request(i, self._parts(prompt), ids, answer) for i, ((prompt, _), ids, answer) in enumerate(requests)

@@ -19,8 +19,14 @@ from .live import LiveBytes
 
 @dataclass(frozen=True)
 class Batch:
-    """Say what a process reads before a backward pass: `rows` texts of `tokens` context tokens at `rate`, each with
-    `target` decoder tokens after it."""
+    """Say what a process reads before a backward pass.
+
+    Args:
+        rows: texts.
+        tokens: context tokens of each text.
+        rate: context tokens a prefix position.
+        target: decoder tokens after each text's prefix.
+    """
 
     rows: int
     tokens: int
@@ -30,8 +36,12 @@ class Batch:
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes that a training pass needs beside weights, gradients and optimizer: without gradient checkpointing, and
-    with it."""
+    """Bytes that a training pass needs beside weights, gradients and optimizer.
+
+    Attributes:
+        kept: without gradient checkpointing.
+        checkpointed: with it.
+    """
 
     kept: int
     checkpointed: int
@@ -76,9 +86,16 @@ class _Block:
 
 @dataclass
 class _Trace:
-    """A training pass as it was run, in bytes: the most there was, what was left after the forward pass, and the blocks
-    of the sides that ran; how many encoder states there were, and the bytes of each; the tokens · width that a
-    state-space encoder would have read and kept."""
+    """A training pass as it was run; sizes in bytes.
+
+    Attributes:
+        peak: the most there was at a time.
+        after: what was left after the forward pass.
+        blocks: of the sides that ran.
+        states: how many encoder states there were.
+        state: of each of these.
+        scanned: tokens · width that a state-space encoder would have read and kept.
+    """
 
     peak: int
     after: int

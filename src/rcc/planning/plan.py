@@ -36,9 +36,13 @@ def plan(
     """Return what an RCC model on a backbone would cost, as plain data; sizes in bytes.
 
     Args:
-        decoder, encoder: see :func:`rcc.planning.shapes.find`; without an encoder the decoder's base reads as well.
+        decoder: see :func:`rcc.planning.shapes.find`.
+        encoder: the same; None: the decoder's base reads as well.
+        rates: tokens a prefix position, one row of the plan each.
+        segment_length: tokens that the encoder reads at once.
         lora_rank: of LoRA on both sides. None: 16, or where an encoder is named, all weights of both sides.
         full: all weights of both sides.
+        dtype: of the backbones' weights and of the KV cache.
 
     Raises:
         ModelError: a backbone that is not found or not supported. InputError: settings that cannot be used.
