@@ -128,7 +128,7 @@ class KVBlocks:
         return KVBlocks(layers, length, False, self._release)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy is made of: the tensors; not the lock, nor a file's mapping."""
+        """Return what a copy is made of: the tensors; not the lock, nor a file's mapping."""
         return {"layers": self.layers, "used": self.used}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -149,7 +149,8 @@ class KVBlocks:
         Args:
             length: positions to copy.
             extra: more positions to have capacity for.
-            device, dtype: of the copies; None: as these.
+            device: of the copies; None: as these.
+            dtype: likewise.
         """
 
         def copy(block: Tensor) -> Tensor:

@@ -29,8 +29,8 @@ BLOCKS = {
 """model_type → attribute of the base model that holds its blocks, in order."""
 
 STATE_SPACE = {"mamba": ("in_proj",), "mamba2": ("in_proj",)}
-"""Encoders only: they have no attention, no positions and no KV cache. model_type → the linear layers for LoRA: of the
-others the mixer, or its fused kernel, reads the weights itself and would pass the adapter by."""
+"""Encoders only: they have no attention, no positions and no KV cache. model_type → the linear layers for LoRA: the
+mixer, or its fused kernel, reads the weights of the others itself and would bypass the adapter."""
 
 _generation = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
 CACHE = "cache" if "cache" in _generation else "past_key_values"
@@ -62,19 +62,19 @@ def check_family(config: PreTrainedConfig, side: str) -> None:
 
 
 def sliding_window(config: PreTrainedConfig) -> int | None:
-    """Positions that the backbone's sliding layers attend to, their own included; None where no layer slides."""
+    """Return how many positions the sliding layers attend to, their own included; None where no layer slides."""
     kinds = getattr(config, "layer_types", None)
     slides = kinds is None or "sliding_attention" in kinds
     return getattr(config, "sliding_window", None) if slides else None
 
 
 def has_full_attention(config: PreTrainedConfig) -> bool:
-    """Whether some layer attends to everything before it."""
+    """Return whether some layer attends to everything before it."""
     return sliding_window(config) is None or "full_attention" in (getattr(config, "layer_types", None) or ())
 
 
 def blocks(body: PreTrainedModel) -> Any:
-    """The blocks of a base model (without head), a ModuleList in order."""
+    """Return the blocks of a base model (without head), a ModuleList in order."""
     return getattr(body, BLOCKS[body.config.model_type])
 
 
@@ -89,8 +89,10 @@ def embeddings(model: PreTrainedModel) -> nn.Embedding:
 
 
 def linear_names(body: PreTrainedModel, depth: int | None = None) -> list[str]:
-    """Names of the linear layers in the blocks that LoRA goes on (all, but see :data:`STATE_SPACE`), relative to the
-    base model; with a depth, those of as many first blocks."""
+    """Return the names, within a base model, of the linear layers that LoRA goes on.
+
+    They are all of those in its blocks, but see :data:`STATE_SPACE`; with a depth, in as many first blocks.
+    """
     family = body.config.model_type
     ends = STATE_SPACE.get(family, ("",))
     linear = [name for name, m in blocks(body)[:depth].named_modules() if isinstance(m, nn.Linear)]
@@ -98,14 +100,15 @@ def linear_names(body: PreTrainedModel, depth: int | None = None) -> list[str]:
 
 
 def window(config: PreTrainedConfig) -> int:
-    """Number of positions that a backbone can address; without positions, no limit."""
+    """Return the number of positions that a backbone can address; without positions, no limit."""
     return sys.maxsize if config.model_type in STATE_SPACE else config.max_position_embeddings
 
 
 def rotary(body: PreTrainedModel, positions: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Cosines and sines that a decoder's blocks rotate keys with at some positions.
+    """Return the cosines and sines that a decoder's blocks rotate keys with at some positions.
 
     Args:
+        body: the decoder's base model.
         positions: [B, T] or [1, T].
 
     Returns:

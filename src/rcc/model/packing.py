@@ -69,5 +69,5 @@ def is_packed(name: str) -> bool:
 
 
 def _across(matrix: Tensor) -> int:
-    """The dimension that values of one step lie along: the longer one."""
+    """Return the dimension that values of one step lie along: the longer one."""
     return int(matrix.shape[0] <= matrix.shape[1])

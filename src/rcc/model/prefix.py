@@ -221,7 +221,7 @@ class DirectPrefix:
 
 
 # ---------------------------------------------------------------- keys and values of a direct prefix
-class _Stored(Exception):
+class _Stored(Exception):  # noqa: N818  # no error: the block ends here
     """A block has handed over its keys and values: the rest of it need not run."""
 
 
@@ -241,6 +241,7 @@ def store(body: PreTrainedModel, inputs: BlockInputs, cache: Cache) -> None:
 
     Args:
         body: the decoder's base model.
+        inputs: what enters each block.
         cache: layers of [B, KV heads, n, head dim].
     """
     name = backbones.BLOCK_CACHE.get(body.config.model_type, backbones.CACHE)

@@ -44,7 +44,9 @@ class RCCPreTrainedModel(nn.Module):
         """Join two backbones.
 
         Args:
+            config: of which nothing is left open, see :meth:`RCCConfig.decide`.
             encoder: a base model without head; None shares the decoder's weights.
+            decoder: a causal language model, which is changed in place (hooks, LoRA).
 
         Raises:
             ModelError: a family that is not supported on that side.
@@ -101,11 +103,14 @@ class RCCPreTrainedModel(nn.Module):
         """Make an untrained model from pretrained backbones (folders, hub ids, names of bases, or models).
 
         Args:
+            encoder: what reads the texts.
             decoder: None: the encoder's own base.
             config: see :class:`RCCConfig`. Left open there: the base is shared where no decoder is given, and
                 :meth:`RCCConfig.decide` says which weights are trained.
+            device: of the model; where transformers loads it by default.
             dtype: of the backbones; as stored by default.
-            kwargs: go to transformers' `from_pretrained`.
+            attn_implementation: transformers' name of one, for both sides; its own choice by default.
+            **kwargs: go to transformers' `from_pretrained`.
 
         Raises:
             ModelError: a backbone that cannot be loaded or is of an unsupported family.
@@ -137,9 +142,12 @@ class RCCPreTrainedModel(nn.Module):
         """Load a trained model: a shipped name (`rcc models`), a folder, or a hub id.
 
         Args:
+            name: which model.
+            device: of the model; where transformers loads it by default.
             dtype: a torch dtype or its name; as the base is stored by default.
+            attn_implementation: transformers' name of one, for both sides; its own choice by default.
             progress: told in a few words what is being done where that takes long (fetching a base).
-            kwargs: go to transformers' `from_pretrained`, for the bases.
+            **kwargs: go to transformers' `from_pretrained`, for the bases.
 
         Raises:
             ModelError: nothing there, no weights, damaged, or a base other than the one it was trained on.
@@ -164,6 +172,8 @@ class RCCPreTrainedModel(nn.Module):
         there is nothing to refer to, the base is written too, once, as an ordinary transformers folder.
 
         Args:
+            folder: is made where there is none.
+            full: write the bases too, so that the folder needs nothing else.
             dtype: of the weights that are written; None: as they are.
             eight_bits: parts of the model whose matrices are written in 8 bits, `"projections"` or `"lora"` (see
                 :mod:`rcc.model.packing`); the model takes on what is written.

@@ -94,7 +94,7 @@ class RCCForCausalLM(RCCPreTrainedModel):
     def _encode(
         self, rows: list[Tensor], rate: int, wanted: list[int], batch_tokens: int
     ) -> Iterable[tuple[dict[int, Tensor], Tensor | None, int]]:
-        """The encoder's states of texts, a batch of segments at a time; see :func:`rcc.model.encoder.encode`."""
+        """Yield the encoder's states of texts, a batch of segments at a time; see :func:`rcc.model.encoder.encode`."""
         texts = segments.texts_of(rows, None)
         return encoding.encode(self.encoder, texts, rate, self.config, wanted, batch_tokens, self.additions(rate))
 
@@ -110,7 +110,10 @@ class RCCForCausalLM(RCCPreTrainedModel):
         """Compute the encoder's half of :meth:`compress` alone.
 
         Args:
-            input_ids, attention_mask, rate, batch_tokens: as of :meth:`compress`.
+            input_ids: [B, T] token ids.
+            attention_mask: [B, T], 0 at padding, on either side.
+            rate: tokens a position; the model's default for None.
+            batch_tokens: about how many tokens the encoder reads at once.
 
         Returns:
             Vectors [B, n, L + 1, H].
@@ -152,7 +155,7 @@ class RCCForCausalLM(RCCPreTrainedModel):
         return self._extend(context, list(vectors.pieces), chunks)
 
     def _extend(self, context: CompressedContext | None, pieces: list[Piece], chunks: Chunks) -> CompressedContext:
-        """The context that chunks of prefix states make, after `context` or from nothing."""
+        """Return the context that chunks of prefix states make, after `context` or from nothing."""
         new = max(piece.positions for piece in pieces)
         if context is not None:
             context = self._check_context(context, len(pieces))
@@ -178,8 +181,7 @@ class RCCForCausalLM(RCCPreTrainedModel):
             return context.grown(cache, rows, mask)
 
     def as_cache(self, context: CompressedContext) -> CompressedContext:
-        """Return a context as the decoder's KV cache: the sink, then the keys of a direct prefix rotated to their
-        positions.
+        """Return a context as the decoder's KV cache: the sink, then a direct prefix's keys rotated to their positions.
 
         A context that is a cache already, as with a residual prefix, is returned as it is. The result is kept with the
         context, so that further questions have it.
@@ -210,7 +212,7 @@ class RCCForCausalLM(RCCPreTrainedModel):
             labels: [B, Q] as `input_ids`, -100 where there is no loss.
             logits_to_keep: [U] the positions of the prompt to compute logits at, ascending; None: all. With
                 labels, all those before a label.
-            kwargs: go to the decoder. `output_hidden_states` and `output_attentions` are those of a prompt's
+            **kwargs: go to the decoder. `output_hidden_states` and `output_attentions` are those of a prompt's
                 positions, in attentions beside the context's.
 
         Returns:
@@ -252,7 +254,8 @@ class RCCForCausalLM(RCCPreTrainedModel):
         Args:
             input_ids: [B, Q] prompts; B is the context's (`context.expand(n)` for n prompts on one text).
             attention_mask: [B, Q], 0 at padding, which must stand on the left.
-            kwargs: everything that transformers' `generate` takes (`max_new_tokens`, `do_sample`, `num_beams`,
+            context: B texts; None: the prompts alone.
+            **kwargs: everything that transformers' `generate` takes (`max_new_tokens`, `do_sample`, `num_beams`,
                 `num_return_sequences`, `streamer`, `generation_config`, …).
 
         Returns:
@@ -322,10 +325,12 @@ class RCCForCausalLM(RCCPreTrainedModel):
         reserve: int = SPARE,
         budget: int | None = None,
     ) -> int:
-        """Return the lowest trained rate at which texts of these lengths, one after the other, stay within a budget of
-        positions; where there is none, the lowest at which they leave room in the window.
+        """Return the lowest trained rate at which texts stay within a budget of positions.
+
+        Where there is none, the lowest at which they leave room in the window.
 
         Args:
+            tokens: lengths of the texts, which follow one another.
             context: to append to.
             reserve: positions to leave for a question and its answer (at most half the window).
             budget: positions that all of the context may take; None: the window alone decides.

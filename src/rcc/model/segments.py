@@ -51,7 +51,9 @@ def split(ids: Tensor, config: RCCConfig) -> tuple[Tensor, ...]:
 
 
 def padding_before(tokens: int, config: RCCConfig) -> int:
-    """Return how many tokens of padding precede a text: its token i is number (this + i) % segment_length in its
-    segment."""
+    """Return how many tokens of padding precede a text.
+
+    Its token i is number (padding + i) % segment_length in its segment.
+    """
     repeats = config.segment_padding == "repeat" and tokens > config.segment_length
     return -tokens % config.segment_length if repeats else 0
