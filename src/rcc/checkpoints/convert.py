@@ -79,20 +79,17 @@ def convert_checkpoint(
         tokenizer: a folder that holds the model's tokenizer; None: `source`, if it has one.
         segment_length: tokens of a segment in its training, which no file of it says.
         rate: the compression rate that it was trained at, which no file says either.
-        progress: called before each tensor with the bytes done and the bytes to do; each counts when it is written
-            and when it is read again for the fingerprint.
+        progress: called before each tensor with bytes done and bytes to do; each is read twice, and counts twice.
 
     Raises:
-        InputError: `source` is no folder, `out` is not free, the tokenizer is none or has more tokens than the model,
-            or segment or rate cannot be.
-        ModelError: the checkpoint is not a GPT-NeoX one, or damaged or contradictory; :class:`IncompleteError`: it
-            lacks tensors, or has them in another shape.
+        InputError: `source` is no folder, `out` is not free, the tokenizer does not fit, or segment or rate cannot be.
+        ModelError: the checkpoint is not a GPT-NeoX one, damaged or contradictory.
+        IncompleteError: it lacks tensors, or has them in another shape.
         FileError: something cannot be read or written.
     """
     source, target = Path(source), _free(out)
     settings = _base_config(source)
-    own = source if checkpoints.has_tokenizer(source) else None
-    words = own if tokenizer is None else Path(tokenizer)
+    words = Path(tokenizer) if tokenizer is not None else source if checkpoints.has_tokenizer(source) else None
     tokens = None if words is None else _load_tokenizer(words, settings)
     config = RCCConfig(
         segment_length=segment_length,
@@ -103,8 +100,7 @@ def convert_checkpoint(
         decoder_lora_rank=0,
         name=target.name,
     )
-    wanted = _wanted(source, config, settings)
-    sources, fates = match(source, stored_tensors(source), wanted, settings)
+    sources, fates = match(source, stored_tensors(source), _wanted(source, config, settings), settings)
     settings.dtype = functools.reduce(torch.promote_types, {DTYPES[stored.dtype] for stored in sources.values()})
 
     try:

@@ -41,8 +41,7 @@ app = typer.Typer(
 
 
 def _show(text: str, data: dict[str, Any] | None, output: Path | None) -> None:
-    """Print an evaluation's table and notes and say what the folder holds; or only its figures, where they are wanted
-    as JSON."""
+    """Print an evaluation's table and notes and say what the folder holds; or, where it is given, `data` as JSON."""
     if data is not None:
         print_json(data)
         return

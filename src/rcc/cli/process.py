@@ -78,6 +78,7 @@ def _say_interrupted() -> None:
 
 
 def refuse(message: str) -> int:
+    """Print an error's sentence, and return the exit code that goes with it."""
     err.print(f"rcc: {shown(message)}", markup=False)
     return 2
 

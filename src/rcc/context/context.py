@@ -288,10 +288,8 @@ class CompressedContext:
         _check_one_model(contexts, "stacked")
         length = max(map(len, contexts))
         blocks = joining.stack([(c.blocks, c.length) for c in contexts], length, first.device, first.dtype)
-        masks = [
-            torch.nn.functional.pad(c._mask().to(first.device), (length - len(c), 0), value=False) for c in contexts
-        ]
-        mask = torch.cat(masks)
+        pad = torch.nn.functional.pad
+        mask = torch.cat([pad(c._mask().to(first.device), (length - len(c), 0), value=False) for c in contexts])
         pieces = tuple(row for c in contexts for row in c.pieces)
         return replace(first, blocks=blocks, length=length, pieces=pieces, mask=None if bool(mask.all()) else mask)
 

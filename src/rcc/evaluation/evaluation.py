@@ -24,22 +24,19 @@ class Report(Protocol):
 
 
 class Evaluation(Protocol):
-    """One kind of measurement of one model, ready to be run.
-
-    Attributes:
-        kind: its name in `results.json`: `reconstruction`, `passkey`, `resources` or `qa`.
-        by: the keys that tell the cells of the table apart.
-        cluster: the key that samples of one document share, over which intervals are made; None: there is none.
-    """
+    """One kind of measurement of one model, ready to be run."""
 
     @property
-    def kind(self) -> str: ...
+    def kind(self) -> str:
+        """Its name in `results.json`: `reconstruction`, `passkey`, `resources` or `qa`."""
 
     @property
-    def by(self) -> Sequence[str]: ...
+    def by(self) -> Sequence[str]:
+        """The keys that tell the cells of the table apart."""
 
     @property
-    def cluster(self) -> str | None: ...
+    def cluster(self) -> str | None:
+        """The key that samples of one document share, over which intervals are made; None: there is none."""
 
     def settings(self) -> dict[str, Any]:
         """Return all that a sample depends on beside its key, in a form that JSON holds."""
@@ -70,6 +67,7 @@ def evaluate(
     """Measure all cases that the folder does not hold yet, and note what to know about the figures.
 
     Args:
+        evaluation: gives the cases and measures them.
         folder: where samples are kept as they are made, and an interrupted evaluation goes on. None: nowhere.
         progress: called with the number of cases done so far.
 

@@ -43,14 +43,21 @@ class Case:
     measure: Callable[[], dict[str, Any]]
 
 
-class Skipped(Exception):
+class Skipped(Exception):  # noqa: N818  # no error: a cell that cannot be measured
     """Raised by a measurement that cannot be made; the cell says why and the others go on."""
 
 
 @dataclass
 class Interval:
-    """A mean of `n` samples and the bounds between which it lies with 95 % confidence; None where the samples are one,
-    or of one document, and say nothing about others."""
+    """A mean with its confidence interval.
+
+    Attributes:
+        mean: of the samples.
+        low: the lower bound, with 95 % confidence; None where the samples are one, or of one document, and say nothing
+            about others.
+        high: the upper bound; None where `low` is.
+        n: how many samples there are.
+    """
 
     mean: float
     low: float | None
@@ -59,7 +66,7 @@ class Interval:
 
 
 def interval(values: Sequence[float], groups: Sequence[Any] | None = None, seed: int = 0) -> Interval:
-    """Mean with a confidence interval.
+    """Return a mean with its confidence interval.
 
     Shares (every value 0 or 1, each from a group of its own) by Wilson's score, which does not shrink to a point when
     all succeed; anything else by the percentile bootstrap over groups.
@@ -67,6 +74,7 @@ def interval(values: Sequence[float], groups: Sequence[Any] | None = None, seed:
     Args:
         values: one figure a sample.
         groups: what samples have in common (their document): samples of a group are drawn together.
+        seed: of the bootstrap.
     """
     x = np.asarray(values, dtype=np.float64)
     n = len(x)
@@ -149,7 +157,7 @@ class Results:
 
     def _read(self) -> list[dict[str, Any]]:
         assert self.folder is not None
-        path, rows, kept = self.folder / "samples.jsonl", [], []
+        path, rows, lines = self.folder / "samples.jsonl", [], []
         if not path.exists():
             return []
         for line in path.read_text(encoding="utf-8").splitlines():
@@ -159,8 +167,8 @@ class Results:
                 continue  # the last line of a killed process
             if _is_sample(row):  # what is not will be measured again
                 rows.append(row)
-                kept.append(line + "\n")
-        self._write("samples.jsonl", "".join(kept))
+                lines.append(line + "\n")
+        self._write("samples.jsonl", "".join(lines))
         return rows
 
     def _write(self, name: str, text: str) -> None:
@@ -176,6 +184,7 @@ class Results:
         """Measure what has not been measured yet, one case after the other, each kept at once.
 
         Args:
+            cases: all of them; those that the folder has are passed over.
             progress: called with the number of cases done so far.
         """
         done = {_name(row["key"]) for row in self.rows}
@@ -202,27 +211,31 @@ class Results:
                     progress(number)
 
     def cells(self, by: Sequence[str]) -> list[dict[str, Any]]:
-        """Figures by some of the keys, in order of appearance: `{"key": …, metric: Interval …}`, or `"skipped"`."""
+        """Return the figures by some of the keys, in order of appearance.
+
+        Each is `{"key": …, metric: Interval, …}`, with `"skipped": why` where no sample could be measured.
+        """
         groups: dict[str, list[dict[str, Any]]] = {}
         for row in self.rows:
             groups.setdefault(_name({k: row["key"][k] for k in by if k in row["key"]}), []).append(row)
-        found = []
+        cells = []
         for name, rows in groups.items():
             cell: dict[str, Any] = {"key": json.loads(name)}
             made = [row for row in rows if "skipped" not in row]
             if not made:
                 cell["skipped"] = rows[0]["skipped"]
             for metric in sorted({k for row in made for k, v in row.items() if _is_number(v)}):
-                some = [row for row in made if _is_number(row.get(metric))]
-                shared = [row["key"].get(self.cluster) for row in some] if self.cluster else None
-                cell[metric] = interval([float(row[metric]) for row in some], shared)
-            found.append(cell)
-        return found
+                measured = [row for row in made if _is_number(row.get(metric))]
+                shared = [row["key"].get(self.cluster) for row in measured] if self.cluster else None
+                cell[metric] = interval([float(row[metric]) for row in measured], shared)
+            cells.append(cell)
+        return cells
 
     def summary(self, by: Sequence[str], more: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """What `results.json` holds: the figures by some of the keys, and what made them.
+        """Return what `results.json` holds: the figures by some of the keys, and what made them.
 
         Args:
+            by: those keys.
             more: further figures by name, which may hold intervals.
         """
         data = {

@@ -37,9 +37,10 @@ def base_decoder(model: RCCForCausalLM) -> Iterator[None]:
 
 @torch.no_grad()
 def read_plain(model: RCCForCausalLM, ids: Tensor) -> CompressedContext:
-    """A context that is not compressed: keys and values of a text's own tokens, one position each.
+    """Return a context that is not compressed: keys and values of a text's own tokens, one position each.
 
     Args:
+        model: whose decoder reads.
         ids: [T] token ids, at most the decoder's window.
     """
     ids = ids.to(model.device)

@@ -172,7 +172,7 @@ def _joined(parts: list[tuple[dict[int, Tensor], Tensor | None]]) -> tuple[dict[
 
 @contextlib.contextmanager
 def remembering() -> Iterator[None]:
-    """Within it, what repeats in a text is kept for the texts after it too, which then read it no more.
+    """Keep, within it, what repeats in a text for the texts after it too, which then need not read it again.
 
     For many texts with the same filler, and an encoder that does not change meanwhile.
     """

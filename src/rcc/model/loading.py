@@ -180,7 +180,7 @@ def _load_base(
 def _first_token(source: str | Path | PreTrainedModel) -> int:
     """Return the token that a chat begins with, which the base rests its attention on.
 
-    That is the chat form's first, by the base's tokenizer; of a model that was handed over, its beginning of text, or 0.
+    That is the chat form's first, by the base's tokenizer; of a model that was handed over, its begin token, else 0.
     """
     if isinstance(source, PreTrainedModel):
         token = source.config.bos_token_id

@@ -59,9 +59,8 @@ def plan(
             encoder_lora_rank=0 if own else rank,
             decoder_lora_rank=0 if own else rank,
         )
-        ways[name] = Blueprint(
-            config, decoder_shape, decoder_shape if encoder_shape is None and own else encoder_shape, dtype
-        )
+        side = decoder_shape if encoder_shape is None and own else encoder_shape
+        ways[name] = Blueprint(config, decoder_shape, side, dtype)
     chosen = list(ways)[full or (encoder_shape is not None and lora_rank is None)]
     models = {name: way.build() for name, way in ways.items()}
     model = models[chosen]
@@ -76,9 +75,7 @@ def plan(
         "parameters": sum(p.numel() for p in model.parameters()),
         "position_bytes": position,
         "reserve": model.window - model.room(),
-        "reading": [
-            _reading(model, rate, position, plain if rate is None else stored_bytes(model)) for rate in (None, *rates)
-        ],
+        "reading": [_reading(model, r, position, plain if r is None else stored_bytes(model)) for r in (None, *rates)],
     }
     training = [
         _training(name, way, models[name], tokens, frozen)  # which sets the model up to learn

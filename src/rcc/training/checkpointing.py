@@ -34,7 +34,10 @@ def write(folder: Path, step: int, files: dict[str, Callable[[Path], Any]], keep
     """Write `folder/checkpoint-STEP` and remove all but the newest `keep`.
 
     Args:
+        folder: of the stage; is made where there is none.
+        step: optimizer steps taken.
         files: {name: what writes that file}.
+        keep: how many checkpoints the folder may hold afterwards.
 
     Raises:
         FileError: it cannot be written; what was there stays.

@@ -123,4 +123,5 @@ class Wrapped(nn.Module):
         self.module = module
 
     def forward(self, **batch: Any) -> Any:
+        """Compute what the module computes."""
         return self.module(**batch)

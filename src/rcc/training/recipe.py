@@ -210,6 +210,7 @@ class Recipe:
         """Read a YAML file.
 
         Args:
+            path: the recipe's file.
             overrides: `key.path=value`, where a list's entries go by number; the value is YAML.
 
         Raises:

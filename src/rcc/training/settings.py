@@ -94,6 +94,7 @@ def override(data: Any, setting: str) -> None:
 
 
 T = TypeVar("T", bound="DataclassInstance")
+"""A dataclass of settings."""
 
 
 # ---------------------------------------------------------------- plain data → dataclasses
@@ -101,6 +102,8 @@ def build(cls: type[T], data: Any, path: str) -> T:
     """Return a dataclass made from plain data, checked key by key.
 
     Args:
+        cls: the dataclass; its types say what each value may be.
+        data: as YAML has it: a table.
         path: the data's own key, for messages; empty for a whole recipe.
 
     Raises:

@@ -96,6 +96,10 @@ def prepare(
     """Set a model up for a stage: frozen, checkpointed and compiled as it says.
 
     Args:
+        model: changed in place.
+        stage: what is frozen, and whether activations are recomputed.
+        recipe: the precision, and whether blocks are compiled.
+        device: where it will run, which decides what the recipe leaves open.
         vocabulary: token ids, ascending, that can be targets, where a head for losses is to know no others.
 
     Raises:

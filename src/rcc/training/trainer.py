@@ -41,7 +41,7 @@ FOREVER = 2**31 - 1
 """Steps of a stage whose budget is minutes."""
 
 
-class Interrupted(Exception):
+class Interrupted(Exception):  # noqa: N818  # no error: the run was told to stop
     """Training was told to stop by a signal, and has saved."""
 
     def __init__(self, number: int):
@@ -119,6 +119,7 @@ class StageTrainer(Trainer):
 
     # -------- what Trainer asks for
     def get_train_dataloader(self) -> DataLoader[Any]:
+        """Return the stage's batches from :attr:`first_batch` on, made in workers."""
         cuda = self.process.device.type == "cuda"
         workers = self.recipe.run.workers
         workers = (4 if cuda else 0) if workers is None else workers
@@ -131,10 +132,12 @@ class StageTrainer(Trainer):
         return Wrapped(self.objective) if self.recipe.run.fsdp and self.process.world > 1 else self.objective
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Make the optimizer of the stage's groups."""
         self.optimizer = make_optimizer(self.objective.model, self.stage, fused=not self.recipe.run.fsdp)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Make a schedule for each group, over the part of the budget that is spent."""
         self.lr_scheduler = make_schedule(self._own_optimizer, self.stage, self.part)
         return self.lr_scheduler
 
@@ -156,11 +159,17 @@ class StageTrainer(Trainer):
         return step / self.args.max_steps
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Compute loss and gradients of a batch, and note the loss for the log."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.running.append((inputs["kind"], loss))
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Write what is due to the log and to the display.
+
+        Raises:
+            ModelError: the gradient is not finite: the weights are lost, and are not saved.
+        """
         if "loss" not in logs and "held_out" not in str(logs):
             return  # Trainer's summary at the end counts samples that we do not have
         super().log(logs, start_time)

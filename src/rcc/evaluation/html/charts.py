@@ -83,7 +83,7 @@ class Chart:
 
 
 def gather(found: Iterable[tuple[Look, Point]]) -> dict[Look, list[Point]]:
-    """Points of the same look are a line, from left to right; what is no finite number is left out."""
+    """Join points of the same look to a line, from left to right; what is no finite number is left out."""
     lines: dict[Look, list[Point]] = {}
     for look, point in found:
         if math.isfinite(point.value["mean"]) and math.isfinite(point.x):
@@ -94,14 +94,14 @@ def gather(found: Iterable[tuple[Look, Point]]) -> dict[Look, list[Point]]:
 def curves(
     title: str, found: Iterable[tuple[Look, Point]], x: Axis, y: Axis, width: int = WIDTH, height: int = HEIGHT
 ) -> Chart | None:
-    """Lines with their names at the right; None where nothing can be drawn.
+    """Return points, each with the look of its line, as lines with their names at the right.
 
-    Args:
-        height: in pixels, more where the names of the lines need it.
+    None where nothing can be drawn. `width` and `height` are pixels, the latter more where the names need it.
     """
     lines = gather(found)
     if y.log:
-        lines = {k: some for k, points in lines.items() if (some := [p for p in points if p.value["mean"] > 0])}
+        drawable = {look: [p for p in points if p.value["mean"] > 0] for look, points in lines.items()}
+        lines = {look: points for look, points in drawable.items() if points}
     if not lines:
         return None
     xs = [p.x for look, points in lines.items() if not look.level for p in points]
@@ -151,7 +151,7 @@ def curves(
 
 
 def _scale(values: Sequence[float], log: bool, low: float, high: float) -> Callable[[float], float]:
-    """From the smallest value to `low`, from the largest to `high`; a single one to the middle."""
+    """Return a scale: the smallest value → `low`, the largest → `high`; a single one → the middle."""
     measure = math.log if log else float
     first, last = measure(min(values)), measure(max(values))
     if first == last:
@@ -160,8 +160,11 @@ def _scale(values: Sequence[float], log: bool, low: float, high: float) -> Calla
 
 
 def _round(values: Sequence[float], log: bool) -> list[float]:
-    """Round numbers: of a linear axis from below the smallest value to above the largest, of another between them and
-    around them where they are few."""
+    """Return round numbers for the ticks of an axis.
+
+    A linear axis has them from below the smallest value to above the largest, another one between these, and around
+    them where they are few.
+    """
     low, high = min(values), max(values)
     if log:
         decades = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 2)
@@ -179,19 +182,19 @@ def _round(values: Sequence[float], log: bool) -> list[float]:
 
 
 def _thin(ticks: Sequence[tuple[float, str]]) -> list[tuple[float, str]]:
-    """The ticks that there is room for, from left to right."""
-    found: list[tuple[float, str]] = []
-    for place, text in ticks:
-        if not found or place - found[-1][0] >= 8 + LETTER * (len(text) + len(found[-1][1])) / 2:
-            found.append((place, text))
-    return found
+    """Return the ticks that there is room for, from left to right."""
+    shown: list[tuple[float, str]] = []
+    for at, text in ticks:
+        if not shown or at - shown[-1][0] >= 8 + LETTER * (len(text) + len(shown[-1][1])) / 2:
+            shown.append((at, text))
+    return shown
 
 
-def _spread(places: Sequence[float], low: float, high: float) -> list[float]:
-    """Heights in rising order moved apart by a row, between the bounds as long as there is room."""
-    found: list[float] = []
-    for place in places:
-        found.append(max(place, found[-1] + ROW if found else low))
-    for i in reversed(range(len(found))):
-        found[i] = min(found[i], high if i == len(found) - 1 else found[i + 1] - ROW)
-    return found
+def _spread(heights: Sequence[float], low: float, high: float) -> list[float]:
+    """Move heights in rising order apart by a row, between the bounds as long as there is room."""
+    apart: list[float] = []
+    for height in heights:
+        apart.append(max(height, apart[-1] + ROW if apart else low))
+    for i in reversed(range(len(apart))):
+        apart[i] = min(apart[i], high if i == len(apart) - 1 else apart[i + 1] - ROW)
+    return apart

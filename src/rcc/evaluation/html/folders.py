@@ -24,7 +24,7 @@ class Finished:
         data: `results.json`.
         rows: `samples.jsonl`.
         letter: by which charts name it; empty where there is no other of its task.
-        number: its place among those of its task.
+        number: its index among those of its task.
     """
 
     name: str
@@ -36,10 +36,12 @@ class Finished:
 
     @property
     def task(self) -> str:
+        """The kind of evaluation."""
         return str(self.data["task"])
 
     @property
     def cells(self) -> list[dict[str, Any]]:
+        """The figures of its table."""
         cells: list[dict[str, Any]] = self.data["cells"]
         return cells
 
@@ -102,6 +104,7 @@ class SampleLists:
         """Return the number of the list of a cell's samples; None where there are none to show.
 
         Args:
+            run: the folder that the cell is of.
             key: the cell's.
             by: the keys that tell such cells apart.
         """

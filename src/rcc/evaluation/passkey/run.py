@@ -117,10 +117,12 @@ def passkey(
     """Ask for keys hidden in long texts; a cell whose prefix does not fit the decoder's window says so.
 
     Args:
+        model: compresses the texts and answers.
+        tokenizer: the model's.
         lengths: tokens of a text.
         folder: where results are kept, and are gone on with. None: nowhere.
         progress: called with tokens done and tokens in all.
-        settings: the others of :class:`PasskeySettings`.
+        **settings: the others of :class:`PasskeySettings`.
 
     Raises:
         InputError: an argument that cannot be used, or the folder holds something else.

@@ -24,6 +24,7 @@ def open_texts(paths: Sequence[str], field: str, tokenizer: PreTrainedTokenizerB
     Args:
         paths: files, folders or globs.
         field: that holds a text, in JSON lines.
+        tokenizer: the model's.
 
     Raises:
         InputError: a file has no row that can be used, or there is no path and no repository.

@@ -26,6 +26,9 @@ def by_place(rows: Sequence[dict[str, Any]], length: int, rate: int, config: RCC
 
     Args:
         rows: samples, of any lengths, rates and contexts.
+        length: tokens of a document, of the rows to take.
+        rate: of the rows to take.
+        config: says how a document is cut into segments.
 
     Returns:
         `segment`: by eighths of the segment; `group`: by place in the group of `rate` tokens, of which the last one's

@@ -58,6 +58,8 @@ def compare(
     """Set a text beside what its context gave back, and measure how much of the whole it gives back.
 
     Args:
+        engine: that made the context.
+        context: of the text.
         source: the text that was compressed.
         written: what the context gave back.
         progress: is told spans measured, and spans in all.
@@ -83,7 +85,7 @@ def compare(
 
 
 def _following(text: list[int], prompt: list[int], count: int) -> list[int]:
-    """The tokens of `text` that follow the first occurrence of `prompt`."""
+    """Return the tokens of `text` that follow the first occurrence of `prompt`."""
     for i in range(len(text) - len(prompt)):
         if text[i : i + len(prompt)] == prompt:
             return text[i + len(prompt) : i + len(prompt) + count]

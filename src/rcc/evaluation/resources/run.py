@@ -106,10 +106,11 @@ def resources(
     """Measure or compute memory and time by length and rate; a cell that cannot be made says why.
 
     Args:
+        subject: the model, or a shape of one.
         lengths: tokens of a text.
         folder: where results are kept, and are gone on with. None: nowhere.
         progress: called with cells done and cells in all.
-        settings: the others of :class:`ResourcesSettings`.
+        **settings: the others of :class:`ResourcesSettings`.
 
     Raises:
         InputError: an argument that cannot be used, or the folder holds something else.
@@ -322,6 +323,7 @@ def extrapolate(points: Sequence[tuple[int, float]], length: int) -> float:
 
     Args:
         points: (length in tokens, seconds) each.
+        length: in tokens.
     """
     sizes, seconds = np.array(points, dtype=np.float64).T
     scaled = np.stack([sizes, sizes**2], 1) / seconds[:, None]
