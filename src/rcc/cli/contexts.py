@@ -269,7 +269,7 @@ def _open(
     allow_special: bool,
     mode: str = "human",
 ) -> tuple[Engine, CompressedContext | str]:
-    """The engine, and the context in a file or of a text; the text itself where it is read with each question."""
+    """Load the engine, and the context in a file or of a text; the text itself where it is read with each question."""
     from ..engine import is_context
 
     if is_context(path):

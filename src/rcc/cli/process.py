@@ -92,7 +92,7 @@ def _usage(error: Any) -> int:
 
 
 def _prepare_streams() -> None:
-    """Streams that are closed, or that cannot show or hold every character, are no reason to fail."""
+    """Keep streams that are closed, or cannot show or hold every character, from ending the command."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         stream = getattr(sys, name)
         if stream is None:

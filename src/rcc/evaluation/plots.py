@@ -29,17 +29,17 @@ def curves(
     log: bool = False,
     log_y: bool = False,
 ) -> None:
-    """Curves with their intervals as bands: {name: [(x, figure), …]}; `log` is of whole numbers."""
+    """Draw curves with their intervals as bands: {name: [(x, figure), …]}; `log` is of whole numbers."""
     figure, axes = _figure(6.4, 4.0)
     for name, points in lines.items():
-        places = [place for place, _ in points]
-        axes.plot(places, [v.mean for _, v in points], marker="o", markersize=3, label=name)
+        across = [value for value, _ in points]
+        axes.plot(across, [v.mean for _, v in points], marker="o", markersize=3, label=name)
         bounds = [(v.mean if v.low is None else v.low, v.mean if v.high is None else v.high) for _, v in points]
-        axes.fill_between(places, [low for low, _ in bounds], [high for _, high in bounds], alpha=0.15)
+        axes.fill_between(across, [low for low, _ in bounds], [high for _, high in bounds], alpha=0.15)
     if log:
         axes.set_xscale("log", base=2)
-        places = sorted({place for points in lines.values() for place, _ in points})
-        axes.set_xticks(places, [show_count(int(place)) for place in places])
+        ticks = sorted({value for points in lines.values() for value, _ in points})
+        axes.set_xticks(ticks, [show_count(int(tick)) for tick in ticks])
         axes.minorticks_off()
     if log_y:
         axes.set_yscale("log")
@@ -59,7 +59,7 @@ def heat_map(
     x: str,
     y: str,
 ) -> None:
-    """Shares from 0 to 1 by row and column, red to green; None is left white."""
+    """Draw shares from 0 to 1 by row and column, red to green; None is left white."""
     figure, axes = _figure(1.6 + 0.9 * len(columns), 1.4 + 0.45 * len(rows))
     table = [[float("nan") if v is None else v for v in row] for row in values]
     axes.imshow(table, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")

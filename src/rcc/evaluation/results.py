@@ -282,7 +282,7 @@ def _name(key: Mapping[str, Any]) -> str:
 
 
 def _is_sample(row: Any) -> bool:
-    """Whether a line of samples.jsonl is what :meth:`Results.collect` wrote."""
+    """Return whether a line of samples.jsonl is what :meth:`Results.collect` wrote."""
     took = row.get("took") if isinstance(row, dict) and isinstance(row.get("key"), dict) else None
     return isinstance(took, dict) and _is_number(took.get("seconds"))
 
@@ -292,7 +292,7 @@ def _is_number(value: Any) -> bool:
 
 
 def load(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """A finished evaluation's results and samples.
+    """Read a finished evaluation's results and samples.
 
     Raises:
         InputError: the folder holds none, or of a newer format.
@@ -319,7 +319,7 @@ def load(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 
 def paired(a: Sequence[float], b: Sequence[float], groups: Sequence[Any] | None = None) -> Interval:
-    """The mean of b − a over pairs, with a bootstrap interval.
+    """Return the mean of b − a over pairs, with a bootstrap interval.
 
     Raises:
         ValueError: there are no pairs.
@@ -331,13 +331,13 @@ def paired(a: Sequence[float], b: Sequence[float], groups: Sequence[Any] | None 
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; the first column on the left, the others on the right."""
+    """Return a Markdown table; the first column on the left, the others on the right."""
     lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
     return "\n".join([*lines, *("| " + " | ".join(map(shown, row)) + " |" for row in rows)]) + "\n"
 
 
 def show(value: Interval, percent: bool = False, digits: int = 3, sign: str = "") -> str:
-    """A figure with its interval as tables show it: `0.812 [0.790, 0.833]`; with `sign="+"`, always with its sign."""
+    """Write a figure with its interval: `0.812 [0.790, 0.833]`; with `sign="+"`, always with its sign."""
     style = f"{sign}.1%" if percent else f"{sign}.{digits}f"
     if value.low is None or value.high is None:
         return f"{value.mean:{style}}"

@@ -19,7 +19,7 @@ from ..runtime.provenance import libraries
 
 @contextlib.contextmanager
 def base_decoder(model: RCCForCausalLM) -> Iterator[None]:
-    """Within it a model's decoder is its base: without LoRA. One whose own weights were trained stays as it is."""
+    """Take LoRA out of a model's decoder within this context; one whose own weights were trained stays as it is."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers = [module for module in model.decoder.modules() if isinstance(module, BaseTunerLayer)]

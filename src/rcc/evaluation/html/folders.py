@@ -131,7 +131,7 @@ class SampleLists:
 
 
 def _tidy(value: Any) -> Any:
-    """Shorten numbers to as much as is read of them, and write those that JSON does not have as text."""
+    """Shorten numbers to five digits, and write those that JSON does not have as text."""
     if isinstance(value, dict):
         return {k: _tidy(v) for k, v in value.items()}
     if isinstance(value, list):

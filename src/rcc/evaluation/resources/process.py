@@ -185,7 +185,7 @@ class _Memory:
 
 
 def _load_libraries(device: str) -> None:
-    """Much of torch, transformers and peft is loaded when it is first used: do with a toy what is done with a model."""
+    """Do with a toy what is done with a model: much of torch, transformers and peft is loaded when it is first used."""
     shape = LlamaConfig(vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
     config = RCCConfig(segment_length=16, rates=[4], share_base=True, encoder_lora_rank=1, decoder_lora_rank=1)
     ids = torch.ones(1, 16, dtype=torch.long, device=device)
