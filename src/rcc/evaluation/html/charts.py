@@ -82,23 +82,23 @@ class Chart:
     lines: list[dict[str, Any]] = field(default_factory=list)
 
 
-def gather(found: Iterable[tuple[Look, Point]]) -> dict[Look, list[Point]]:
+def gather(figures: Iterable[tuple[Look, Point]]) -> dict[Look, list[Point]]:
     """Join points of the same look to a line, from left to right; what is no finite number is left out."""
     lines: dict[Look, list[Point]] = {}
-    for look, point in found:
+    for look, point in figures:
         if math.isfinite(point.value["mean"]) and math.isfinite(point.x):
             lines.setdefault(look, []).append(point)
     return {look: sorted(points, key=lambda p: p.x) for look, points in lines.items()}
 
 
 def curves(
-    title: str, found: Iterable[tuple[Look, Point]], x: Axis, y: Axis, width: int = WIDTH, height: int = HEIGHT
+    title: str, figures: Iterable[tuple[Look, Point]], x: Axis, y: Axis, width: int = WIDTH, height: int = HEIGHT
 ) -> Chart | None:
     """Return points, each with the look of its line, as lines with their names at the right.
 
     None where nothing can be drawn. `width` and `height` are pixels, the latter more where the names need it.
     """
-    lines = gather(found)
+    lines = gather(figures)
     if y.log:
         drawable = {look: [p for p in points if p.value["mean"] > 0] for look, points in lines.items()}
         lines = {look: points for look, points in drawable.items() if points}
@@ -134,18 +134,18 @@ def curves(
         aside = 0.0
         if uncertain and not look.level:
             aside = (apart.index(look) - (len(apart) - 1) / 2) * min(3, 18 / len(apart))
-        places = []
+        marks = []
         for p in points:
             at = right if look.level else across(p.x) + aside
             low, high = (None if v is None or (y.log and v <= 0) else up(v) for v in map(p.value.get, ("low", "high")))
-            places.append({"x": at, "y": up(p.value["mean"]), "low": low, "high": high, "point": p})
-        start = [(left, places[-1]["y"])] if look.level else []
-        path = "M" + "L".join(f"{a:.1f} {b:.1f}" for a, b in [*start, *((p["x"], p["y"]) for p in places)])
+            marks.append({"x": at, "y": up(p.value["mean"]), "low": low, "high": high, "point": p})
+        start = [(left, marks[-1]["y"])] if look.level else []
+        path = "M" + "L".join(f"{a:.1f} {b:.1f}" for a, b in [*start, *((m["x"], m["y"]) for m in marks)])
         name = look.name if len(look.name) <= LONGEST else look.name[: LONGEST - 1] + "…"
-        chart.lines.append({"look": look, "path": path, "places": places, "name": name, "end": places[-1]})
+        chart.lines.append({"look": look, "path": path, "places": marks, "name": name, "end": marks[-1]})
     chart.lines.sort(key=lambda line: line["end"]["y"])
-    for line, place in zip(chart.lines, _spread([line["end"]["y"] for line in chart.lines], TOP, bottom), strict=True):
-        line["label"] = place
+    for line, label in zip(chart.lines, _spread([line["end"]["y"] for line in chart.lines], TOP, bottom), strict=True):
+        line["label"] = label
     chart.lines.sort(key=lambda line: not line["look"].soft)  # what is compared is drawn over what it is compared with
     return chart
 
