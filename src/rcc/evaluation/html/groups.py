@@ -36,7 +36,7 @@ def point(name: str, condition: str, x: float, value: Value, samples: int | None
 
 
 def numbered(names: Iterable[Any]) -> dict[Any, int]:
-    """Number names in the order of their appearance, from 0."""
+    """Give each name a number, from 0, in the order of their appearance."""
     return {name: number for number, name in enumerate(dict.fromkeys(names))}
 
 
