@@ -23,6 +23,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 KINDS = ("encoder", "compress", "prefill")
 
@@ -42,10 +43,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, float | None]:
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     model = RCCForCausalLM.from_pretrained(arguments.model, device=arguments.device)
-    base = None
+    base: Any = None
     if arguments.kind == "prefill":
         folder = checkpoints.resolve_base(model.config.base["decoder"].source)
-        base = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(model.device)
+        base = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+        base.to(model.device)
         if arguments.length > base.config.max_position_embeddings:
             return {"seconds": None, "bytes": None}
     vocabulary = model.decoder.config.vocab_size
@@ -126,19 +128,19 @@ def main() -> None:
     ]
     print(*rows, sep="\n", flush=True)
     for length in map(int, arguments.lengths.split(",")):
-        found = {}
+        measured = {}
         for kind in KINDS:
             command = [sys.executable, __file__, *sys.argv[1:], "--kind", kind, "--length", str(length)]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 sys.exit(done.stderr)
-            found[kind] = json.loads(done.stdout.splitlines()[-1])
-        speed = {k: length / v["seconds"] if v["seconds"] else None for k, v in found.items()}
-        memory = {k: f"{v['bytes'] / 1e6:,.0f}" if v["bytes"] is not None else "–" for k, v in found.items()}
+            measured[kind] = json.loads(done.stdout.splitlines()[-1])
+        speed = {k: length / v["seconds"] if v["seconds"] else None for k, v in measured.items()}
+        memory = {k: f"{v['bytes'] / 1e6:,.0f}" if v["bytes"] is not None else "–" for k, v in measured.items()}
         cells = [f"{length:,}"]
         cells += [f"{speed[k]:,.0f}" if speed[k] else "beyond its window" for k in KINDS]
-        cells.append(f"{speed['compress'] / speed['encoder']:.2f}")
-        cells.append(f"{speed['compress'] / speed['prefill']:.2f}" if speed["prefill"] else "–")
+        compress, encoder, prefill = (speed[kind] for kind in ("compress", "encoder", "prefill"))
+        cells += [f"{compress / other:.2f}" if compress and other else "–" for other in (encoder, prefill)]
         cells += [memory["compress"], memory["prefill"]]
         rows.append(f"| {' | '.join(cells)} |")
         print(rows[-1], flush=True)

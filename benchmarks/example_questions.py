@@ -12,21 +12,24 @@ import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from rcc import RCCForCausalLM, WindowError, load_tokenizer
+from transformers import PreTrainedTokenizerBase
+
+from rcc import CompressedContext, RCCForCausalLM, WindowError, load_tokenizer
 from rcc.evaluation.metrics import f1
 from rcc.model import answering
 from rcc.runtime import allocator
 from rcc.runtime.precision import computing
 from rcc.text import prompting
-from rcc.text.tokens import token_ids
+from rcc.text.tokens import decode, token_ids
 
 ROOT = Path(__file__).resolve().parent.parent
 RIGHT = 0.5
 
 
-def part(text: str, row: dict, scope: str, tokenizer) -> str:
-    """The part of the book that a question is asked of."""
+def part(text: str, row: dict[str, Any], scope: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the part of the book that a question is asked of."""
     at = text.index(row["where"])
     if scope == "book":
         return text
@@ -36,12 +39,19 @@ def part(text: str, row: dict, scope: str, tokenizer) -> str:
     before = token_ids(tokenizer, text[:at])[0]
     after = token_ids(tokenizer, text[at:])[0]
     half = int(scope) // 2
-    return tokenizer.decode(before[-half:]) + tokenizer.decode(after[: int(scope) - min(half, len(before))])
+    after = after[: int(scope) - min(half, len(before))]
+    return decode(tokenizer, before[-half:]) + decode(tokenizer, after)
 
 
-def answers(model, tokenizer, rows: list[dict], texts: list[str | None], rate: int) -> Iterator[str]:
-    """The answer to each question, asked of its own text."""
-    contexts = {}
+def answers(
+    model: RCCForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[dict[str, Any]],
+    texts: list[str | None],
+    rate: int,
+) -> Iterator[str]:
+    """Yield the answer to each question, asked of its own text."""
+    contexts: dict[str, CompressedContext] = {}
     for row, text in zip(rows, texts, strict=True):
         if text is not None and text not in contexts:
             contexts = {text: model.compress(token_ids(tokenizer, text), rate=rate)}

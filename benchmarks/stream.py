@@ -27,6 +27,7 @@ from rcc.data.corpus import open_text
 from rcc.data.sources import Source
 from rcc.runtime.memory import resident
 from rcc.text.counts import parse_counts, show_count
+from rcc.text.tokens import decode
 
 LOAD = """
 import sys, time
@@ -89,7 +90,7 @@ def main() -> None:
                     for number in range(len(corpus)):
                         if tokens < length:
                             ids = corpus.document(number)[: length - tokens]
-                            stream.write(tokenizer.decode(ids))
+                            stream.write(decode(tokenizer, ids.tolist()))
                             tokens += len(ids)
             if tokens < length:
                 sys.exit(f"the texts have {tokens:,} tokens, {length:,} are asked for: name more of them")

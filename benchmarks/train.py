@@ -105,7 +105,7 @@ def warmstart(arguments: argparse.Namespace) -> None:
     sys.path.insert(0, str(Path(arguments.warmstart).resolve().parent))
     import numpy as np
     import torch
-    import warmstart as theirs
+    import warmstart as theirs  # type: ignore[import-not-found]  # a file that the user names
 
     from rcc.training.recipe import Recipe
 

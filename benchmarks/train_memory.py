@@ -27,8 +27,8 @@ def measure(arguments: argparse.Namespace) -> None:
 
     allocator.configure()
     import torch
-    from rcc.activations import Batch, activations
 
+    from rcc.planning.activations import Batch, activations
     from rcc.runtime import memory
     from rcc.training.batches import Kind
     from rcc.training.collate import collate

@@ -1,3 +1,5 @@
+"""Run the command line as `python -m rcc`."""
+
 from .cli.app import main
 
 main()

@@ -16,8 +16,12 @@ FORMAT_VERSION = 1
 
 @dataclass
 class BaseReference:
-    """Where the frozen weights under one side come from: a name in :data:`rcc.checkpoints.BASES`, a folder
-    (relative to the model's own), or a hub id; and the SHA-256 of its safetensors files."""
+    """Where the frozen weights under one side come from.
+
+    Args:
+        source: a name in :data:`rcc.checkpoints.BASES`, a folder (relative to the model's own), or a hub id.
+        sha256: of its weights, see :func:`rcc.checkpoints.weights_sha256`.
+    """
 
     source: str
     sha256: str
@@ -155,8 +159,11 @@ class RCCConfig:
                 raise InputError(f"base.{side} must hold texts, not {values!r}.")
 
     def decide(self, one_base: bool) -> None:
-        """Decide what was left open, for a model whose two sides have one base or one each: one base is shared, LoRA
-        has rank 16 where the base is shared, and elsewhere all weights are trained."""
+        """Decide what was left open: one base is shared, and with LoRA of rank 16; otherwise all weights are trained.
+
+        Args:
+            one_base: whether both sides start from one base, rather than from one each.
+        """
         if self.share_base is None:
             self.share_base = one_base
         rank = 16 if self.share_base else 0
@@ -175,7 +182,7 @@ class RCCConfig:
         return bool(self.share_base or self.sides[side].lora_rank)
 
     def check_rate(self, rate: int | None) -> int:
-        """The rate to use: `rate`, or the default one for None.
+        """Return the rate to use: `rate`, or the default one for None.
 
         Raises:
             InputError: it does not divide the segment, or there are too few memory tokens for it.
@@ -209,7 +216,7 @@ class RCCConfig:
         return self.direct and rate == 1
 
     def method(self) -> dict[str, Any]:
-        """The settings that change what a context holds, for the fingerprint."""
+        """Return the settings that change what a context holds, for the fingerprint."""
         keys = ["segment_length", "states", "readout", "layer_map", "segment_padding", "lora_alpha"]
         # what is off by default is left out: contexts of before it was there stay valid
         if self.direct:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ from .model.segments import piece_of
 from .runtime.precision import computing, parse_device, parse_dtype
 from .text import prompting
 from .text.prompting import Prompt
-from .text.tokens import prompt_ids, token_ids
+from .text.tokens import decode, prompt_ids, token_ids
 
 Say = Callable[[str], None]
 Progress = Callable[[int, int], None]
@@ -95,12 +95,12 @@ class Engine:
             ModelError: the model cannot be found or loaded.
             ContextError, FileError: `made` is damaged or cannot be read.
         """
-        where, kind = parse_device(device), parse_dtype(dtype)
+        target, precision = parse_device(device), parse_dtype(dtype)
         name = _maker(made, model)
         name = default_model() if name is None else name
-        compressor = RCCForCausalLM.from_pretrained(name, device=where, dtype=kind, progress=progress)
-        if kind is None:
-            compressor.to(computing(compressor.dtype, where))
+        compressor = RCCForCausalLM.from_pretrained(name, device=target, dtype=precision, progress=progress)
+        if precision is None:
+            compressor.to(computing(compressor.dtype, target))
         return cls(compressor, checkpoints.load_tokenizer(name), store, allow_special)
 
     @property
@@ -159,7 +159,9 @@ class Engine:
 
         Args:
             source: a path: of a context file or of a text; a string: the text itself.
-            rate, budget, progress: of a text, as in :meth:`compress`.
+            rate: of a text, as in :meth:`compress`.
+            budget: likewise.
+            progress: likewise.
             notice: is told, of a text, what was read from the store or kept there, or why it was not.
 
         Raises:
@@ -174,7 +176,7 @@ class Engine:
         tokens_a_position = self._rate([row], rate, None, budget)
         if self.store is None:
             return self._compress([row], tokens_a_position, None, progress)
-        notice = notice or _ignore
+        notice = notice or (lambda message: None)
         digest = piece_of(row[0], tokens_a_position, self.compressor.config).sha256
         address = self.store.address(self.compressor.fingerprint, tokens_a_position, [digest], self.compressor.dtype)
         if (context := self.store.get(address, self.compressor)) is not None:
@@ -188,11 +190,11 @@ class Engine:
         return context
 
     def _tokens(self, text: str) -> Tensor:
-        """The token ids of a text, [1, T]."""
+        """Return the token ids of a text, [1, T]."""
         return token_ids(self.tokenizer, text, self.allow_special)
 
     def _prompt_tokens(self, prompt: Prompt) -> Tensor:
-        """The token ids that the decoder reads of a prompt, [1, T]."""
+        """Return the token ids that the decoder reads of a prompt, [1, T]."""
         return prompt_ids(self.tokenizer, prompt.decoder_parts, self.allow_special)
 
     def _rate(self, rows: list[Tensor], rate: int | str, context: CompressedContext | None, budget: int) -> int:
@@ -214,10 +216,10 @@ class Engine:
                 done += ids.shape[1]
         if context is None:
             raise InputError("source holds no text: give at least one.")
-        return context.to(dtype=self.compressor.decoder.config.dtype)
+        return context.to(dtype=cast("torch.dtype", self.compressor.decoder.config.dtype))
 
     def _with_special_tokens(self, context: CompressedContext, ids: Tensor) -> CompressedContext:
-        """The context, which says of its last text whether chat marks in it were read as special tokens."""
+        """Return the context, which says of its last text whether chat marks in it were read as special tokens."""
         special = [number for number, token in self.tokenizer.added_tokens_decoder.items() if token.special]
         if not bool(torch.isin(ids, torch.tensor(special, dtype=ids.dtype)).any()):
             return context
@@ -246,10 +248,11 @@ class Engine:
             question: what to ask.
             mode: `human`, `reconstruct` or `compress` (section 3.3 of the paper).
             history: earlier questions and answers of a chat (`human`); the oldest are left out where there is no room.
-            rate, budget: of a text, as in :meth:`compress`.
+            rate: of a text, as in :meth:`compress`.
+            budget: likewise.
             max_new_tokens: the longest answer.
             on_text: is given the answer piece by piece as it is written.
-            generation: goes to :meth:`RCCForCausalLM.generate` (`do_sample`, `temperature`, …).
+            **generation: goes to :meth:`RCCForCausalLM.generate` (`do_sample`, `temperature`, …).
 
         Raises:
             InputError: an unknown mode or an empty question.
@@ -323,7 +326,7 @@ class Engine:
     def _with_history(
         self, context: CompressedContext, question: str, history: Sequence[tuple[str, str]], max_new_tokens: int
     ) -> Prompt:
-        """The prompt with as much of a chat as there is room for: a long talk forgets its beginning."""
+        """Make the prompt with as much of a chat as there is room for: a long talk forgets its beginning."""
         room = self.compressor.window - len(context) - max_new_tokens
         for first in range(len(history) + 1):
             prompt = prompting.build(question, "human", history[first:])
@@ -332,7 +335,7 @@ class Engine:
         return prompt
 
     def _answer(self, context: CompressedContext, prompt: Prompt, written: Tensor, prompt_tokens: int) -> Answer:
-        instruction, answer = prompt.parse(self.tokenizer.decode(written))
+        instruction, answer = prompt.parse(decode(self.tokenizer, written))
         return Answer(answer, instruction, Usage(len(context), prompt_tokens, len(written)))
 
     # ---------------------------------------------------------------- the text itself
@@ -342,6 +345,7 @@ class Engine:
         """Write back what a context holds, greedily.
 
         Args:
+            context: of one text.
             prompt: words to go on from; None: the first ten tokens of the text.
             tokens: how many to write.
             on_text: is given the prompt and what follows, piece by piece.
@@ -365,13 +369,13 @@ class Engine:
                 streamer=streamer,
             )[0].tolist()
         start = ids.shape[1]
-        decode = self.tokenizer.decode
-        return WrittenText(out[:start], out[start:], decode(out[:start]), decode(out[start:]))
+        before, written = (decode(self.tokenizer, ids) for ids in (out[:start], out[start:]))
+        return WrittenText(out[:start], out[start:], before, written)
 
 
 # ---------------------------------------------------------------- files
 def is_context(path: str | Path) -> bool:
-    """Whether a file is a context, or is called one: a damaged context should be called that, not a strange text."""
+    """Return whether a file is a context or is called one: a damaged one should not be taken for a strange text."""
     return str(path).endswith(".rcc") or (str(path) != "-" and fileformat.is_ours(Path(path), "context"))
 
 
@@ -382,7 +386,7 @@ def describe(context: CompressedContext) -> str:
 
 
 def _maker(made: str | Path | None, model: str | Path | None) -> str | None:
-    """The model to load: `model`, or the one that made a context file, which is checked whole."""
+    """Return the model to load: `model`, or the one that made a context file, which is checked whole."""
     manifest = None if made is None else fileformat.read(Path(made), "context", "full")[0]
     if model is not None or manifest is None:
         return None if model is None else str(model)
@@ -394,7 +398,3 @@ def _maker(made: str | Path | None, model: str | Path | None) -> str | None:
 
 def _add(progress: Progress, before: int, all_texts: int, done: int, total: int) -> None:
     progress(before + done, all_texts)
-
-
-def _ignore(message: str) -> None:
-    pass

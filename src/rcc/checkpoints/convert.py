@@ -53,7 +53,7 @@ class Conversion:
     tokenizer: Path | None
 
     def summary(self) -> str:
-        """How many tensors were used and how many not, in a few words."""
+        """Say in a few words how many tensors were used and how many were not."""
         count = Counter(tensor.fate for tensor in self.tensors)
         unknown = sum(tensor.note == UNKNOWN for tensor in self.tensors)
         return f"{count['used']} tensors used, {count['ignored']} ignored ({unknown} of them unknown)"
@@ -74,21 +74,22 @@ def convert_checkpoint(
     loaded in the narrowest one that holds them all. The folder appears by one rename, complete.
 
     Args:
+        source: the folder that the checkpoint was downloaded to.
         out: a new folder, or an empty one.
         tokenizer: a folder that holds the model's tokenizer; None: `source`, if it has one.
-        segment_length, rate: what the checkpoint was trained with, which it does not say.
+        segment_length: tokens of a segment in its training, which no file of it says.
+        rate: the compression rate that it was trained at, which no file says either.
+        progress: called before each tensor with bytes done and bytes to do; each is read twice, and counts twice.
 
     Raises:
-        InputError: `source` is no folder, `out` is not free, the tokenizer is none or has more tokens than the model,
-            or segment or rate cannot be.
-        ModelError: the checkpoint is not a GPT-NeoX one, or damaged or contradictory; :class:`IncompleteError`: it
-            lacks tensors, or has them in another shape.
+        InputError: `source` is no folder, `out` is not free, the tokenizer does not fit, or segment or rate cannot be.
+        ModelError: the checkpoint is not a GPT-NeoX one, damaged or contradictory.
+        IncompleteError: it lacks tensors, or has them in another shape.
         FileError: something cannot be read or written.
     """
     source, target = Path(source), _free(out)
     settings = _base_config(source)
-    own = source if checkpoints.has_tokenizer(source) else None
-    words = own if tokenizer is None else Path(tokenizer)
+    words = Path(tokenizer) if tokenizer is not None else source if checkpoints.has_tokenizer(source) else None
     tokens = None if words is None else _load_tokenizer(words, settings)
     config = RCCConfig(
         segment_length=segment_length,
@@ -99,9 +100,8 @@ def convert_checkpoint(
         decoder=SideConfig(lora_rank=0),
         name=target.name,
     )
-    wanted = _wanted(source, config, settings)
-    places, fates = match(source, stored_tensors(source), wanted, settings)
-    settings.dtype = functools.reduce(torch.promote_types, {DTYPES[stored.dtype] for stored in places.values()})
+    sources, fates = match(source, stored_tensors(source), _wanted(source, config, settings), settings)
+    settings.dtype = functools.reduce(torch.promote_types, {DTYPES[stored.dtype] for stored in sources.values()})
 
     try:
         with atomic.new_folder(target) as work:
@@ -113,7 +113,7 @@ def convert_checkpoint(
                 _save_tokenizer(tokens, work / "decoder")
             if (source / "generation_config.json").is_file():
                 shutil.copyfile(source / "generation_config.json", work / "decoder" / "generation_config.json")
-            _write(work, config, places, settings, progress)
+            _write(work, config, sources, settings, progress)
     except FileError:
         raise
     except OSError as error:
@@ -123,7 +123,7 @@ def convert_checkpoint(
 
 # ---------------------------------------------------------------- what is asked for
 def _free(out: str | Path) -> Path:
-    """The folder to write, with symbolic links followed."""
+    """Return the folder to write, with symbolic links followed, after making sure that it is free."""
     target = Path(os.path.realpath(out))
     if os.path.lexists(target) and not target.is_dir():
         raise InputError(f"{out} is a file: name a new folder.")
@@ -138,7 +138,7 @@ def _free(out: str | Path) -> Path:
 
 
 def _base_config(source: Path) -> Any:
-    """The configuration of both sides, in today's form."""
+    """Return the configuration of both sides, as the installed transformers has it."""
     if not source.is_dir():
         raise InputError(f"{source} is not a folder: name the folder that the checkpoint was downloaded to.")
     data = read_json(source / "config.json", "the checkpoint's base is described there, get it from where the rest is")
@@ -156,11 +156,12 @@ def _base_config(source: Path) -> Any:
 
 
 def _wanted(source: Path, config: RCCConfig, settings: Any) -> dict[str, tuple[int, ...]]:
-    """Names and shapes in the state dict of our model, in order."""
+    """Return the names and shapes in the state dict of our model, in order."""
     try:
         with torch.device("meta"):  # without storage
-            kinds = AutoModel, AutoModelForCausalLM
-            model = RCCForCausalLM(config, *(kind.from_config(settings, trust_remote_code=False) for kind in kinds))
+            make: list[Any] = [AutoModel.from_config, AutoModelForCausalLM.from_config]  # which have no types
+            encoder, decoder = (from_config(settings, trust_remote_code=False) for from_config in make)
+            model = RCCForCausalLM(config, encoder, decoder)
     except RCCError:
         raise
     except Exception as error:  # a setting that transformers first looks at here
@@ -201,10 +202,10 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
         raise OSError(str(error)) from error
 
 
-def _write(folder: Path, config: RCCConfig, places: dict[str, Stored], settings: Any, progress: Progress) -> None:
+def _write(folder: Path, config: RCCConfig, sources: dict[str, Stored], settings: Any, progress: Progress) -> None:
     """Write weights, hashes and configuration into a folder that has subfolders for both sides already."""
-    sizes = {s: DTYPES[s.dtype].itemsize * torch.Size(s.shape).numel() for s in places.values()}
-    done, total = 0, 2 * sum(sizes[stored] for stored in places.values())  # written, then read for the fingerprint
+    sizes = {s: DTYPES[s.dtype].itemsize * torch.Size(s.shape).numel() for s in sources.values()}
+    done, total = 0, 2 * sum(sizes[stored] for stored in sources.values())  # written, then read for the fingerprint
 
     def read(stored: Stored) -> Tensor:
         nonlocal done
@@ -213,19 +214,19 @@ def _write(folder: Path, config: RCCConfig, places: dict[str, Stored], settings:
         return stored.read()
 
     files: dict[str, dict[str, Stored]] = {"decoder": {}, "encoder": {}, ".": {}}
-    for name, stored in places.items():
-        where, there = our_name(name)
-        if not (settings.tie_word_embeddings and there == "embed_out.weight"):  # the table itself is stored only
-            files[where][there] = stored
-    for where, tensors in files.items():
+    for name, stored in sources.items():
+        subfolder, stored_name = our_name(name)
+        if not (settings.tie_word_embeddings and stored_name == "embed_out.weight"):  # the table itself is stored only
+            files[subfolder][stored_name] = stored
+    for subfolder, tensors in files.items():
         lazy = {name: (DTYPES[s.dtype], s.shape, functools.partial(read, s)) for name, s in tensors.items()}
-        fileformat.write_weights(folder / where / WEIGHTS, lazy)
-        digest = checkpoints.weights_sha256(folder / where)
-        if where == ".":
+        fileformat.write_weights(folder / subfolder / WEIGHTS, lazy)
+        digest = checkpoints.weights_sha256(folder / subfolder)
+        if subfolder == ".":
             config.weights_sha256 = digest
         else:
-            config.base[where] = BaseReference(where, digest)
-    state = ((name, read(stored)) for name, stored in places.items())
+            config.base[subfolder] = BaseReference(subfolder, digest)
+    state = ((name, read(stored)) for name, stored in sources.items())
     config.fingerprint = fingerprint_of(config, state, settings.dtype)
     config.save(folder)
     progress(total, total)

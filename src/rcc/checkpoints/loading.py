@@ -23,8 +23,8 @@ if TYPE_CHECKING:  # transformers takes seconds to import: each function imports
 ELSEWHERE = ("trust_remote_code", "code_revision", "revision", "subfolder", "variant", "gguf_file", "use_safetensors")
 """Arguments of transformers that choose other files than those of the folder, or run code."""
 
-
 MOST_LAYERS = 10_000
+"""Blocks of a backbone at most, see :func:`check_depth`."""
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -49,8 +49,9 @@ def load_backbone(folder: Path, head: bool, **settings: Any) -> PreTrainedModel:
     """Load a backbone's folder with transformers: its configuration, and the weights that are hashed.
 
     Args:
+        folder: with config.json and `*.safetensors`; nothing else in it is read but a generation_config.json.
         head: with the language model's head, as a decoder has it.
-        settings: go to transformers' `from_pretrained`.
+        **settings: go to transformers' `from_pretrained`.
 
     Raises:
         InputError: a setting that would look elsewhere than in the folder.
@@ -69,9 +70,9 @@ def load_backbone(folder: Path, head: bool, **settings: Any) -> PreTrainedModel:
         mapping = (AutoModelForCausalLM if head else AutoModel)._model_mapping
         if type(config) not in mapping:
             raise ModelError(f"{folder} cannot be used: transformers has no language model {config.model_type!r}.")
-        kind = mapping[type(config)]
-        kind = kind[0] if isinstance(kind, (list, tuple)) else kind
-        model = kind.from_pretrained(
+        kinds: Any = mapping[type(config)]
+        kind = kinds[0] if isinstance(kinds, (list, tuple)) else kinds
+        model: PreTrainedModel = kind.from_pretrained(
             None, config=config, state_dict=read_weights(folder), trust_remote_code=False, **own, **settings
         )
         model.name_or_path = config._name_or_path = str(folder)
@@ -85,18 +86,25 @@ def load_backbone(folder: Path, head: bool, **settings: Any) -> PreTrainedModel:
 
 
 def check_depth(settings: Mapping[str, Any], source: object) -> None:
-    """Raise ModelError where a configuration has more layers than any model: transformers would make them one by one,
-    until memory ends."""
+    """Raise ModelError where a configuration has more layers than any model.
+
+    transformers would make them one by one, until memory ends.
+    """
     depth = settings.get("num_hidden_layers")
     if isinstance(depth, (int, float)) and depth > MOST_LAYERS:
         raise ModelError(f"{source} has num_hidden_layers {depth}, more than any model: at most {MOST_LAYERS:,}.")
 
 
 def load_config(folder: Path, attention: str | None = None, **settings: Any) -> tuple[PreTrainedConfig, dict[str, Any]]:
-    """Read a backbone's configuration; settings take the place of its own → it, and the settings that it has not.
+    """Read a backbone's configuration.
 
     Args:
+        folder: where config.json is.
         attention: that the caller chose, which takes the place of the configuration's.
+        **settings: take the place of those in the file.
+
+    Returns:
+        The configuration, and those of `settings` that it does not have.
 
     Raises:
         ModelError: it cannot be read, or names a kernel, which is code, for its attention.

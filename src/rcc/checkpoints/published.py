@@ -38,7 +38,9 @@ class Stored:
     """A tensor in one of the checkpoint's files.
 
     Attributes:
+        file: where it is.
         name: as that file has it.
+        shape: of its values.
         dtype: as safetensors calls it: `BF16`, ….
     """
 
@@ -48,7 +50,7 @@ class Stored:
     dtype: str
 
     def read(self) -> Tensor:
-        """Its values, mapped.
+        """Return its values, mapped.
 
         Raises:
             ModelError, FileError: the file is damaged or cannot be read.
@@ -59,7 +61,7 @@ class Stored:
             raise _unreadable(self.file, error) from error
 
     def digest(self) -> str:
-        """SHA-256 of its type, shape and values."""
+        """Return the SHA-256 of its type, shape and values."""
         digest = hashlib.sha256()
         add_tensor(digest, "", self.read())
         return digest.hexdigest()
@@ -89,7 +91,12 @@ class IncompleteError(ModelError):
 
 
 def stored_tensors(source: Path) -> list[Stored]:
-    """Every tensor in the folder's safetensors files, without reading any values."""
+    """Return every tensor in the folder's safetensors files, without reading any values.
+
+    Raises:
+        ModelError: there is no such file, one is damaged, or an index names a file that is not there.
+        FileError: a file cannot be read.
+    """
     files = sorted(p for p in source.glob("*.safetensors") if p.is_file())
     if not files:
         pickles = sorted(p.name for p in source.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
@@ -100,16 +107,16 @@ def stored_tensors(source: Path) -> list[Stored]:
         for name in sorted({str(name) for name in named.values()}) if isinstance(named, dict) else []:
             if not (source / name).is_file():
                 raise ModelError(f"{source} lacks {name}, which {index.name} names: get that file too.")
-    found = []
+    tensors = []
     for file in files:
         try:
             with safe_open(file, framework="pt") as opened:
                 for name in opened.keys():  # noqa: SIM118
                     part = opened.get_slice(name)
-                    found.append(Stored(file, name, tuple(part.get_shape()), part.get_dtype()))
+                    tensors.append(Stored(file, name, tuple(part.get_shape()), part.get_dtype()))
         except (SafetensorError, OSError) as error:
             raise _unreadable(file, error) from error
-    return found
+    return tensors
 
 
 def _unreadable(file: Path, error: Exception) -> ModelError | FileError:
@@ -119,7 +126,7 @@ def _unreadable(file: Path, error: Exception) -> ModelError | FileError:
 
 
 def their_name(name: str) -> str:
-    """A name in our model's state dict → the checkpoint's."""
+    """Return the checkpoint's name for a tensor of our model's state dict."""
     if name == "decoder.lm_head.weight":
         return "embed_out.weight"
     side, _, rest = name.partition(".")
@@ -132,7 +139,7 @@ def their_name(name: str) -> str:
 
 
 def our_name(name: str) -> tuple[str, str]:
-    """A name in our model's state dict → the subfolder of the model's folder that it is in, and its name there."""
+    """Return which subfolder of the model's folder holds a tensor of our state dict, and its name there."""
     if name == "decoder.lm_head.weight":
         return "decoder", "embed_out.weight"  # as everything but transformers 5 calls it
     side, _, rest = name.partition(".")
@@ -140,17 +147,27 @@ def our_name(name: str) -> tuple[str, str]:
 
 
 def match(
-    source: Path, found: list[Stored], wanted: dict[str, tuple[int, ...]], settings: Any
+    source: Path, tensors: list[Stored], wanted: dict[str, tuple[int, ...]], settings: Any
 ) -> tuple[dict[str, Stored], list[Fate]]:
-    """What each tensor of our model's state dict is made of, and what becomes of each of the checkpoint's.
+    """Find what each tensor of our model's state dict is made of, and what becomes of each of the checkpoint's.
 
     Args:
+        source: the checkpoint's folder, for messages.
+        tensors: all that its files hold, as :func:`stored_tensors` returns them.
         wanted: the state dict's names and shapes, in order.
+        settings: the GPT-NeoX configuration of both sides.
+
+    Returns:
+        The stored tensor for each name in `wanted`; and the fate of each stored one, in the order of their names.
+
+    Raises:
+        ModelError: two files hold different tensors of one name, or a type that cannot be used.
+        IncompleteError: a tensor is missing or has another shape.
     """
     by_name: dict[str, list[Stored]] = {}
-    for stored in found:
+    for stored in tensors:
         by_name.setdefault(_MAMBA.sub("gpt_neox.rcc_encoder", stored.name), []).append(stored)
-    says_mamba = any(_MAMBA.match(stored.name) for stored in found)
+    says_mamba = any(_MAMBA.match(stored.name) for stored in tensors)
     goes = {their_name(name): name for name in wanted}
     tied = {}
     if settings.tie_word_embeddings:
@@ -188,7 +205,7 @@ def match(
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
-    """A key to sort names by, layer 2 before layer 10."""
+    """Return a key to sort names by, layer 2 before layer 10."""
     return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name)]
 
 
@@ -202,7 +219,7 @@ def _incomplete(source: Path, missing: list[str], misshapen: list[Fate]) -> str:
 
 
 def _reason(name: str, settings: Any) -> str:
-    """Why a tensor of the checkpoint that our model has no place for is left out."""
+    """Say why a tensor of the checkpoint is not used by our model."""
     if name == f"{DECODER}embed_out.weight":
         return "a second embed_out.weight, which nothing reads"
     if name == f"{ENCODER}embed_out.weight":
@@ -227,6 +244,15 @@ def _check_tied(source: Path, by_name: dict[str, list[Stored]]) -> None:
 
 
 def read_json(file: Path, remedy: str) -> dict[str, Any]:
+    """Read a JSON object from a file of the checkpoint.
+
+    Args:
+        file: which.
+        remedy: what to do where there is no such file; the end of a message.
+
+    Raises:
+        ModelError: it is missing, damaged or not an object. FileError: it cannot be read.
+    """
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -20,18 +20,18 @@ if TYPE_CHECKING:  # transformers takes seconds to import: each function imports
 
 # ---------------------------------------------------------------- finding a folder
 def shipped_models() -> dict[str, Path]:
-    """The models inside this package: name → folder."""
+    """Return the models inside this package: name → folder."""
     return {p.parent.name: p.parent for p in sorted((Path(__file__).parents[1] / "weights").glob("*/config.json"))}
 
 
 def resolve_model(name: str | Path, weights: bool = True) -> Path:
-    """The folder of a model: a shipped name, else a local folder, else a hub id, which is fetched.
+    """Return the folder of a model: a shipped name, else a local folder, else a hub id, which is fetched.
 
     A name that looks like a path, and any ``Path``, is never looked up on the hub. Without ``weights`` they need not be
     there, and are not fetched.
 
     Raises:
-        ModelError: there is no such model, or its folder lacks config.json or a \\*.safetensors file.
+        ModelError: there is no such model, or its folder lacks config.json or a `*.safetensors` file.
     """
     shipped = shipped_models()
     if os.fspath(name) in shipped:
@@ -45,13 +45,13 @@ def resolve_base(
     progress: Callable[[str], None] | None = None,
     weights: bool = True,
 ) -> Path:
-    """The folder of a base: a name in BASES, else a local folder, else a hub id, which is fetched.
+    """Return the folder of a base: a name in BASES, else a local folder, else a hub id, which is fetched.
 
     A relative folder is looked up under ``relative_to`` (the model's folder), then in the working folder. Without
     ``weights`` they need not be there, and are not fetched (but for a base in BASES, which comes whole).
 
     Raises:
-        ModelError: there is no such base, or its folder lacks config.json or a \\*.safetensors file.
+        ModelError: there is no such base, or its folder lacks config.json or a `*.safetensors` file.
         FileError: a base in BASES could not be fetched or made, see :func:`ensure_base`.
     """
     if os.fspath(ref) in BASES:
@@ -61,14 +61,14 @@ def resolve_base(
 
 def _find(ref: str | Path, kind: str, names: Iterable[str], relative_to: Path | None, weights: bool) -> Path:
     text = os.fspath(ref)
-    places = [Path(os.path.expanduser(text))]
+    candidates = [Path(os.path.expanduser(text))]
     if relative_to is not None:
-        places.insert(0, Path(relative_to) / text)
-    for place in places if text else []:
-        if os.path.isdir(place):  # unlike Path.is_dir, never raises: any string may be asked for
-            return _complete(place, weights)
-        if os.path.isfile(place):
-            raise ModelError(f"{place} is a file where a model's folder is needed: name the folder it is in.")
+        candidates.insert(0, Path(relative_to) / text)
+    for path in candidates if text else []:
+        if os.path.isdir(path):  # unlike Path.is_dir, never raises: any string may be asked for
+            return _complete(path, weights)
+        if os.path.isfile(path):
+            raise ModelError(f"{path} is a file where a model's folder is needed: name the folder it is in.")
     # what a model folder is made of; never pickles or code
     patterns = ["*.json", "*.jinja", "*.txt", "*.model", *(["*.safetensors"] if weights else [])]
     folder = fetch(ref, f"{text!r} is neither {kind} ({', '.join(names) or 'there are none'})", patterns)
@@ -76,10 +76,12 @@ def _find(ref: str | Path, kind: str, names: Iterable[str], relative_to: Path | 
 
 
 def fetch(ref: str | Path, neither: str, patterns: list[str]) -> Path:
-    """The folder with a hub repository's files of these patterns.
+    """Fetch a hub repository's files, or those that the hub's cache has already, and return their folder.
 
     Args:
+        ref: a hub id.
         neither: how a message begins that says what `ref` is not.
+        patterns: globs of the files to fetch.
 
     Raises:
         ModelError: `ref` is or looks like a path, or the hub does not give it.
@@ -121,7 +123,7 @@ def _complete(folder: Path, weights: bool) -> Path:
 
 # ---------------------------------------------------------------- tokenizer
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model or base: the one in its folder, or else in its base's.
+    """Return the tokenizer of a model or base: the one in its folder, or else in its base's.
 
     Args:
         name: as for :func:`resolve_model`.
@@ -147,5 +149,5 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether a folder holds a tokenizer's files."""
+    """Return whether a folder holds a tokenizer's files."""
     return any((folder / f).is_file() for f in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))

@@ -81,7 +81,7 @@ def print_json(value: Any) -> None:
 
 @contextlib.contextmanager
 def status(message: str) -> Iterator[Callable[[str], None]]:
-    """A line that says what is being done; phases that take long stay visible, silent unless on a terminal."""
+    """Show a line that says what is being done; phases that take long stay visible, silent unless on a terminal."""
     if not sys.stderr.isatty():  # FORCE_COLOR makes rich's is_terminal true in a pipe
         yield lambda phase: None
         return
@@ -96,7 +96,7 @@ def status(message: str) -> Iterator[Callable[[str], None]]:
 
 @contextlib.contextmanager
 def progress(message: str, total: int, unit: str = "tokens") -> Iterator[Callable[..., None]]:
-    """A bar with speed and time left on a terminal; silent otherwise."""
+    """Show a bar with speed and time left on a terminal; silent otherwise."""
     if not sys.stderr.isatty():
         yield lambda done, total=None: None
         return

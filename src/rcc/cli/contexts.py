@@ -15,6 +15,7 @@ from rich.text import Text
 from ..defaults import BUDGET
 from ..documents.plain import read_text
 from ..errors import InputError
+from ..runtime.terminal import shown
 from ..text.counts import parse_bytes, parse_rate
 from .console import (
     AllowSpecial,
@@ -28,7 +29,6 @@ from .console import (
     out,
     print_json,
     progress,
-    shown,
     status,
     write,
 )
@@ -269,7 +269,7 @@ def _open(
     allow_special: bool,
     mode: str = "human",
 ) -> tuple[Engine, CompressedContext | str]:
-    """The engine, and the context in a file or of a text; the text itself where it is read with each question."""
+    """Load the engine, and the context in a file or of a text; the text itself where it is read with each question."""
     from ..engine import is_context
 
     if is_context(path):

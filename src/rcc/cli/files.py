@@ -13,7 +13,7 @@ from ..errors import ExistsError, FileError
 
 @contextlib.contextmanager
 def creating(output: Path) -> Iterator[None]:
-    """What appeared since :func:`check_output` looked is refused in the same words."""
+    """Refuse in the same words what has appeared since :func:`check_output` looked."""
     try:
         yield
     except ExistsError:
@@ -21,9 +21,11 @@ def creating(output: Path) -> Iterator[None]:
 
 
 def check_output(output: Path, force: bool, inputs: Iterable[str | Path] = (), called: str = "inputs") -> Path:
-    """Refuse before the work is done, not after → the file to write, with symbolic links followed.
+    """Refuse an output that cannot be written, before the work is done; return the file, symbolic links followed.
 
     Args:
+        output: as the user named it.
+        force: whether an existing file may be replaced.
         inputs: files that are read, which the output may not be.
         called: what a message calls them.
     """

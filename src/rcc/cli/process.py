@@ -78,6 +78,7 @@ def _say_interrupted() -> None:
 
 
 def refuse(message: str) -> int:
+    """Print an error's sentence, and return the exit code that goes with it."""
     err.print(f"rcc: {shown(message)}", markup=False)
     return 2
 
@@ -86,12 +87,12 @@ def _usage(error: Any) -> int:
     message = error.format_message()
     if "\n" in message:  # no command: this is the help
         error.show()
-        return error.exit_code
+        return int(error.exit_code)
     return refuse(f"{message.rstrip('.')} (see {error.ctx.command_path if error.ctx else 'rcc'} --help).")
 
 
 def _prepare_streams() -> None:
-    """Streams that are closed, or that cannot show or hold every character, are no reason to fail."""
+    """Keep streams that are closed, or cannot show or hold every character, from ending the command."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         stream = getattr(sys, name)
         if stream is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ class BlockLayer(DynamicLayer):
     """
 
     def __init__(self, capacity: int, keys: Tensor | None = None, values: Tensor | None = None, length: int = 0):
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.capacity, self.length = capacity, length
         if keys is not None and values is not None:
             self._hold(keys, values)
@@ -44,14 +44,14 @@ class BlockLayer(DynamicLayer):
             size = max(self.capacity, end + (SPARE if self.length else 0))
             grown = [k.new_empty(*k.shape[:2], size, k.shape[-1]) for k in (key_states, value_states)]
             if self.length:
-                for new, old in zip(grown, (self.keys, self.values), strict=True):
-                    new[:, :, : self.length] = old
+                for new, old in zip(grown, self.block, strict=True):
+                    new[:, :, : self.length] = old[:, :, : self.length]
             self._hold(*grown)
         for block, new in zip(self.block, (key_states, value_states), strict=True):
             block[:, :, self.length : end] = new
         self.length = end
         self._show()
-        return self.keys, self.values
+        return cast("tuple[Tensor, Tensor]", (self.keys, self.values))  # DynamicLayer's are None while it is empty
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> None:
         if self.is_initialized:
@@ -92,6 +92,11 @@ def new_cache(layers: int, capacity: int) -> Cache:
     return Cache(layers=[BlockLayer(capacity) for _ in range(layers)])
 
 
+def block_layers(cache: Cache) -> list[BlockLayer]:
+    """Return the layers of a cache that :func:`new_cache` or a :class:`KVBlocks` made."""
+    return cast("list[BlockLayer]", cache.layers)
+
+
 class KVBlocks:
     """Keys and values of every layer, shared by the contexts that grew from one another.
 
@@ -115,7 +120,7 @@ class KVBlocks:
     @classmethod
     def of(cls, cache: Cache) -> KVBlocks:
         """Return the blocks of a cache of :class:`BlockLayer`, which go on belonging to it."""
-        return cls([layer.block for layer in cache.layers], cache.get_seq_length(), writable=True)
+        return cls([layer.block for layer in block_layers(cache)], cache.get_seq_length(), writable=True)
 
     def release(self) -> None:
         """Let go of the memory of what is mapped from a file, until it is used again."""
@@ -127,7 +132,7 @@ class KVBlocks:
         return KVBlocks(layers, length, False, self._release)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy is made of: the tensors; not the lock, nor a file's mapping."""
+        """Return what a copy is made of: the tensors; not the lock, nor a file's mapping."""
         return {"layers": self.layers, "used": self.used}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -148,7 +153,8 @@ class KVBlocks:
         Args:
             length: positions to copy.
             extra: more positions to have capacity for.
-            device, dtype: of the copies; None: as these.
+            device: of the copies; None: as these.
+            dtype: likewise.
         """
 
         def copy(block: Tensor) -> Tensor:

@@ -58,8 +58,7 @@ class CompressedContext:
 
     # ---------------------------------------------------------------- a value
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy is made of: its own positions of the blocks, which it shares with no other context; and not the
-        cache that a model has made of it."""
+        """Return what a copy is made of: this context's positions alone, and no cache that a model has made of it."""
         layers = [(k.clone(), v.clone()) for k, v in (self.layer(i) for i in range(len(self.blocks.layers)))]
         self.blocks.release()
         state = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in _DERIVED}
@@ -71,7 +70,7 @@ class CompressedContext:
 
     # ---------------------------------------------------------------- what it is
     def __len__(self) -> int:
-        """Prefix positions, gaps included."""
+        """Return the prefix positions, gaps included."""
         return self.length
 
     @property
@@ -86,10 +85,12 @@ class CompressedContext:
 
     @property
     def dtype(self) -> torch.dtype:
+        """Precision of keys and values."""
         return self.blocks.layers[0][0].dtype
 
     @property
     def device(self) -> torch.device:
+        """Device of keys and values."""
         return self.blocks.layers[0][0].device
 
     @property
@@ -128,7 +129,7 @@ class CompressedContext:
         )
 
     def info(self) -> dict[str, Any]:
-        """What `rcc inspect --json` prints of a context of one text."""
+        """Return what `rcc inspect --json` prints of a context of one text."""
         return {
             "model": self.model_name,
             "fingerprint": self.fingerprint,
@@ -147,7 +148,7 @@ class CompressedContext:
 
     # ---------------------------------------------------------------- its keys and values
     def layer(self, i: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of layer i, [B, KV heads, n, head dim] each: views, not to be written to."""
+        """Return keys and values of layer i, [B, KV heads, n, head dim] each: views, not to be written to."""
         keys, values = self.blocks.layers[i]
         return keys[:, :, : self.length], values[:, :, : self.length]
 
@@ -164,7 +165,7 @@ class CompressedContext:
 
     @contextlib.contextmanager
     def lend(self, extra: int) -> Iterator[Cache]:
-        """As :meth:`borrow`, a cache of its own, which may be used after the `with` block."""
+        """Yield a cache as :meth:`borrow` does, but one of its own, which may be used after the `with` block."""
         yield self.blocks.cache(self.length, extra)
 
     def grown(self, cache: Cache, pieces: tuple[tuple[Piece, ...], ...], mask: Tensor | None) -> CompressedContext:
@@ -226,8 +227,7 @@ class CompressedContext:
 
     @classmethod
     def join(cls, contexts: Sequence[CompressedContext]) -> CompressedContext:
-        """Return one context of several of a direct prefix, in that order, on the device and in the precision of the
-        first.
+        """Return several contexts of a direct prefix as one, in that order; device and precision are the first's.
 
         Raises:
             InputError: there are none, or one holds several texts.
@@ -288,10 +288,8 @@ class CompressedContext:
         _check_one_model(contexts, "stacked")
         length = max(map(len, contexts))
         blocks = joining.stack([(c.blocks, c.length) for c in contexts], length, first.device, first.dtype)
-        masks = [
-            torch.nn.functional.pad(c._mask().to(first.device), (length - len(c), 0), value=False) for c in contexts
-        ]
-        mask = torch.cat(masks)
+        pad = torch.nn.functional.pad
+        mask = torch.cat([pad(c._mask().to(first.device), (length - len(c), 0), value=False) for c in contexts])
         pieces = tuple(row for c in contexts for row in c.pieces)
         return replace(first, blocks=blocks, length=length, pieces=pieces, mask=None if bool(mask.all()) else mask)
 
@@ -315,6 +313,7 @@ class CompressedContext:
         """Write a context of one text to a file, whole or not at all.
 
         Args:
+            path: the file, `.rcc` by custom.
             replace: whether an existing file is replaced; it passes on its mode and, where permitted, its owner.
             private: a new file is for its owner alone.
 
@@ -348,6 +347,7 @@ class CompressedContext:
         """Read a context file.
 
         Args:
+            path: a file that :meth:`save` wrote.
             model: refuse the context unless this model made it, and put it on its device and in its precision.
             verify: `"full"` checks every byte and reads it into memory; `"header"` checks the manifest, the sizes
                 and the model, and maps the rest, which is then read when it is used.

@@ -45,7 +45,7 @@ Lazy = tuple[torch.dtype, tuple[int, ...], Callable[[], Tensor]]
 
 
 def lazy(tensor: Tensor) -> Lazy:
-    """A tensor to be written, made contiguous only when its turn comes."""
+    """Describe a tensor that is to be written, and made contiguous only when its turn comes."""
     return tensor.dtype, tuple(tensor.shape), lambda: tensor
 
 
@@ -60,7 +60,12 @@ def write(
     """Write tensors and their manifest, one tensor in memory at a time; the file appears whole or not at all.
 
     Args:
-        replace, private: as for :func:`rcc.runtime.atomic.writing`.
+        path: the file; its folder exists.
+        kind: `"context"` or `"vectors"`.
+        manifest: what JSON can hold; :func:`read` returns it.
+        tensors: by name, in the order in which they are written.
+        replace: whether a file of that name is replaced, as for :func:`rcc.runtime.atomic.writing`.
+        private: a new file is for its owner alone.
 
     Raises:
         ExistsError: there is a file of that name, and it is not to be replaced.
@@ -98,7 +103,7 @@ def write_weights(path: Path, tensors: Mapping[str, Lazy]) -> None:
 
 
 def _header(metadata: dict[str, str], tensors: Mapping[str, Lazy]) -> bytes:
-    """What a safetensors file begins with: a length, and JSON of that length."""
+    """Return what a safetensors file begins with: a length, and JSON of that length."""
     header: dict[str, Any] = {"__metadata__": metadata}
     offset = 0
     for name, (dtype, shape, _) in tensors.items():
@@ -118,8 +123,10 @@ def _put(header: bytes, tensors: Mapping[str, Lazy], put: Callable[[bytes | memo
 
 
 def is_ours(path: Path, kind: str) -> bool:
-    """Whether a file says of itself that it is an rcc file of this kind; it may still be damaged. What can be read only
-    once, such as a pipe, is none, and is not looked into."""
+    """Return whether a file says of itself that it is an rcc file of this kind; it may still be damaged.
+
+    What can be read only once, such as a pipe, is none, and is not looked into.
+    """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             return False
@@ -130,11 +137,16 @@ def is_ours(path: Path, kind: str) -> bool:
 
 
 def read(path: Path, kind: str, verify: str) -> tuple[dict[str, Any], dict[str, Tensor], Callable[[], None]]:
-    """Open a file that :func:`write` wrote → its manifest; its tensors by name, mapped: read when they are used; and
-    what to call when they have been copied, so that they no longer take memory until they are used again.
+    """Open a file that :func:`write` wrote.
 
     Args:
+        path: the file.
+        kind: `"context"` or `"vectors"`; a file of another kind is refused.
         verify: `"full"` checks the digest over every byte first; `"header"` only the header and the sizes.
+
+    Returns:
+        Its manifest; its tensors by name, mapped: they are read when they are used; and what to call when they have
+        been copied, so that they no longer take memory until they are used again.
 
     Raises:
         InputError: an unknown `verify`.
@@ -199,7 +211,7 @@ def _tensor(data: mmap.mmap, start: int, entry: dict[str, Any]) -> Tensor:
 
 
 def _digest(data: mmap.mmap, at: int) -> bytes:
-    """SHA-256 of a mapped file with the 64 bytes at `at` replaced by zeros."""
+    """Return the SHA-256 of a mapped file with the 64 bytes at `at` replaced by zeros."""
     digest = hashlib.sha256()
     with memoryview(data) as view:
         digest.update(view[:at])

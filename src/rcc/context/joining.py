@@ -1,5 +1,4 @@
-"""Contexts of a direct prefix as sums of independent segments: joined, cut and reordered, with nothing read again; and
-contexts of any kind as a batch.
+"""Contexts of a direct prefix joined, cut and reordered, with nothing read again; contexts of any kind as a batch.
 
 The former is possible because such a context's keys are stored before their rotation and depend on no other segment.
 The result has the very bits of compressing the texts in that order. These functions work on what a context is made of,
@@ -53,7 +52,10 @@ def segments_of(pieces: Sequence[Piece], segment_length: int) -> tuple[Segment, 
 
 
 def _part(piece: Piece, first: int, tokens: int) -> Piece:
-    """A segment of a piece as a piece of its own; its digest is of where it comes from, as its tokens are not known."""
+    """Return a segment of a piece as a piece of its own.
+
+    Its tokens are not known, so its digest is of where it comes from.
+    """
     digest = hashlib.sha256(f"{piece.sha256} {first} {tokens}".encode()).hexdigest()
     opening = piece.opening[:tokens] if first == 0 else ()
     return Piece(tokens, -(-tokens // piece.rate), piece.rate, digest, opening)
@@ -64,7 +66,8 @@ def pieces_of(chosen: Sequence[Segment], segments: Sequence[Segment], pieces: Se
 
     Args:
         chosen: of `segments`, in any order.
-        segments, pieces: all of the context's.
+        segments: all of the context's, as :func:`segments_of` returns them.
+        pieces: all of the context's.
     """
     result: list[Piece] = []
     k = 0
@@ -93,7 +96,8 @@ def concatenate(parts: Sequence[tuple[KVBlocks, int]], device: torch.device, dty
 
     Args:
         parts: blocks, and how many of their positions count.
-        device, dtype: of the result.
+        device: of the result.
+        dtype: of the result.
     """
     layers = []
     for pairs in zip(*(blocks.layers for blocks, _ in parts), strict=True):
@@ -113,7 +117,8 @@ def stack(parts: Sequence[tuple[KVBlocks, int]], length: int, device: torch.devi
     Args:
         parts: blocks, and how many of their positions count.
         length: positions of the result, no fewer than of any part.
-        device, dtype: of the result.
+        device: of the result.
+        dtype: of the result.
     """
 
     def fill(block: Tensor, own: int) -> Tensor:

@@ -85,6 +85,7 @@ class ContextStore:
         """Return a context, and mark it as used; None where it is missing, damaged or cannot be read.
 
         Args:
+            address: as :meth:`address` returns it.
             model: the one that made it: the context is put on its device and in its precision.
         """
         path = self.path(address)
@@ -153,7 +154,7 @@ class ContextStore:
         return self._evict(max_bytes)
 
     def _files(self) -> Sequence[tuple[Path, os.stat_result]]:
-        """The store's files that there are now, the least recently used first."""
+        """Return the store's files that there are now, the least recently used first."""
         files = []
         with contextlib.suppress(FileNotFoundError):
             for path in self.folder.glob(f"*{SUFFIX}"):

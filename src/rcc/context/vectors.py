@@ -58,7 +58,9 @@ class CompressedVectors:
         """Yield the states on a device, `step` positions at a time.
 
         Args:
+            step: prefix positions of a chunk at most.
             wanted: numbers of the encoder states.
+            device: where the chunks go.
 
         Yields:
             {state number: [B, m, H]}, and which positions are real, [B, m] (None: all).

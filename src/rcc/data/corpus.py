@@ -32,6 +32,8 @@ def open_text(
     Rows that cannot be used are counted, and named in one warning.
 
     Args:
+        source: files or a dataset, and the field of a row that holds a document.
+        tokenizer: whose token ids the corpus has; another one has a cache of its own.
         progress: gets a short phrase a batch.
 
     Raises:
@@ -94,17 +96,17 @@ class Corpus:
         return {k: self.__dict__[k] for k in ("source", "folder", "info", "kind", "_runs")}
 
     def __len__(self) -> int:
-        return self.info["rows"]
+        return int(self.info["rows"])
 
     @property
     def tokens_total(self) -> int:
         """Tokens of all rows together."""
-        return self.info["tokens"]
+        return int(self.info["tokens"])
 
     @property
     def broken(self) -> int:
         """How many rows were left out because they cannot be used."""
-        return self.info["broken"]["count"]
+        return int(self.info["broken"]["count"])
 
     # plain views of the maps: indexing np.memmap itself is several times slower
     @cached_property
@@ -126,8 +128,10 @@ class Corpus:
 
     @cached_property
     def spans(self) -> np.ndarray:
-        """uint32 [rows, 2]: of each row of questions, the tokens of its context from the first to the last occurrence
-        of its answer; 0, 0 if there is none."""
+        """uint32 [rows, 2]: of each row of questions, the tokens [start, end) of its context that hold its answer.
+
+        From the first occurrence to the last one; 0, 0 if there is none.
+        """
         self._check_questions()
         return np.asarray(np.load(self.folder / "spans.npy", mmap_mode="r"))
 

@@ -46,7 +46,9 @@ def passkey_ids(key: int, share_before: float, length: int, encode: Callable[[st
     """Return the token ids of :func:`passkey_text` with as much filler as `length` tokens hold; fast at any length.
 
     Args:
+        key: the number.
         share_before: how much of the filler stands before the number, 0 to 1; cut at a whole sentence.
+        length: tokens of the text at most.
         encode: text → token ids [T].
 
     Raises:
@@ -66,6 +68,7 @@ def hide(
         hidden: for each sentence to hide, the share of the filler before it, 0 to 1, cut at a whole sentence; and its
             token ids [T].
         filler: the token ids [T] of each sentence.
+        length: tokens of the text at most.
 
     Returns:
         Token ids [T], less than a sentence of filler fewer than `length`; and the position of each hidden sentence.
@@ -196,10 +199,12 @@ def make_text(
     """Return the text of a sample, the same whenever it is made.
 
     Args:
-        variant, position: of :data:`VARIANTS` and :data:`POSITIONS`.
-        length: tokens.
+        variant: the form of the task, of :data:`VARIANTS`.
+        position: where the key stands, of :data:`POSITIONS`.
+        length: tokens of the text at most.
         sample: its number.
         encode: text → token ids [T].
+        seed: another one gives other keys, positions and names for the same numbers.
         prose: sentences of the filler for a variant of prose, token ids [T] each, begun anywhere.
 
     Raises:

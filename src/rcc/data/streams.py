@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
+from typing import Any
 
 import numpy as np
 
@@ -29,6 +30,7 @@ def split(
     they stand.
 
     Args:
+        corpora: to split; what one holds out, the others hold out as well.
         held_out: the share of contents that is held out, at least 0 and below 1.
         other: corpora whose contents are on neither side, such as separate evaluation data.
 
@@ -87,7 +89,7 @@ class Interleave:
         self._before = np.concatenate([np.zeros((1, len(exact)), np.int64), per_block.cumsum(0)])
         self._block = lru_cache(4)(self._make_block)
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return Interleave, (self.shares, self.seed)
 
     def at(self, k: int) -> tuple[int, int]:
@@ -129,7 +131,7 @@ class Mixture:
         self._interleave = Interleave([w if c else 0.0 for c, w in zip(counts, weights, strict=True)], seed)
         self._order = [lru_cache(2)(partial(self._make_order, c)) for c in range(len(counts))]
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         return Mixture, (self.counts, self.weights, self.seed)
 
     def __len__(self) -> int:

@@ -48,6 +48,8 @@ def token_folder(
     """Return the folder that holds a source's tokens; they are made at the first call.
 
     Args:
+        source: files, or what `datasets` opens.
+        tokenizer: part of the cache's key, with all its settings.
         kind: `text` or `questions`.
         progress: gets a short phrase a batch.
 
@@ -111,7 +113,8 @@ def _is_made(folder: Path) -> bool:
             return False
         if any(type(n) is not int or n < 0 for n in (info["rows"], info["broken"]["count"])):
             return False
-        return (folder / "tokens.bin").stat().st_size == info["tokens"] * np.dtype(info["dtype"]).itemsize
+        size = info["tokens"] * np.dtype(info["dtype"]).itemsize
+        return bool((folder / "tokens.bin").stat().st_size == size)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 
@@ -214,11 +217,11 @@ class _Writer:
         offsets: dict[str, list[tuple[int, int]]] = {}
         marked = set() if self.source.allow_special else {t for t in unique if holds_special(self.tokenizer, t)}
         for split in (False, True):  # chat marks in a text are characters, unless its source allows them
-            some = [text for text in unique if (text in marked) is split]
-            if not some:
+            group = [text for text in unique if (text in marked) is split]
+            if not group:
                 continue
             encoding = self.tokenizer(
-                some,
+                group,
                 add_special_tokens=False,
                 verbose=False,
                 return_attention_mask=False,
@@ -226,9 +229,9 @@ class _Writer:
                 return_offsets_mapping=with_offsets,
                 **({"split_special_tokens": True} if split else {}),
             )
-            runs |= {text: np.asarray(run, self.dtype) for text, run in zip(some, encoding["input_ids"], strict=True)}
+            runs |= {text: np.asarray(run, self.dtype) for text, run in zip(group, encoding["input_ids"], strict=True)}
             if with_offsets:
-                offsets |= zip(some, encoding["offset_mapping"], strict=True)
+                offsets |= zip(group, encoding["offset_mapping"], strict=True)
         for location, name, texts in self.batch:
             if not all(len(runs[text]) for text in texts):
                 self.broken(location, "a text without tokens")

@@ -25,7 +25,7 @@ class Difference:
 
 
 def compare(a: Path, b: Path) -> tuple[list[Difference], list[str]]:
-    """The differences between two folders that `rcc eval` wrote, and what to know about them.
+    """Return the differences between two folders that `rcc eval` wrote, and what to know about them.
 
     Raises:
         InputError: one holds no finished evaluation, they are of different tasks, or have no sample in common.
@@ -47,16 +47,16 @@ def _compare(a: Path, b: Path) -> tuple[list[Difference], list[str]]:
     cells: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {}
     for x, y in pairs:
         cells.setdefault(json.dumps({k: x["key"][k] for k in left["by"] if k in x["key"]}), []).append((x, y))
-    found = []
-    for name, some in cells.items():
-        for metric in [k for k, v in some[0][0].items() if isinstance(v, (int, float))]:
-            both = [(x, y) for x, y in some if all(isinstance(r.get(metric), (int, float)) for r in (x, y))]
+    differences = []
+    for name, pairs_of_cell in cells.items():
+        for metric in [k for k, v in pairs_of_cell[0][0].items() if isinstance(v, (int, float))]:
+            both = [(x, y) for x, y in pairs_of_cell if all(isinstance(r.get(metric), (int, float)) for r in (x, y))]
             if not both:
                 continue
             xs, ys = ([float(row[metric]) for row in side] for side in zip(*both, strict=True))
             groups = [x["key"].get(left["cluster"]) for x, _ in both] if left["cluster"] else None
             change = results.paired(xs, ys, groups)
-            found.append(Difference(json.loads(name), metric, sum(xs) / len(xs), sum(ys) / len(ys), change))
+            differences.append(Difference(json.loads(name), metric, sum(xs) / len(xs), sum(ys) / len(ys), change))
     notes = []
     for side, rows in ((a, left_rows), (b, right_rows)):
         if len(rows) > len(pairs):
@@ -68,16 +68,16 @@ def _compare(a: Path, b: Path) -> tuple[list[Difference], list[str]]:
     ]
     if different:
         notes.append(f"settings that differ: {', '.join(different)}.")
-    return found, notes
+    return differences, notes
 
 
 def table(differences: list[Difference], a: str, b: str) -> str:
-    """The differences as a Markdown table; those whose interval leaves out zero are marked."""
+    """Return the differences as a Markdown table; those whose interval leaves out zero are marked."""
     rows = []
     for d in differences:
         clear = d.change.low is not None and d.change.high is not None and (d.change.low > 0 or d.change.high < 0)
         change = results.show(d.change, sign="+")
-        where = ", ".join(f"{k} {v}" for k, v in d.key.items())
-        cells = [where, d.metric, f"{d.a:.3f}", f"{d.b:.3f}", f"**{change}**" if clear else change, str(d.change.n)]
+        name = ", ".join(f"{k} {v}" for k, v in d.key.items())
+        cells = [name, d.metric, f"{d.a:.3f}", f"{d.b:.3f}", f"**{change}**" if clear else change, str(d.change.n)]
         rows.append(cells)
     return results.markdown(["", "figure", a, b, "difference, 95 % interval", "pairs"], rows)

@@ -85,6 +85,7 @@ def evaluate(evaluation: Evaluation, folder: Path | None = None, progress: Progr
     """Measure all cases that the folder does not hold yet, and note what to know about the figures.
 
     Args:
+        evaluation: gives the cases and measures them.
         folder: where samples are kept as they are made, and an interrupted evaluation goes on. None: nowhere.
         progress: called with the units of work done so far, of `evaluation.work(len(evaluation))` in all.
 

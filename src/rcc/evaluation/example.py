@@ -8,6 +8,6 @@ EXAMPLE = Path("examples/simple-susan.txt")
 
 
 def example_text() -> Path | None:
-    """Where the example is: below the working folder or, of an editable installation, with its source; or None."""
-    places = [EXAMPLE, Path(__file__).resolve().parents[3] / EXAMPLE]
-    return next((place for place in places if place.is_file()), None)
+    """Return the example's path, below the working folder or with the source of an editable installation; or None."""
+    paths = [EXAMPLE, Path(__file__).resolve().parents[3] / EXAMPLE]
+    return next((path for path in paths if path.is_file()), None)

@@ -11,13 +11,13 @@ from typing import Any
 
 
 def normalise(text: str) -> list[str]:
-    """Words of an answer as SQuAD counts them: lower case, without punctuation and articles."""
+    """Split an answer into words as SQuAD counts them: lower case, without punctuation and articles."""
     bare = "".join(c for c in text.lower() if c not in string.punctuation)
     return re.sub(r"\b(a|an|the)\b", " ", bare).split()
 
 
 def f1(answer: str, accepted: Sequence[str]) -> float:
-    """The best harmonic mean of word precision and recall against the accepted answers (SQuAD's F1), 0 to 1."""
+    """Return the best harmonic mean of word precision and recall against the accepted answers (SQuAD's F1), 0 to 1."""
     words = Counter(normalise(answer))
     best = 0.0
     for reference in accepted:
@@ -29,24 +29,24 @@ def f1(answer: str, accepted: Sequence[str]) -> float:
 
 
 def exact_match(answer: str, accepted: Sequence[str]) -> float:
-    """1 if the words of an accepted answer were written and no others (SQuAD's), else 0."""
+    """Return 1 if the words of an accepted answer were written and no others (SQuAD's), else 0."""
     return float(any(normalise(answer) == normalise(reference) for reference in accepted))
 
 
 @cache
 def _bleu() -> Any:
-    from sacrebleu.metrics import BLEU
+    from sacrebleu.metrics.bleu import BLEU
 
     return BLEU(effective_order=True)  # a text of fewer than four words can be right, too
 
 
 def bleu(written: str, truth: str) -> float:
-    """BLEU-4 of one text against the original, by sacrebleu with :func:`bleu_settings`, 0 to 1."""
-    return min(1.0, _bleu().sentence_score(written, [truth]).score / 100)
+    """Return the BLEU-4 of one text against the original, by sacrebleu with :func:`bleu_settings`, 0 to 1."""
+    return min(1.0, float(_bleu().sentence_score(written, [truth]).score) / 100)
 
 
 def bleu_settings() -> str:
-    """sacrebleu's own description of how :func:`bleu` counts, its version included."""
+    """Return sacrebleu's own description of how :func:`bleu` counts, its version included."""
     bleu("", "")  # it is not known before the first score
     return str(_bleu().get_signature())
 
@@ -59,7 +59,7 @@ def _rouge() -> Any:
 
 
 def rouge_l(written: str, truth: str) -> float:
-    """ROUGE-L of one text against the original: F1 of the longest common subsequence of words, 0 to 1.
+    """Return the ROUGE-L of one text against the original: F1 of the longest common subsequence of words, 0 to 1.
 
     rouge-score's words are runs of a–z and 0–9 in lower case: text in other letters counts 0.
     """
@@ -67,6 +67,6 @@ def rouge_l(written: str, truth: str) -> float:
 
 
 def matching(written: Sequence[int], truth: Sequence[int]) -> tuple[float, int]:
-    """Share of the original's tokens that were written at their place, and how many before the first error."""
+    """Return the share of the original's tokens written at their index, and how many before the first error."""
     right = [a == b for a, b in zip(written, truth, strict=False)]
     return sum(right) / len(truth), [*right, False].index(False)

@@ -46,14 +46,21 @@ class Case:
     measure: Callable[[], dict[str, Any]]
 
 
-class Skipped(Exception):
+class Skipped(Exception):  # noqa: N818  # no error: a cell that cannot be measured
     """Raised by a measurement that cannot be made; the cell says why and the others go on."""
 
 
 @dataclass
 class Interval:
-    """A mean of `n` samples and the bounds between which it lies with 95 % confidence; None where the samples are one,
-    or of one document, and say nothing about others."""
+    """A mean with its confidence interval.
+
+    Attributes:
+        mean: of the samples.
+        low: the lower bound, with 95 % confidence; None where the samples are one, or of one document, and say nothing
+            about others.
+        high: the upper bound; None where `low` is.
+        n: how many samples there are.
+    """
 
     mean: float
     low: float | None
@@ -62,7 +69,7 @@ class Interval:
 
 
 def interval(values: Sequence[float], groups: Sequence[Any] | None = None, seed: int = 0) -> Interval:
-    """Mean with a confidence interval.
+    """Return a mean with its confidence interval.
 
     Shares (every value 0 or 1, each from a group of its own) by Wilson's score, which does not shrink to a point when
     all succeed; anything else by the percentile bootstrap over groups.
@@ -70,6 +77,7 @@ def interval(values: Sequence[float], groups: Sequence[Any] | None = None, seed:
     Args:
         values: one figure a sample.
         groups: what samples have in common (their document): samples of a group are drawn together.
+        seed: of the bootstrap.
     """
     x = np.asarray(values, dtype=np.float64)
     n = len(x)
@@ -152,7 +160,7 @@ class Results:
 
     def _read(self) -> list[dict[str, Any]]:
         assert self.folder is not None
-        path, rows, kept = self.folder / "samples.jsonl", [], []
+        path, rows, lines = self.folder / "samples.jsonl", [], []
         if not path.exists():
             return []
         for line in path.read_text(encoding="utf-8").splitlines():
@@ -162,8 +170,8 @@ class Results:
                 continue  # the last line of a killed process
             if _is_sample(row):  # what is not will be measured again
                 rows.append(row)
-                kept.append(line + "\n")
-        self._write("samples.jsonl", "".join(kept))
+                lines.append(line + "\n")
+        self._write("samples.jsonl", "".join(lines))
         return rows
 
     def _write(self, name: str, text: str) -> None:
@@ -179,6 +187,7 @@ class Results:
         """Measure what has not been measured yet, one case after the other, each kept at once.
 
         Args:
+            cases: all of them; those that the folder has are passed over.
             progress: called with the number of cases done so far.
         """
         done = {_name(row["key"]) for row in self.rows}
@@ -205,27 +214,31 @@ class Results:
                     progress(number)
 
     def cells(self, by: Sequence[str]) -> list[dict[str, Any]]:
-        """Figures by some of the keys, in order of appearance: `{"key": …, metric: Interval …}`, or `"skipped"`."""
+        """Return the figures by some of the keys, in order of appearance.
+
+        Each is `{"key": …, metric: Interval, …}`, with `"skipped": why` where no sample could be measured.
+        """
         groups: dict[str, list[dict[str, Any]]] = {}
         for row in self.rows:
             groups.setdefault(_name({k: row["key"][k] for k in by if k in row["key"]}), []).append(row)
-        found = []
+        cells = []
         for name, rows in groups.items():
             cell: dict[str, Any] = {"key": json.loads(name)}
             made = [row for row in rows if "skipped" not in row]
             if not made:
                 cell["skipped"] = rows[0]["skipped"]
             for metric in sorted({k for row in made for k, v in row.items() if _is_number(v)}):
-                some = [row for row in made if _is_number(row.get(metric))]
-                shared = [row["key"].get(self.cluster) for row in some] if self.cluster else None
-                cell[metric] = interval([float(row[metric]) for row in some], shared)
-            found.append(cell)
-        return found
+                measured = [row for row in made if _is_number(row.get(metric))]
+                shared = [row["key"].get(self.cluster) for row in measured] if self.cluster else None
+                cell[metric] = interval([float(row[metric]) for row in measured], shared)
+            cells.append(cell)
+        return cells
 
     def summary(self, by: Sequence[str], more: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """What `results.json` holds: the figures by some of the keys, and what made them.
+        """Return what `results.json` holds: the figures by some of the keys, and what made them.
 
         Args:
+            by: those keys.
             more: further figures by name, which may hold intervals.
         """
         data = {
@@ -241,7 +254,8 @@ class Results:
             "cells": self.cells(by),
             **(more or {}),
         }
-        return json.loads(json.dumps(data, default=vars))
+        plain: dict[str, Any] = json.loads(json.dumps(data, default=vars))
+        return plain
 
     def finish(
         self,
@@ -271,7 +285,7 @@ def _name(key: Mapping[str, Any]) -> str:
 
 
 def _is_sample(row: Any) -> bool:
-    """Whether a line of samples.jsonl is what :meth:`Results.collect` wrote."""
+    """Return whether a line of samples.jsonl is what :meth:`Results.collect` wrote."""
     took = row.get("took") if isinstance(row, dict) and isinstance(row.get("key"), dict) else None
     return isinstance(took, dict) and _is_number(took.get("seconds"))
 
@@ -281,7 +295,7 @@ def _is_number(value: Any) -> bool:
 
 
 def load(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """A finished evaluation's results and samples.
+    """Read a finished evaluation's results and samples.
 
     Raises:
         InputError: the folder holds none, or of a newer format.
@@ -308,7 +322,7 @@ def load(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 
 def paired(a: Sequence[float], b: Sequence[float], groups: Sequence[Any] | None = None) -> Interval:
-    """The mean of b − a over pairs, with a bootstrap interval.
+    """Return the mean of b − a over pairs, with a bootstrap interval.
 
     Raises:
         ValueError: there are no pairs.
@@ -320,13 +334,13 @@ def paired(a: Sequence[float], b: Sequence[float], groups: Sequence[Any] | None 
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; the first column on the left, the others on the right."""
+    """Return a Markdown table; the first column on the left, the others on the right."""
     lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
     return "\n".join([*lines, *("| " + " | ".join(map(shown, row)) + " |" for row in rows)]) + "\n"
 
 
 def show(value: Interval, percent: bool = False, digits: int = 3, sign: str = "") -> str:
-    """A figure with its interval as tables show it: `0.812 [0.790, 0.833]`; with `sign="+"`, always with its sign."""
+    """Write a figure with its interval: `0.812 [0.790, 0.833]`; with `sign="+"`, always with its sign."""
     style = f"{sign}.1%" if percent else f"{sign}.{digits}f"
     if value.low is None or value.high is None:
         return f"{value.mean:{style}}"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from ..context.cache import BlockLayer, KVBlocks
+from ..context.cache import BlockLayer, KVBlocks, block_layers
 from ..context.context import CompressedContext
 from ..context.pieces import Piece
 from ..model import backbones
@@ -19,7 +19,7 @@ from ..runtime.provenance import libraries
 
 @contextlib.contextmanager
 def base_decoder(model: RCCForCausalLM) -> Iterator[None]:
-    """Within it a model's decoder is its base: without LoRA. One whose own weights were trained stays as it is."""
+    """Take LoRA out of a model's decoder within this context; one whose own weights were trained stays as it is."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers = [module for module in model.decoder.modules() if isinstance(module, BaseTunerLayer)]
@@ -37,13 +37,14 @@ def base_decoder(model: RCCForCausalLM) -> Iterator[None]:
 
 @torch.no_grad()
 def read_plain(model: RCCForCausalLM, ids: Tensor) -> CompressedContext:
-    """A context that is not compressed: keys and values of a text's own tokens, one position each.
+    """Return a context that is not compressed: keys and values of a text's own tokens, one position each.
 
     Args:
+        model: whose decoder reads.
         ids: [T] token ids, at most the decoder's window.
     """
     ids = ids.to(model.device)
-    depth = len(backbones.blocks(model.decoder.base_model))
+    depth = len(backbones.blocks(backbones.body(model.decoder)))
     cache = Cache(layers=[BlockLayer(len(ids)) for _ in range(depth)])
     model.decoder.base_model(
         input_ids=ids[None],
@@ -52,7 +53,7 @@ def read_plain(model: RCCForCausalLM, ids: Tensor) -> CompressedContext:
         use_cache=True,
     )
     return CompressedContext(
-        KVBlocks([layer.block for layer in cache.layers], len(ids), writable=False),
+        KVBlocks([layer.block for layer in block_layers(cache)], len(ids), writable=False),
         len(ids),
         ((Piece(len(ids), len(ids), 1, ""),),),
         model.fingerprint,

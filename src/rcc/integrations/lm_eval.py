@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lm_eval.api.model import TemplateLM
@@ -29,7 +29,7 @@ from ..errors import InputError, WindowError
 from ..model import answering, segments
 from ..runtime.quiet import quiet_transformers
 from ..text import prompting
-from ..text.tokens import token_ids
+from ..text.tokens import decode, token_ids
 from .requests import Parts, Request, Until, positive
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ NEW_TOKENS = 256
 
 
 @register_model("rcc")
-class RCCLM(TemplateLM):
+class RCCLM(TemplateLM):  # type: ignore[misc]  # lm-eval says nothing of its types
     """An RCC model with lm-eval's interface.
 
     A prompt is cut `text_tokens` before its end, or at the last occurrence of the string `split_at`. The head is
@@ -119,14 +119,15 @@ class RCCLM(TemplateLM):
     @property
     def eot_token_id(self) -> int | None:
         """The token that ends a text."""
-        return self.tokenizer.eos_token_id
+        end: int | None = self.tokenizer.eos_token_id
+        return end
 
     @property
     def prefix_token_id(self) -> int:
         """The token before a text that has nothing before it."""
         for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
             if token is not None:
-                return token
+                return int(token)
         raise InputError("the tokenizer has neither a first nor an end token: a text cannot be scored from its start.")
 
     @property
@@ -144,12 +145,13 @@ class RCCLM(TemplateLM):
             raise InputError("mode=human puts prompts into a chat's form itself: leave out apply_chat_template.")
         if self.tokenizer.chat_template is None:
             raise InputError("the tokenizer has no chat template: leave out apply_chat_template, or use mode=human.")
-        return self.tokenizer.apply_chat_template(
+        chat = self.tokenizer.apply_chat_template(
             chat_history,
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
         )
+        return cast("str", chat)  # untokenised
 
     def get_model_info(self) -> dict[str, Any]:
         """Return what results.json says of the model, and how much was compressed."""
@@ -260,6 +262,8 @@ class RCCLM(TemplateLM):
 
         Args:
             requests: strings, tokens of the prompt that stay text, and tokens of the answer.
+            disable_tqdm: show no progress bar.
+            **kwargs: what else lm-eval may pass, not used.
         """
         asked = [
             self._request(i, self._parts(prompt), ids, answer) for i, ((prompt, _), ids, answer) in enumerate(requests)
@@ -372,7 +376,7 @@ class RCCLM(TemplateLM):
         )
         for row in out[:, width:].tolist():
             length = next((i for i, token in enumerate(row) if token in ends), len(row))
-            written = self.tokenizer.decode(row[:length], skip_special_tokens=True)
+            written = decode(self.tokenizer, row[:length], skip_special=True)
             yield postprocess_generated_text(written, until, None)
 
     def _ends(self) -> list[int]:

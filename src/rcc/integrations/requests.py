@@ -1,4 +1,4 @@
-"""What lm-eval asks, as an RCC model is asked it."""
+"""The requests of lm-eval, in the form in which they are put to an RCC model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Request:
     """One thing to ask.
 
     Attributes:
-        number: its place among what the harness asked.
+        number: its index among what the harness asked.
         parts: of the prompt.
         rate: for the head; None where nothing is compressed.
         ids: tokens of the prompt that stay text, at least one.

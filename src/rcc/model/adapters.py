@@ -20,7 +20,8 @@ def new_memory(embeddings: Tensor, length: int) -> nn.Parameter:
     They are the mean of the encoder's token embeddings, and a tenth of their spread around it, so that they differ.
 
     Args:
-        embeddings: [vocabulary, H].
+        embeddings: [vocabulary, H], the encoder's.
+        length: memory tokens of a segment at the lowest rate.
     """
     table = embeddings.detach()
     spread, mean = torch.std_mean(table.float(), 0)
@@ -46,6 +47,7 @@ def rate_offset(table: Tensor | None, rates: Sequence[int], rate: int) -> Tensor
     Args:
         table: [rates, H] the embeddings of the trained rates; None: the model has none.
         rates: the trained rates, in the table's order.
+        rate: the one asked for, trained or not.
     """
     if table is None:
         return None
@@ -64,8 +66,10 @@ def rate_embeddings_for(rates: Sequence[int], embeddings: Tensor, table: Tensor 
     """Return embeddings [rates, H] that serve new rates as a table of old ones does; zeros without one.
 
     Args:
+        rates: the new ones, in the order of the result.
         embeddings: [vocabulary, H] the encoder's.
-        table, old: as of :func:`rate_offset`.
+        table: [old rates, H]; None: there are none yet.
+        old: the rates of `table`, in its order.
     """
     rows = [rate_offset(table, old, rate) for rate in rates]
     return torch.stack([embeddings.new_zeros(embeddings.shape[1]) if row is None else row for row in rows])
@@ -75,7 +79,9 @@ def add_lora(encoder: PreTrainedModel, decoder: PreTrainedModel, config: RCCConf
     """Put LoRA on the linear layers of both sides' blocks, in place, where the configuration gives it a rank.
 
     Args:
-        encoder, decoder: base models without head.
+        encoder: a base model without head.
+        decoder: likewise.
+        config: gives each side's rank, and the scale.
         last_state: the last encoder state that feeds the decoder.
     """
     from peft import LoraConfig, inject_adapter_in_model
@@ -89,7 +95,7 @@ def add_lora(encoder: PreTrainedModel, decoder: PreTrainedModel, config: RCCConf
         if rank:
             names = backbones.linear_names(body, depth)
             alpha = config.lora_alpha or rank
-            settings = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=names)
+            settings = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=names)  # type: ignore[arg-type]  # 1.5 will do, too
             inject_adapter_in_model(settings, body)
 
 
@@ -99,6 +105,7 @@ def freeze(encoder: PreTrainedModel, decoder: PreTrainedModel, config: RCCConfig
     Args:
         encoder: a base model without head.
         decoder: with its head.
+        config: says which side has LoRA, and whether the base is shared.
         last_state: the last encoder state that feeds the decoder.
     """
     for side, rank in ((encoder, config.encoder.lora_rank), (decoder, config.decoder.lora_rank)):

@@ -1,4 +1,4 @@
-"""A prompt → what the decoder writes after it, up to the end marks, as text piece by piece."""
+"""From a prompt to what the decoder writes after it, up to the end marks, as text piece by piece."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase, StoppingCriteria, TextStreamer
 
 from ..context.context import CompressedContext
 from ..text.prompting import END, Prompt, allows_special
-from ..text.tokens import prompt_ids, token_ids
+from ..text.tokens import decode, prompt_ids, token_ids
 from .rcc import RCCForCausalLM
 
 NEVER = 2**31 - 1
@@ -26,6 +26,7 @@ class Stopped(StoppingCriteria):
         self.event = event
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """Return for each row whether it is done, bool [B]."""
         return torch.full((len(input_ids),), self.event.is_set(), dtype=torch.bool, device=input_ids.device)
 
 
@@ -42,14 +43,14 @@ class _Ends(StoppingCriteria):
         return self._marks(written).sum(1) >= self.ends
 
     def length(self, written: Tensor) -> int:
-        """Tokens of a row [tokens] up to the end of its last mark: what follows is padding."""
+        """Count the tokens of a row [tokens] up to the end of its last mark: what follows is padding."""
         if len(written) < len(self.mark):
             return len(written)
         ends = self._marks(written[None])[0].nonzero()[:, 0] + len(self.mark)
         return int(ends[self.ends - 1]) if len(ends) >= self.ends else len(written)
 
     def _marks(self, written: Tensor) -> Tensor:
-        """Where the end mark begins, [B, tokens - size of the mark + 1]."""
+        """Return where the end mark begins, bool [B, tokens - size of the mark + 1]."""
         return (written.unfold(1, len(self.mark), 1) == self.mark.to(written.device)).all(-1)
 
 
@@ -72,6 +73,7 @@ class Pieces(TextStreamer):
         self.written = self.given = ""
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Take the next words from transformers, and hand on what they add to what is to be shown."""
         self.written += text
         answer = self.shown(self.written)
         if not stream_end:
@@ -90,18 +92,25 @@ def ask(
     allow_special: bool = False,
     **generation: Any,
 ) -> tuple[str | None, str]:
-    """Ask a context (or, with None, the decoder alone) → the reconstructed instruction, if any, and the answer.
+    """Ask a context one question.
 
     Args:
-        context: of one text.
+        model: that made the context.
+        tokenizer: the model's.
+        context: of one text; None: the decoder is asked alone.
+        prompt: the question in the form of its mode.
+        max_new_tokens: of the answer, and in `reconstruct` mode of the instruction before it.
         allow_special: whether chat marks in the question are special tokens.
-        generation: goes to :meth:`RCCForCausalLM.generate` (`do_sample`, `streamer`, …).
+        **generation: goes to :meth:`RCCForCausalLM.generate` (`do_sample`, `streamer`, …).
+
+    Returns:
+        The instruction that was reconstructed (None in other modes), and the answer.
 
     Raises:
         WindowError: the prompt and the answer do not fit after the context.
     """
     written, _ = write(model, tokenizer, context, prompt, max_new_tokens, allow_special, **generation)
-    return prompt.parse(tokenizer.decode(written))
+    return prompt.parse(decode(tokenizer, written))
 
 
 def write(
@@ -137,9 +146,14 @@ def generate(
     """Return what is written after prompts, up to each one's last end mark.
 
     Args:
+        model: that made the context.
+        tokenizer: the model's.
         ids: [B, Q] prompts, padded on the left.
+        context: of B texts; None: the prompts alone.
         ends: how many end marks an answer is over after.
+        max_new_tokens: of each answer.
         stopping_criteria: end it sooner.
+        **generation: goes to :meth:`RCCForCausalLM.generate`.
 
     Returns:
         B rows of token ids [tokens].

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +29,8 @@ BLOCKS = {
 """model_type → attribute of the base model that holds its blocks, in order."""
 
 STATE_SPACE = {"mamba": ("in_proj",), "mamba2": ("in_proj",)}
-"""Encoders only: they have no attention, no positions and no KV cache. model_type → the linear layers for LoRA: of the
-others the mixer, or its fused kernel, reads the weights itself and would pass the adapter by."""
+"""Encoders only: they have no attention, no positions and no KV cache. model_type → the linear layers for LoRA: the
+mixer, or its fused kernel, reads the weights of the others itself and would bypass the adapter."""
 
 _generation = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
 CACHE = "cache" if "cache" in _generation else "past_key_values"
@@ -62,25 +62,37 @@ def check_family(config: PreTrainedConfig, side: str) -> None:
 
 
 def sliding_window(config: PreTrainedConfig) -> int | None:
-    """Positions that the backbone's sliding layers attend to, their own included; None where no layer slides."""
+    """Return how many positions the sliding layers attend to, their own included; None where no layer slides."""
     kinds = getattr(config, "layer_types", None)
     slides = kinds is None or "sliding_attention" in kinds
     return getattr(config, "sliding_window", None) if slides else None
 
 
 def has_full_attention(config: PreTrainedConfig) -> bool:
-    """Whether some layer attends to everything before it."""
+    """Return whether some layer attends to everything before it."""
     return sliding_window(config) is None or "full_attention" in (getattr(config, "layer_types", None) or ())
 
 
 def blocks(body: PreTrainedModel) -> Any:
-    """The blocks of a base model (without head), a ModuleList in order."""
+    """Return the blocks of a base model (without head), a ModuleList in order."""
     return getattr(body, BLOCKS[body.config.model_type])
 
 
+def body(decoder: PreTrainedModel) -> PreTrainedModel:
+    """Return the base model of a causal language model: all but its head."""
+    return cast("PreTrainedModel", decoder.base_model)  # which transformers calls a module only
+
+
+def embeddings(model: PreTrainedModel) -> nn.Embedding:
+    """Return the table of token embeddings; its `weight` is [vocabulary, H]."""
+    return cast("nn.Embedding", model.get_input_embeddings())
+
+
 def linear_names(body: PreTrainedModel, depth: int | None = None) -> list[str]:
-    """Names of the linear layers in the blocks that LoRA goes on (all, but see :data:`STATE_SPACE`), relative to the
-    base model; with a depth, those of as many first blocks."""
+    """Return the names, within a base model, of the linear layers that LoRA goes on.
+
+    They are all of those in its blocks, but see :data:`STATE_SPACE`; with a depth, in as many first blocks.
+    """
     family = body.config.model_type
     ends = STATE_SPACE.get(family, ("",))
     linear = [name for name, m in blocks(body)[:depth].named_modules() if isinstance(m, nn.Linear)]
@@ -88,22 +100,24 @@ def linear_names(body: PreTrainedModel, depth: int | None = None) -> list[str]:
 
 
 def window(config: PreTrainedConfig) -> int:
-    """Number of positions that a backbone can address; without positions, no limit."""
+    """Return the number of positions that a backbone can address; without positions, no limit."""
     return sys.maxsize if config.model_type in STATE_SPACE else config.max_position_embeddings
 
 
 def rotary(body: PreTrainedModel, positions: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Cosines and sines that a decoder's blocks rotate keys with at some positions.
+    """Return the cosines and sines that a decoder's blocks rotate keys with at some positions.
 
     Args:
+        body: the decoder's base model.
         positions: [B, T] or [1, T].
 
     Returns:
         For each block cos and sin, [B or 1, T, rotary dimensions] each, in the model's precision.
     """
     like = torch.empty(0, device=positions.device, dtype=body.dtype)
+    rotary_emb: Any = body.rotary_emb
     if body.config.model_type != "gemma3_text":
-        return [body.rotary_emb(like, positions)] * len(blocks(body))
+        return [rotary_emb(like, positions)] * len(blocks(body))
     kinds = body.config.layer_types
-    tables = {kind: body.rotary_emb(like, positions, kind) for kind in set(kinds)}
+    tables = {kind: rotary_emb(like, positions, kind) for kind in set(kinds)}
     return [tables[kind] for kind in kinds]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,9 @@ from transformers import PreTrainedModel
 
 from . import backbones
 from .projection import Projections
+
+_Args: TypeAlias = tuple[Any, ...]  # of a module's call, as torch hands them to hooks
+_Kwargs: TypeAlias = dict[str, Any]
 
 _KEY = "rcc_prefix"  # travels through the model's keyword arguments to every block
 
@@ -57,7 +60,7 @@ def accept_prefix(body: PreTrainedModel) -> None:
     """
     for i, block in enumerate(backbones.blocks(body)):
 
-        def enter(module: nn.Module, args: tuple, kwargs: dict, i: int = i) -> tuple[tuple, dict] | None:
+        def enter(module: nn.Module, args: _Args, kwargs: _Kwargs, i: int = i) -> tuple[_Args, _Kwargs] | None:
             hook = kwargs.pop(_KEY, None)
             return None if hook is None else ((hook.enter(i, args[0]), *args[1:]), kwargs)
 
@@ -74,7 +77,7 @@ def window_by_position(body: PreTrainedModel) -> None:
     if sliding is None or not backbones.has_full_attention(body.config):
         return
 
-    def masks(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    def masks(module: nn.Module, args: _Args, kwargs: _Kwargs) -> tuple[_Args, _Kwargs] | None:
         mask = kwargs.get("attention_mask")
         attention = body.config._attn_implementation
         if not isinstance(mask, Tensor) or mask.ndim != 2 or attention not in ("eager", "sdpa") or bool(mask.all()):

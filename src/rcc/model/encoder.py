@@ -65,14 +65,14 @@ def capture_states(body: PreTrainedModel) -> None:
     """Make every block of an encoder's base model hand its input to the pass's :class:`_Capture`, if it has one."""
     for i, block in enumerate(backbones.blocks(body)):
 
-        def take(module: nn.Module, args: tuple, i: int = i) -> None:
+        def take(module: nn.Module, args: tuple[Any, ...], i: int = i) -> None:
             if (capture := _capture.get()) is not None:
                 capture.take(i, args[0])
 
         block.register_forward_pre_hook(take)
 
 
-class _Done(Exception):
+class _Done(Exception):  # noqa: N818  # no error: the pass ends here
     """Every wanted state has been captured: the rest of the encoder need not run."""
 
 
@@ -96,7 +96,7 @@ class _Capture:
                 self.valid = torch.arange(max(counts), device=device) < torch.tensor(counts, device=device)[:, None]
 
     def take(self, i: int, hidden: Tensor) -> None:
-        """State i [segments, T, H], the input of block i."""
+        """Keep what is wanted of state i [segments, T, H], the input of block i."""
         if i in self.wanted:
             # both forms copy, so that nothing keeps the positions that are dropped
             every = slice(self.before + self.rate - 1, None, self.rate)
@@ -115,6 +115,7 @@ def read_segments(
         batch: segments, [tokens] token ids each.
         rate: tokens for each state that is kept.
         wanted: the encoder states to keep, ascending.
+        additions: what is added to the embeddings of each segment.
 
     Returns:
         {state: [segments, m, H]} and which of the m are real, [segments, m] (None: all).
@@ -151,7 +152,7 @@ def read_segments(
 
 
 def _joined(parts: list[tuple[dict[int, Tensor], Tensor | None]]) -> tuple[dict[int, Tensor], Tensor | None]:
-    """What :func:`read_segments` gave of several batches of segments, as if it were one."""
+    """Join what :func:`read_segments` gave of several batches of segments, as if it were one."""
     shapes = [next(iter(states.values())).shape for states, _ in parts]
     m = max(shape[1] for shape in shapes)
 
@@ -171,7 +172,7 @@ def _joined(parts: list[tuple[dict[int, Tensor], Tensor | None]]) -> tuple[dict[
 
 @contextlib.contextmanager
 def remembering() -> Iterator[None]:
-    """Within it, what repeats in a text is kept for the texts after it too, which then read it no more.
+    """Keep, within it, what repeats in a text for the texts after it too, which then need not read it again.
 
     For many texts with the same filler, and an encoder that does not change meanwhile.
     """
@@ -206,7 +207,10 @@ class _Reader:
         self.known: _Known = {} if remembered is None else remembered
 
     def __call__(self, batch: list[Tensor], last: bool) -> tuple[dict[int, Tensor], Tensor | None]:
-        """As :func:`read_segments`, for every segment of a batch, equal ones too; nothing is kept of the last one."""
+        """Read as :func:`read_segments` does, for every segment of a batch, equal ones too.
+
+        Nothing is kept of the last batch.
+        """
         ids = torch.cat(batch).cpu().split([len(segment) for segment in batch])  # one copy from a GPU, not one each
         keys = [segment.numpy().tobytes() for segment in ids]
         counts, segment = Counter(keys), dict(zip(keys, batch, strict=True))
@@ -240,13 +244,15 @@ def encode(
     additions: Additions = NOTHING,
     pass_tokens: int | None = None,
 ) -> Iterator[tuple[dict[int, Tensor], Tensor | None, int]]:
-    """Read rows of texts segment by segment, all rows in step, a bounded number of segments at a time; what repeats is
-    read once (:class:`_Reader`).
+    """Read rows of texts segment by segment, all rows in step, a bounded number of segments at a time.
+
+    What repeats is read once (:class:`_Reader`).
 
     Args:
         body: the encoder, prepared by :func:`capture_states`.
         rows: B rows of one text or several, each [T] token ids on the encoder's device. A text begins a segment.
         rate: tokens a position.
+        config: says how a text is cut into segments.
         wanted: the encoder states to keep, ascending.
         batch_tokens: about how many tokens are read for each set of states that is yielded (at least one segment of
             every text that has one left); None: all at once.
@@ -284,8 +290,10 @@ def _in_rows(
     """Lay the states of a batch of segments out by the rows that they belong to, gaps at the end.
 
     Args:
-        states: {state: [segments, m, H]}, of which `valid` [segments, m] are real.
+        states: {state: [segments, m, H]}.
+        valid: [segments, m], which of them are real (None: all).
         counts: states of each of B rows.
+        device: of the states.
 
     Returns:
         {state: [B, max(counts), H]} and which are real, [B, max(counts)] (None: all).

@@ -16,6 +16,7 @@ def fingerprint_of(config: RCCConfig, state: Iterable[tuple[str, Tensor]], dtype
     """Return the SHA-256 that names a model.
 
     Args:
+        config: whose :meth:`RCCConfig.method` is hashed first.
         state: what the model's `state_dict` holds, by name in order, one tensor in memory at a time if need be.
         dtype: that the weights are taken in; None: their own.
     """

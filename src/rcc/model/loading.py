@@ -122,7 +122,9 @@ def _save_base(
 
     Args:
         module: a decoder with its head, or an encoder without.
-        reference: where the base came from.
+        reference: where the base came from, and with it its tokenizer; None: not from a folder.
+        folder: is made where there is none.
+        dtype: of the weights that are written; None: as they are.
     """
     state = {}
     for name, tensor in module.state_dict().items():
@@ -160,7 +162,7 @@ def _write_weights(state: dict[str, Tensor], folder: Path) -> None:
 def _load_base(
     source: str | Path | PreTrainedModel, side: str, config: RCCConfig, load: dict[str, Any]
 ) -> PreTrainedModel:
-    """A backbone for :func:`from_base`; one that comes from a folder is noted in the config."""
+    """Load a backbone for :func:`from_base`; one that comes from a folder is noted in the config."""
     if isinstance(source, PreTrainedModel):
         source = copy.deepcopy(source)  # hooks and LoRA go into our own copy
         if load["attn_implementation"] is not None and source.config.model_type not in backbones.STATE_SPACE:
@@ -175,8 +177,10 @@ def _load_base(
 
 
 def _first_token(source: str | Path | PreTrainedModel) -> int:
-    """The token that a chat begins with, which the base rests its attention on: the chat form's first, by the base's
-    tokenizer; else the model's beginning of text; else 0."""
+    """Return the token that a chat begins with, which the base rests its attention on.
+
+    That is the chat form's first, by the base's tokenizer; of a model that was handed over, its begin token, else 0.
+    """
     if isinstance(source, PreTrainedModel):
         token = source.config.bos_token_id
         return token if isinstance(token, int) else 0

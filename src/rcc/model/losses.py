@@ -23,8 +23,12 @@ class LossHead(Protocol):
 
 
 def targets_of(labels: Tensor, logits_to_keep: Tensor | None) -> Tensor:
-    """Return what follows each position that logits are computed at, [B, U], of labels [B, Q]; where they are computed
-    at all (None), of all but the last."""
+    """Return the label that follows each position that logits are computed at, [B, U].
+
+    Args:
+        labels: [B, Q].
+        logits_to_keep: [U] those positions; None: all but the last, which nothing follows.
+    """
     return (
         labels[:, 1:]
         if logits_to_keep is None

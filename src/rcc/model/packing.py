@@ -6,7 +6,7 @@ weights in memory are ordinary again; this is about the size of a file.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -14,7 +14,10 @@ from torch import Tensor
 from ..errors import InputError, ModelError
 
 _NUMBERS, _STEPS = ".int8", "int8_steps"
-PARTS = {"projections": lambda name: name.startswith("projections."), "lora": lambda name: ".lora_" in name}
+PARTS: dict[str, Callable[[str], bool]] = {
+    "projections": lambda name: name.startswith("projections."),
+    "lora": lambda name: ".lora_" in name,
+}
 """What can be stored in 8 bits, by name, and which tensors it is."""
 
 
@@ -66,5 +69,5 @@ def is_packed(name: str) -> bool:
 
 
 def _across(matrix: Tensor) -> int:
-    """The dimension that values of one step lie along: the longer one."""
+    """Return the dimension that values of one step lie along: the longer one."""
     return int(matrix.shape[0] <= matrix.shape[1])

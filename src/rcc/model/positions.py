@@ -64,6 +64,7 @@ def fitting_rate(tokens: Sequence[int], config: RCCConfig, window: int, space: i
 
     Args:
         tokens: lengths of texts that follow one another.
+        config: the trained rates, and how a text is cut into segments.
         window: positions that the decoder can address, for the message.
         space: positions that it leaves for these texts.
         budget: positions that they may take; None: the window alone decides.
@@ -90,8 +91,9 @@ def check_window(window: int, sink: int, held: Sequence[int], new: Sequence[int]
     Args:
         window: positions that the decoder can address.
         sink: positions before all others.
-        held, new, prompts: for each row, positions of the context, new prefix positions, and tokens of prompt and
-            answer.
+        held: for each row, positions of the context.
+        new: for each row, new prefix positions.
+        prompts: for each row, tokens of prompt and answer.
 
     Raises:
         WindowError: a row takes more positions than the window has.

@@ -13,15 +13,15 @@ position that attention can rest on.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn, Protocol, cast
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
-from ..context.cache import SPARE, KVBlocks, new_cache
+from ..context.cache import SPARE, KVBlocks, block_layers, new_cache
 from ..context.context import CompressedContext
 from . import backbones
 from .decoder import BlockHook, Residuals, hook_arguments
@@ -221,7 +221,7 @@ class DirectPrefix:
 
 
 # ---------------------------------------------------------------- keys and values of a direct prefix
-class _Stored(Exception):
+class _Stored(Exception):  # noqa: N818  # no error: the block ends here
     """A block has handed over its keys and values: the rest of it need not run."""
 
 
@@ -232,7 +232,7 @@ class _Store:
         self.cache = cache
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *args: Any, **kwargs: Any) -> NoReturn:
-        self.cache.layers[layer].update(keys, values)
+        cast("CacheLayerMixin", self.cache.layers[layer]).update(keys, values)  # of keys and values, as all here
         raise _Stored
 
 
@@ -241,6 +241,7 @@ def store(body: PreTrainedModel, inputs: BlockInputs, cache: Cache) -> None:
 
     Args:
         body: the decoder's base model.
+        inputs: what enters each block.
         cache: layers of [B, KV heads, n, head dim].
     """
     name = backbones.BLOCK_CACHE.get(body.config.model_type, backbones.CACHE)
@@ -286,9 +287,9 @@ def sink_layers(body: PreTrainedModel, sink: Tensor) -> list[tuple[Tensor, Tenso
         body: the decoder's base model.
         sink: [L, H].
     """
-    cache = Cache(layers=[DynamicLayer() for _ in sink])
-    store(body, SinkAndStates(sink.to(body.dtype), None, 1), cache)
-    return [(layer.keys, layer.values) for layer in cache.layers]
+    layers = [DynamicLayer() for _ in sink]
+    store(body, SinkAndStates(sink.to(body.dtype), None, 1), Cache(layers=[*layers]))
+    return [cast("tuple[Tensor, Tensor]", (layer.keys, layer.values)) for layer in layers]
 
 
 @torch.no_grad()
@@ -343,7 +344,7 @@ def read_with_decoder(
     width = max(1, step // len(rows))
     tables = backbones.rotary(body, torch.zeros(1, 1, dtype=torch.long, device=body.device))
     cache = new_cache(len(sink), 1 + ids.shape[1])
-    for layer, (keys, values), (cos, sin) in zip(cache.layers, sink_layers(body, sink), tables, strict=True):
+    for layer, (keys, values), (cos, sin) in zip(block_layers(cache), sink_layers(body, sink), tables, strict=True):
         layer.update(rotate(keys, cos, sin).expand(len(rows), -1, -1, -1), values.expand(len(rows), -1, -1, -1))
     for start in range(0, ids.shape[1], width):
         part, recorded = ids[:, start : start + width], RecordedStates()

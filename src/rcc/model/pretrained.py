@@ -41,7 +41,9 @@ class RCCPreTrainedModel(nn.Module):
         """Join two backbones.
 
         Args:
+            config: of which nothing is left open, see :meth:`RCCConfig.decide`.
             encoder: a base model without head; None shares the decoder's weights.
+            decoder: a causal language model, which is changed in place (hooks, LoRA).
 
         Raises:
             ModelError: a family that is not supported on that side.
@@ -56,26 +58,26 @@ class RCCPreTrainedModel(nn.Module):
         if encoder is None:
             # the copy has modules of its own, for LoRA of its own, around the very same parameters
             shared = {id(p): p for p in decoder.base_model.parameters()}
-            encoder = copy.deepcopy(decoder.base_model, memo=shared)
+            encoder = copy.deepcopy(backbones.body(decoder), memo=shared)
         self.encoder = encoder
         if config.direct and config.sink_token is None:
             config.sink_token = 0
         _check_segment(config, backbones.window(self.encoder.config))
         encoding.capture_states(self.encoder)
-        accept_prefix(self.decoder.base_model)
-        window_by_position(self.decoder.base_model)
+        accept_prefix(backbones.body(self.decoder))
+        window_by_position(backbones.body(self.decoder))
         sizes = self.encoder.config.hidden_size, self.decoder.config.hidden_size
         depth = len(backbones.blocks(self.encoder))
-        sources = layer_map(depth, len(backbones.blocks(self.decoder.base_model)), config)
+        sources = layer_map(depth, len(backbones.blocks(backbones.body(self.decoder))), config)
         self.projections = Projections(sources, *sizes, config.direct).to(self.decoder.device, self.decoder.dtype)
-        embeddings = self.encoder.get_input_embeddings().weight
+        embeddings = backbones.embeddings(self.encoder).weight
         self.memory = adapters.new_memory(embeddings, config.memory_length) if config.memory_length else None
         rates = adapters.new_rate_embeddings(embeddings, len(config.rates)) if config.rate_embeddings else None
         self.rate_embeddings = rates
         token = config.sink_token
-        self.sink = nn.Parameter(new_sink(self.decoder.base_model, token)) if config.direct else None
+        self.sink = nn.Parameter(new_sink(backbones.body(self.decoder), token)) if config.direct else None
         last_state = max(self.projections.states)
-        adapters.add_lora(self.encoder, self.decoder.base_model, config, last_state)
+        adapters.add_lora(self.encoder, backbones.body(self.decoder), config, last_state)
         adapters.freeze(self.encoder, self.decoder, config, last_state)
         self._recorded: tuple[str, tuple[int, ...]] | None = None  # fingerprint, and the weights' versions then
         self._warned: set[int] = set()  # of which untrained rates
@@ -96,11 +98,14 @@ class RCCPreTrainedModel(nn.Module):
         """Make an untrained model from pretrained backbones (folders, hub ids, names of bases, or models).
 
         Args:
+            encoder: what reads the texts.
             decoder: None: the encoder's own base.
             config: see :class:`RCCConfig`. Left open there: the base is shared where no decoder is given, and
                 :meth:`RCCConfig.decide` says which weights are trained.
+            device: of the model; where transformers loads it by default.
             dtype: of the backbones; as stored by default.
-            kwargs: go to transformers' `from_pretrained`.
+            attn_implementation: transformers' name of one, for both sides; its own choice by default.
+            **kwargs: go to transformers' `from_pretrained`.
 
         Raises:
             ModelError: a backbone that cannot be loaded or is of an unsupported family.
@@ -132,9 +137,12 @@ class RCCPreTrainedModel(nn.Module):
         """Load a trained model: a shipped name (`rcc models`), a folder, or a hub id.
 
         Args:
+            name: which model.
+            device: of the model; where transformers loads it by default.
             dtype: a torch dtype or its name; as the base is stored by default.
+            attn_implementation: transformers' name of one, for both sides; its own choice by default.
             progress: told in a few words what is being done where that takes long (fetching a base).
-            kwargs: go to transformers' `from_pretrained`, for the bases.
+            **kwargs: go to transformers' `from_pretrained`, for the bases.
 
         Raises:
             ModelError: nothing there, no weights, damaged, or a base other than the one it was trained on.
@@ -159,6 +167,8 @@ class RCCPreTrainedModel(nn.Module):
         there is nothing to refer to, the base is written too, once, as an ordinary transformers folder.
 
         Args:
+            folder: is made where there is none.
+            full: write the bases too, so that the folder needs nothing else.
             dtype: of the weights that are written; None: as they are.
             eight_bits: parts of the model whose matrices are written in 8 bits, `"projections"` or `"lora"` (see
                 :mod:`rcc.model.packing`); the model takes on what is written.
@@ -208,7 +218,7 @@ class RCCPreTrainedModel(nn.Module):
         for rate in rates:
             self.config.check_rate(rate)
         if embeddings:
-            words = self.encoder.get_input_embeddings().weight
+            words = backbones.embeddings(self.encoder).weight
             table = adapters.rate_embeddings_for(rates, words, self.rate_embeddings, self.config.rates)
             self.rate_embeddings = nn.Parameter(table)
         self.config.rates, self.config.rate_embeddings = list(rates), embeddings
@@ -231,17 +241,17 @@ class RCCPreTrainedModel(nn.Module):
     @property
     def vocabulary(self) -> int:
         """Token ids that texts may have."""
-        return self.encoder.get_input_embeddings().num_embeddings
+        return backbones.embeddings(self.encoder).num_embeddings
 
     @property
     def decoder_vocabulary(self) -> int:
         """Token ids that prompts may have."""
-        return self.decoder.get_input_embeddings().num_embeddings
+        return backbones.embeddings(self.decoder).num_embeddings
 
     @property
     def prefix_maker(self) -> PrefixMaker:
         """What makes the decoder's cache of encoder states: the paper's way, or the direct one."""
-        body = self.decoder.base_model
+        body = backbones.body(self.decoder)
         return (
             ResidualPrefix(body, self.projections)
             if self.sink is None
@@ -257,7 +267,7 @@ class RCCPreTrainedModel(nn.Module):
         """Move and cast as any module, but keep rotary frequencies and embedding scales exact, as transformers does."""
         names = ("inv_freq", "embed_scale")
         exact = [(m, name, b) for m in self.modules() for name, b in m._buffers.items() if name.endswith(names)]
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for module, name, buffer in exact:
             if buffer is not None:
                 setattr(module, name, buffer.to(module.get_buffer(name).device))

@@ -11,7 +11,7 @@ from ..config import RCCConfig
 
 
 def layer_map(encoder_layers: int, decoder_layers: int, config: RCCConfig) -> list[list[int]]:
-    """Which encoder states feed decoder state i, for i = 0 (the prefix's input), 1 … decoder_layers - 1.
+    """List which encoder states feed decoder state i, for i = 0 (the prefix's input), 1 … decoder_layers - 1.
 
     State 0 is the embedding output, state k the output of encoder block k, the last one after the final norm.
     Entry i is added after decoder block i, that is before block i + 1 counted from 1. The paper's last term,
@@ -48,7 +48,7 @@ class Projections(nn.ModuleList):
                 nn.init.eye_(self.weight(i)) if identity else nn.init.zeros_(self.weight(i))
 
     def weight(self, i: int) -> Tensor:
-        """P_i, [H_decoder, H_encoder], or its difference from the identity."""
+        """Return P_i, [H_decoder, H_encoder], or its difference from the identity."""
         return self.get_parameter(f"{i}.weight")
 
     @property
@@ -57,8 +57,9 @@ class Projections(nn.ModuleList):
         return sorted({k for source in self.sources for k in source})
 
     def project(self, i: int, states: dict[int, Tensor]) -> Tensor:
-        """What decoder state i receives: {state number: [B, n, H_encoder]} → [B, n, H_decoder]."""
+        """Return what decoder state i receives: {state number: [B, n, H_encoder]} → [B, n, H_decoder]."""
         source = self.sources[i]
         vectors = states[source[0]] if len(source) == 1 else torch.stack([states[k] for k in source]).mean(0)
         vectors = vectors.to(self.weight(i).dtype)
-        return vectors + self[i](vectors) if self.from_identity else self[i](vectors)
+        projected: Tensor = self[i](vectors)
+        return vectors + projected if self.from_identity else projected

@@ -80,7 +80,7 @@ class RCCForCausalLM(RCCPreTrainedModel):
             reading: Iterable[tuple[States, Tensor | None, int]]
             if self.config.decoder_reads(rate):
                 assert self.sink is not None
-                reading = read_with_decoder(self.decoder.base_model, self.sink, rows, step)
+                reading = read_with_decoder(backbones.body(self.decoder), self.sink, rows, step)
             else:
                 reading = self._encode(rows, rate, self.projections.states, step)
             for states, valid, done in reading:
@@ -94,7 +94,7 @@ class RCCForCausalLM(RCCPreTrainedModel):
     def _encode(
         self, rows: list[Tensor], rate: int, wanted: list[int], batch_tokens: int
     ) -> Iterable[tuple[dict[int, Tensor], Tensor | None, int]]:
-        """The encoder's states of texts, a batch of segments at a time; see :func:`rcc.model.encoder.encode`."""
+        """Yield the encoder's states of texts, a batch of segments at a time; see :func:`rcc.model.encoder.encode`."""
         texts = segments.texts_of(rows, None)
         return encoding.encode(self.encoder, texts, rate, self.config, wanted, batch_tokens, self.additions(rate))
 
@@ -110,7 +110,10 @@ class RCCForCausalLM(RCCPreTrainedModel):
         """Compute the encoder's half of :meth:`compress` alone.
 
         Args:
-            input_ids, attention_mask, rate, batch_tokens: as of :meth:`compress`.
+            input_ids: [B, T] token ids.
+            attention_mask: [B, T], 0 at padding, on either side.
+            rate: tokens a position; the model's default for None.
+            batch_tokens: about how many tokens the encoder reads at once.
 
         Returns:
             Vectors [B, n, L + 1, H].
@@ -152,13 +155,13 @@ class RCCForCausalLM(RCCPreTrainedModel):
         return self._extend(context, list(vectors.pieces), chunks)
 
     def _extend(self, context: CompressedContext | None, pieces: list[Piece], chunks: Chunks) -> CompressedContext:
-        """The context that chunks of prefix states make, after `context` or from nothing."""
+        """Return the context that chunks of prefix states make, after `context` or from nothing."""
         new = max(piece.positions for piece in pieces)
         if context is not None:
             context = self._check_context(context, len(pieces))
         self.check_window([piece.positions for piece in pieces], [0] * len(pieces), context)
         if context is None:
-            layers = len(backbones.blocks(self.decoder.base_model))
+            layers = len(backbones.blocks(backbones.body(self.decoder)))
             cache = new_cache(layers, min(new + SPARE, max(new, self.window)))
             mask = prefix_pass(self.prefix_maker, cache, None, chunks)
             return CompressedContext(
@@ -178,8 +181,7 @@ class RCCForCausalLM(RCCPreTrainedModel):
             return context.grown(cache, rows, mask)
 
     def as_cache(self, context: CompressedContext) -> CompressedContext:
-        """Return a context as the decoder's KV cache: the sink, then the keys of a direct prefix rotated to their
-        positions.
+        """Return a context as the decoder's KV cache: the sink, then a direct prefix's keys rotated to their positions.
 
         A context that is a cache already, as with a residual prefix, is returned as it is. The result is kept with the
         context, so that further questions have it.
@@ -187,7 +189,7 @@ class RCCForCausalLM(RCCPreTrainedModel):
         if context.rotated:
             return context
         assert self.sink is not None
-        return as_cache(self.decoder.base_model, self.sink, context)
+        return as_cache(backbones.body(self.decoder), self.sink, context)
 
     # ---------------------------------------------------------------- context and prompt → logits, tokens
     def forward(
@@ -210,7 +212,7 @@ class RCCForCausalLM(RCCPreTrainedModel):
             labels: [B, Q] as `input_ids`, -100 where there is no loss.
             logits_to_keep: [U] the positions of the prompt to compute logits at, ascending; None: all. With
                 labels, all those before a label.
-            kwargs: go to the decoder. `output_hidden_states` and `output_attentions` are those of a prompt's
+            **kwargs: go to the decoder. `output_hidden_states` and `output_attentions` are those of a prompt's
                 positions, in attentions beside the context's.
 
         Returns:
@@ -252,7 +254,8 @@ class RCCForCausalLM(RCCPreTrainedModel):
         Args:
             input_ids: [B, Q] prompts; B is the context's (`context.expand(n)` for n prompts on one text).
             attention_mask: [B, Q], 0 at padding, which must stand on the left.
-            kwargs: everything that transformers' `generate` takes (`max_new_tokens`, `do_sample`, `num_beams`,
+            context: B texts; None: the prompts alone.
+            **kwargs: everything that transformers' `generate` takes (`max_new_tokens`, `do_sample`, `num_beams`,
                 `num_return_sequences`, `streamer`, `generation_config`, …).
 
         Returns:
@@ -276,10 +279,11 @@ class RCCForCausalLM(RCCPreTrainedModel):
         if context is not None:
             context = self._check_context(context, len(prompts))
         self.check_window([0] * len(prompts), [n + answer for n in prompts], context)
+        generate: Any = self.decoder.generate
         if context is None:
             if attention_mask is None:  # or transformers takes what looks like padding for padding
                 attention_mask = torch.ones_like(input_ids)
-            return self.decoder.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+            return generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         context = self.as_cache(context)
         mask = positions.mask_and_order(len(context), context.mask, length, attention_mask, input_ids)[0]
         if mask is None:
@@ -290,7 +294,7 @@ class RCCForCausalLM(RCCPreTrainedModel):
         with context.lend(length + answer) if handed_out else context.borrow(length + answer) as cache:
             if copies > 1:
                 cache.batch_repeat_interleave(copies)
-            return self.decoder.generate(input_ids=input_ids, attention_mask=mask, **{backbones.CACHE: cache}, **kwargs)
+            return generate(input_ids=input_ids, attention_mask=mask, **{backbones.CACHE: cache}, **kwargs)
 
     # ---------------------------------------------------------------- checks
     def check_rate(self, rate: int | None) -> int:
@@ -321,10 +325,12 @@ class RCCForCausalLM(RCCPreTrainedModel):
         reserve: int = SPARE,
         budget: int | None = None,
     ) -> int:
-        """Return the lowest trained rate at which texts of these lengths, one after the other, stay within a budget of
-        positions; where there is none, the lowest at which they leave room in the window.
+        """Return the lowest trained rate at which texts stay within a budget of positions.
+
+        Where there is none, the lowest at which they leave room in the window.
 
         Args:
+            tokens: lengths of the texts, which follow one another.
             context: to append to.
             reserve: positions to leave for a question and its answer (at most half the window).
             budget: positions that all of the context may take; None: the window alone decides.

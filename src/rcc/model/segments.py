@@ -46,11 +46,14 @@ def split(ids: Tensor, config: RCCConfig) -> tuple[Tensor, ...]:
     if config.segment_padding == "repeat" and len(ids) % size:
         missing = -len(ids) % size
         ids = ids.repeat(-(-size // len(ids)))[:size] if len(ids) < size else torch.cat([ids[-missing:], ids])
-    return ids.split(size)
+    parts: tuple[Tensor, ...] = ids.split(size)
+    return parts
 
 
 def padding_before(tokens: int, config: RCCConfig) -> int:
-    """Return how many tokens of padding precede a text: its token i is number (this + i) % segment_length in its
-    segment."""
+    """Return how many tokens of padding precede a text.
+
+    Its token i is number (padding + i) % segment_length in its segment.
+    """
     repeats = config.segment_padding == "repeat" and tokens > config.segment_length
     return -tokens % config.segment_length if repeats else 0

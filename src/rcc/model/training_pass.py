@@ -118,6 +118,7 @@ def encode_texts(
     """Compute the encoder's states of a batch, without gradients where nothing of the encoder learns.
 
     Args:
+        model: whose encoder, memory and rate embeddings read.
         texts: B rows of one text or several, each [T] token ids.
         rate: tokens a position.
 
@@ -144,7 +145,11 @@ def decode_states(
     """Run the decoder over the prefix that encoder states make, and the prompts after it.
 
     Args:
-        states, valid: as :func:`encode_texts` gives them.
+        model: whose projections and decoder learn.
+        states: {number: [B, n, H]}, as :func:`encode_texts` gives them.
+        valid: [B, n], which positions are real (None: all).
+        batch: the prompts and their targets.
+        loss: what the loss is computed with.
     """
     maker = model.prefix_maker
     hook, inputs = maker.training_inputs(states)
@@ -159,7 +164,10 @@ def read_and_decode(
     """Run the decoder over the sink, texts that it reads itself (rate 1 of a direct prefix), and the prompts.
 
     Args:
+        model: one with a direct prefix.
         rows: B texts, [T] token ids each.
+        batch: the prompts and their targets.
+        loss: what the loss is computed with.
     """
     assert model.sink is not None
     texts = model.decoder.get_input_embeddings()(pad_sequence(rows, batch_first=True))
@@ -180,7 +188,7 @@ def likeliest(out: CausalLMOutputWithPast, loss: TrainingLoss = PLAIN) -> Tensor
 def _with_predictions(
     model: RCCForCausalLM, states: dict[int, Tensor], valid: Tensor | None, batch: TrainingBatch, loss: TrainingLoss
 ) -> Tensor:
-    """Token ids [B, Q] with the decoder's own likeliest tokens of pass n where `predicted` [B, Q] is n > 0."""
+    """Return token ids [B, Q] with the decoder's own likeliest tokens of pass n where `predicted` [B, Q] is n > 0."""
     assert batch.predicted is not None
     tokens, logits_at = batch.input_ids, batch.logits_to_keep
     if logits_at is None:
@@ -202,11 +210,15 @@ def _decode_after(
     batch: TrainingBatch,
     loss: TrainingLoss,
 ) -> CausalLMOutputWithPast:
-    """One pass of the decoder over a prefix and prompts.
+    """Run one pass of the decoder over a prefix and prompts.
 
     Args:
+        model: whose decoder runs.
         hook: what changes the inputs of the blocks.
-        prefix: [B, n, H] the input of the first one, before the prompts'; `valid` [B, n] which of it are real.
+        prefix: [B, n, H] the input of the first one, before the prompts'.
+        valid: [B, n], which of it are real (None: all).
+        batch: the prompts and their targets.
+        loss: what the loss is computed with.
     """
     n, ids = prefix.shape[1], batch.input_ids
     embeds = model.decoder.get_input_embeddings()(ids)
@@ -228,7 +240,11 @@ def _decode(
     """Run the decoder without a cache and compute the loss, by its own head or by the one for losses.
 
     Args:
+        model: whose decoder runs.
+        batch: the targets, if any.
+        loss: what the loss is computed with.
         keep: the positions of `inputs` to compute logits at; a number: so many at the end, 0: all.
+        **inputs: of the decoder.
     """
     if loss.head is None:
         out = model.decoder(use_cache=False, logits_to_keep=keep, **inputs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,8 +19,14 @@ from .live import LiveBytes
 
 @dataclass(frozen=True)
 class Batch:
-    """Say what a process reads before a backward pass: `rows` texts of `tokens` context tokens at `rate`, each with
-    `target` decoder tokens after it."""
+    """Say what a process reads before a backward pass.
+
+    Args:
+        rows: texts.
+        tokens: context tokens of each text.
+        rate: context tokens a prefix position.
+        target: decoder tokens after each text's prefix.
+    """
 
     rows: int
     tokens: int
@@ -29,8 +36,12 @@ class Batch:
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes that a training pass needs beside weights, gradients and optimizer: without gradient checkpointing, and
-    with it."""
+    """Bytes that a training pass needs beside weights, gradients and optimizer.
+
+    Attributes:
+        kept: without gradient checkpointing.
+        checkpointed: with it.
+    """
 
     kept: int
     checkpointed: int
@@ -75,9 +86,16 @@ class _Block:
 
 @dataclass
 class _Trace:
-    """A training pass as it was run, in bytes: the most there was, what was left after the forward pass, and the blocks
-    of the sides that ran; how many encoder states there were, and the bytes of each; the tokens · width that a
-    state-space encoder would have read and kept."""
+    """A training pass as it was run; sizes in bytes.
+
+    Attributes:
+        peak: the most there was at a time.
+        after: what was left after the forward pass.
+        blocks: of the sides that ran.
+        states: how many encoder states there were.
+        state: of each of these.
+        scanned: tokens · width that a state-space encoder would have read and kept.
+    """
 
     peak: int
     after: int
@@ -106,10 +124,10 @@ def _run(blueprint: Blueprint, batch: Batch, frozen: Collection[str], recompute:
     live.adopt(model)
     marks: dict[str, list[tuple[int, int]]] = {"encoder": [], "decoder": []}
 
-    def note(side: str, module: nn.Module, arguments: tuple) -> None:
+    def note(side: str, module: nn.Module, arguments: tuple[Any, ...]) -> None:
         marks[side].append((live.now, arguments[0].untyped_storage().nbytes()))
 
-    for side, body in (("encoder", model.encoder), ("decoder", model.decoder.base_model)):
+    for side, body in (("encoder", model.encoder), ("decoder", backbones.body(model.decoder))):
         for block in backbones.blocks(body):  # before our other hooks, so that what they keep is the block's
             block.register_forward_pre_hook(partial(note, side), prepend=True)
     with live, torch.autocast("cpu", blueprint.dtype, enabled=blueprint.dtype != torch.float32):
@@ -130,6 +148,8 @@ def _run(blueprint: Blueprint, batch: Batch, frozen: Collection[str], recompute:
             out = training_pass.decode_states(model, states, None, training_pass.TrainingBatch(prompt, labels=prompt))
     after = live.now
     with live:
+        assert out.loss is not None
+        assert out.logits is not None  # the model has its own head
         torch.autograd.grad(out.loss, out.logits)  # logits are in memory most often on the way back
     blocks = {
         side: _Block(wanted[-1] if side == "encoder" else len(seen), seen[-1][1], seen[-1][0] - seen[-2][0])

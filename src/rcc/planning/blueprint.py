@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ..config import RCCConfig
-from ..context.cache import new_cache
+from ..context.cache import block_layers, new_cache
 from ..errors import ModelError, RCCError, brief
 from ..model import backbones
 from ..model.prefix import prefix_pass
@@ -72,9 +72,10 @@ class Blueprint:
         if shape.model_type not in backbones.STATE_SPACE:  # there is no attention to implement
             attention = "eager" if self.attention == "eager" else "sdpa"
         # the model writes into its configuration
-        return auto.from_config(
+        model: PreTrainedModel = auto.from_config(
             copy.deepcopy(shape), dtype=self.dtype, attn_implementation=attention, trust_remote_code=False
         )
+        return model
 
     def shallow(self) -> Blueprint:
         """Return the same with at most :data:`TRACED` blocks a side, of every kind that there is."""
@@ -103,10 +104,10 @@ class Blueprint:
 @torch.no_grad()
 def position_bytes(model: RCCForCausalLM) -> int:
     """Return the bytes of a position in the decoder's KV cache: what `compress` allocates, in the model's dtype."""
-    cache = new_cache(len(backbones.blocks(model.decoder.base_model)), 1)
+    cache = new_cache(len(backbones.blocks(backbones.body(model.decoder))), 1)
     one = torch.empty(1, 1, model.encoder.config.hidden_size, dtype=model.dtype, device=model.device)
     prefix_pass(model.prefix_maker, cache, None, [(dict.fromkeys(model.projections.states, one), None)])
-    return sum(tensor.nbytes for layer in cache.layers for tensor in layer.block)
+    return sum(tensor.nbytes for layer in block_layers(cache) for tensor in layer.block)
 
 
 def stored_bytes(model: nn.Module, adapters: bool = True) -> int:

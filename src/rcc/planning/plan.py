@@ -36,9 +36,13 @@ def plan(
     """Return what an RCC model on a backbone would cost, as plain data; sizes in bytes.
 
     Args:
-        decoder, encoder: see :func:`rcc.planning.shapes.find`; without an encoder the decoder's base reads as well.
+        decoder: see :func:`rcc.planning.shapes.find`.
+        encoder: the same; None: the decoder's base reads as well.
+        rates: tokens a prefix position, one row of the plan each.
+        segment_length: tokens that the encoder reads at once.
         lora_rank: of LoRA on both sides. None: 16, or where an encoder is named, all weights of both sides.
         full: all weights of both sides.
+        dtype: of the backbones' weights and of the KV cache.
 
     Raises:
         ModelError: a backbone that is not found or not supported. InputError: settings that cannot be used.
@@ -48,17 +52,16 @@ def plan(
     rank = lora_rank or 16
     ways = {}
     for name, own in ((f"LoRA of rank {rank}", 0), ("all weights", 1)):
-        side = SideConfig(lora_rank=0 if own else rank)
+        adapted = SideConfig(lora_rank=0 if own else rank)
         config = RCCConfig(
             segment_length=segment_length,
             rates=list(rates),
             share_base=encoder_shape is None and not own,
-            encoder=side,
-            decoder=side,
+            encoder=adapted,
+            decoder=adapted,
         )
-        ways[name] = Blueprint(
-            config, decoder_shape, decoder_shape if encoder_shape is None and own else encoder_shape, dtype
-        )
+        side = decoder_shape if encoder_shape is None and own else encoder_shape
+        ways[name] = Blueprint(config, decoder_shape, side, dtype)
     chosen = list(ways)[full or (encoder_shape is not None and lora_rank is None)]
     models = {name: way.build() for name, way in ways.items()}
     model = models[chosen]
@@ -73,9 +76,7 @@ def plan(
         "parameters": sum(p.numel() for p in model.parameters()),
         "position_bytes": position,
         "reserve": model.window - model.room(),
-        "reading": [
-            _reading(model, rate, position, plain if rate is None else stored_bytes(model)) for rate in (None, *rates)
-        ],
+        "reading": [_reading(model, r, position, plain if r is None else stored_bytes(model)) for r in (None, *rates)],
     }
     training = [
         _training(name, way, models[name], tokens, frozen)  # which sets the model up to learn

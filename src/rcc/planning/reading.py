@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from ..context.cache import SPARE, new_cache
+from ..context.cache import SPARE, block_layers, new_cache
 from ..model import backbones
 from ..model.encoder import Additions, read_segments
 from ..model.prefix import prefix_pass
@@ -79,13 +79,13 @@ class Reading:
 
     def _cache(self, capacity: int) -> Cache:
         self.live.peak = self.live.now
-        return new_cache(len(backbones.blocks(self.base.base_model)), capacity)
+        return new_cache(len(backbones.blocks(backbones.body(self.base))), capacity)
 
     @staticmethod
     def _ends(cache: Cache, new: int, n: int) -> Iterator[int]:
         """Yield the positions of the last batch, `new` of them, with the cache as if all others had been read."""
         if n > new:
             yield 1  # which makes the cache
-            for layer in cache.layers:
+            for layer in block_layers(cache):
                 layer.resize(n - new)
         yield new

@@ -30,6 +30,7 @@ def writing(path: str | Path, replace: bool = True, private: bool = False) -> It
     """Give a file to write, which gets its name (symbolic links followed) when it is complete and on the disk.
 
     Args:
+        path: the file's name; its folder exists.
         replace: whether a file of that name is replaced; it passes on its mode and, where permitted, its owner.
         private: a new file is for its owner alone.
 
@@ -102,10 +103,10 @@ def remove_left_overs(folder: Path) -> None:
     """Remove temporary files and folders that killed processes left in a folder: old ones that nobody holds."""
     try:
         with os.scandir(folder) as entries:
-            found = [e for e in entries if e.name.startswith(PREFIX) and e.name.endswith(SUFFIX)]
+            left_overs = [e for e in entries if e.name.startswith(PREFIX) and e.name.endswith(SUFFIX)]
     except OSError:
         return
-    for entry in found:
+    for entry in left_overs:
         with contextlib.suppress(OSError):
             if time.time() - entry.stat(follow_symlinks=False).st_mtime >= OLD_SECONDS and not _is_held(entry):
                 if entry.is_dir(follow_symlinks=False):
@@ -128,7 +129,7 @@ def _is_held(entry: os.DirEntry[str]) -> bool:
 
 
 def _replaced(target: Path, name: str | Path, replace: bool) -> os.stat_result | None:
-    """What is known of the file that will be replaced; None where there is none."""
+    """Return the status of the file that will be replaced; None where there is none."""
     if not target.name:
         raise FileError(f"{str(name)!r} cannot be written: it does not name a file.")
     try:

@@ -22,14 +22,17 @@ def reset_peak(device: torch.device) -> None:
 
 
 def resident(process: int | str = "self") -> int:
-    """Bytes of memory that a process holds now; 0 where it is gone or the system does not say (all but Linux)."""
+    """Return the bytes of memory that a process holds now.
+
+    0 where it is gone or the system does not say (all but Linux).
+    """
     with contextlib.suppress(OSError, IndexError):
         return int(Path(f"/proc/{process}/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
     return 0
 
 
 def allocated(run: Callable[[], Any]) -> int:
-    """Bytes that torch allocates on the CPU at most while something runs, by its own profiler."""
+    """Return the bytes that torch allocates on the CPU at most while something runs, by its own profiler."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     now = most = 0
@@ -41,7 +44,10 @@ def allocated(run: Callable[[], Any]) -> int:
 
 
 def available(device: torch.device) -> int | None:
-    """Bytes that can still be had, of a GPU's memory or of the machine's; None where the system does not say."""
+    """Return the bytes that can still be had, of a GPU's memory or of the machine's.
+
+    None where the system does not say.
+    """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     with contextlib.suppress(OSError, StopIteration):
@@ -51,8 +57,10 @@ def available(device: torch.device) -> int | None:
 
 
 def peak_mb(device: torch.device) -> float | None:
-    """Megabytes (10⁶ bytes) held at most since :func:`reset_peak`: of a GPU's memory by tensors, of a CPU's by the
-    whole process; None where the system does not say."""
+    """Return the megabytes (10⁶ bytes) held at most since :func:`reset_peak`.
+
+    Of a GPU's memory by tensors, of a CPU's by the whole process; None where the system does not say.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
     try:

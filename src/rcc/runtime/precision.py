@@ -10,7 +10,7 @@ from ..errors import InputError
 
 
 def computing(stored: torch.dtype, device: Any) -> torch.dtype:
-    """The precision to compute in where weights are stored in `stored`.
+    """Return the precision to compute in where weights are stored in `stored`.
 
     That one, but float32 for bfloat16 on a CPU that has no instructions for it: torch then takes three to six times as
     long as in float32 (`python benchmarks/precision.py`).
@@ -21,7 +21,7 @@ def computing(stored: torch.dtype, device: Any) -> torch.dtype:
 
 
 def has_bfloat16() -> bool:
-    """Whether this CPU's matrix library works in bfloat16.
+    """Return whether this CPU's matrix library works in bfloat16.
 
     oneDNN says so of every CPU with AVX-512, and emulates it on those without AVX512_BF16 (Skylake to Ice Lake, virtual
     machines that hide it), where it takes several times as long as float32.
@@ -29,6 +29,10 @@ def has_bfloat16() -> bool:
     if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         return False
     return torch.cpu._is_avx512_bf16_supported() or not torch.cpu._is_avx512_supported()
+
+
+FOR_WEIGHTS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+"""What :func:`parse_dtype` accepts."""
 
 
 def parse_dtype(name: str | None) -> torch.dtype | None:
@@ -40,7 +44,7 @@ def parse_dtype(name: str | None) -> torch.dtype | None:
     if name is None:
         return None
     dtype = getattr(torch, name, None)
-    if dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+    if not isinstance(dtype, torch.dtype) or dtype not in FOR_WEIGHTS:
         raise InputError(f"dtype {name} is unknown: use bfloat16, float16 or float32.")
     return dtype
 

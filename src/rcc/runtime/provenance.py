@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def libraries() -> dict[str, str]:
-    """Versions of rcc and of the libraries that its results depend on."""
+    """Return the versions of rcc and of the libraries that its results depend on."""
     import torch
     import transformers
 
@@ -19,7 +19,7 @@ def libraries() -> dict[str, str]:
 
 
 def commit() -> dict[str, str]:
-    """`{"commit": …}` of a source checkout, `-dirty` where it was changed; nothing elsewhere."""
+    """Return `{"commit": …}` of a source checkout, `-dirty` where it was changed; an empty dict elsewhere."""
     command = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         return {"commit": subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()}
@@ -28,7 +28,7 @@ def commit() -> dict[str, str]:
 
 
 def machine() -> dict[str, str | int]:
-    """Processor, threads and GPU of this process."""
+    """Return processor, threads and GPU of this process."""
     import torch
 
     try:
@@ -36,12 +36,12 @@ def machine() -> dict[str, str | int]:
         processor = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         processor = platform.processor() or platform.machine()
-    found: dict[str, str | int] = {
+    facts: dict[str, str | int] = {
         "python": platform.python_version(),
         "processor": processor,
         "cores": os.cpu_count() or 0,
         "threads": torch.get_num_threads(),
     }
     if torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name()
-    return found
+        facts["gpu"] = torch.cuda.get_device_name()
+    return facts

@@ -15,6 +15,7 @@ def shown(text: object, lines: bool = False) -> str:
     """Return a text that somebody else may have written as a terminal may show it: control characters escaped.
 
     Args:
+        text: anything; what is no string is shown as `str` has it.
         lines: whether it may have several lines, and tabs.
     """
 

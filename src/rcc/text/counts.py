@@ -11,19 +11,19 @@ UNITS = {"": 1, "k": 1024, "m": 1024**2}
 
 
 def parse_count(text: str, option: str) -> int:
-    """A number of tokens: `512`, `8k` (8 · 1,024), `1M` (1,024²).
+    """Read a number of tokens: `512`, `8k` (8 · 1,024), `1M` (1,024²).
 
     Raises:
         InputError: it is something else.
     """
-    found = re.fullmatch("([1-9][0-9]{0,8})([km]?)", text.strip().lower())
-    if not found:
+    match = re.fullmatch("([1-9][0-9]{0,8})([km]?)", text.strip().lower())
+    if not match:
         raise InputError(f"{option} {text!r} is no whole number above 0: write it as 512, 8k or 1M.")
-    return int(found[1]) * UNITS[found[2]]
+    return int(match[1]) * UNITS[match[2]]
 
 
 def parse_counts(text: str, option: str) -> list[int]:
-    """Numbers with commas between them, each once, as :func:`parse_count` reads them.
+    """Read numbers with commas between them, each once, as :func:`parse_count` reads them.
 
     Raises:
         InputError: one of them is something else.
@@ -35,6 +35,7 @@ def parse_choices(text: str, option: str, known: Collection[str], optional: bool
     """Return names with commas between them, each once.
 
     Args:
+        text: `plain,bm25`; blanks around a name do not count.
         option: what the text was given for, as the user calls it.
         known: the names that there are.
         optional: whether `all` and `none` may stand for all of them and for no name.
@@ -56,7 +57,7 @@ def parse_choices(text: str, option: str, known: Collection[str], optional: bool
 
 
 def show_count(count: int) -> str:
-    """A number as :func:`parse_count` reads it, in the shortest form that is exact."""
+    """Write a number as :func:`parse_count` reads it, in the shortest form that is exact."""
     for unit in ("M", "k"):
         if count % UNITS[unit.lower()] == 0:
             return f"{count // UNITS[unit.lower()]}{unit}"
@@ -85,4 +86,5 @@ def parse_bytes(text: str) -> int:
     match = re.fullmatch("([0-9]{1,9})(|kb|mb|gb|tb)", text.strip().lower())
     if not match:
         raise InputError(f"{text!r} is no size: write it as 500MB or 2GB.")
-    return int(match[1]) * 1000 ** ("", "kb", "mb", "gb", "tb").index(match[2])
+    factor: int = 1000 ** ("", "kb", "mb", "gb", "tb").index(match[2])
+    return int(match[1]) * factor

@@ -50,15 +50,15 @@ class Prompt:
         return "".join(part.text for part in self.decoder_parts)
 
     def parse(self, written: str) -> tuple[str | None, str]:
-        """What the model wrote → the instruction it reconstructed (None in other modes), and the answer."""
+        """Split what the model wrote into the instruction it reconstructed (None in other modes) and the answer."""
         if self.mode != "reconstruct":
             return None, written.split(END)[0].strip()
-        instruction, found, answer = written.partition(TURN)
-        return instruction.split(END)[0].strip(), answer.split(END)[0].strip() if found else ""
+        instruction, turn, answer = written.partition(TURN)
+        return instruction.split(END)[0].strip(), answer.split(END)[0].strip() if turn else ""
 
 
 def build(question: str, mode: str, history: Sequence[tuple[str, str]] = ()) -> Prompt:
-    """The prompt for a question; `history` holds earlier questions and answers of a chat (`human` mode).
+    """Make the prompt for a question; `history` holds earlier questions and answers of a chat (`human` mode).
 
     Raises:
         InputError: an unknown mode or an empty question.
@@ -84,7 +84,7 @@ def build(question: str, mode: str, history: Sequence[tuple[str, str]] = ()) -> 
 
 
 def joins(config: RCCConfig, prompt: Prompt) -> bool:
-    """Whether the encoder should read a text that is at hand and the instruction after it as one text.
+    """Return whether the encoder should read a text that is at hand and the instruction after it as one text.
 
     The published checkpoint was trained on that alone, and its padding would fill a segment with the instruction,
     again and again. Other models are trained to read it both ways, and a text compressed by itself serves every

@@ -34,6 +34,7 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, text: str, allow_special: bool
     """Return the token ids of a text, [1, T], without the special tokens that some tokenizers add.
 
     Args:
+        tokenizer: the model's; a slow one, in Python, is given a long text whole.
         text: a document, a question, or a part of a prompt.
         allow_special: whether marks such as `<|im_end|>` in the text are the special tokens that they name. Otherwise
             they are read as the characters that they are written with: a document cannot speak as the user.
@@ -56,6 +57,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, parts: Sequence[PromptPart], 
     """Return the token ids of a prompt, [1, T], read as one text where no part needs to be read otherwise.
 
     Args:
+        tokenizer: as for :func:`token_ids`.
         parts: of the chat form, whose marks are special tokens, and of a user, whose marks are not.
         allow_special: whether a user's marks are special tokens, too.
 
@@ -68,39 +70,54 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, parts: Sequence[PromptPart], 
     return torch.cat(rows, 1)
 
 
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Tensor | list[int], skip_special: bool = False) -> str:
+    """Return the text of token ids.
+
+    Args:
+        tokenizer: that gave the ids.
+        ids: [T], of one text.
+        skip_special: whether special tokens, such as `<|im_end|>`, are left out.
+    """
+    text = tokenizer.decode(ids, skip_special_tokens=skip_special)
+    assert isinstance(text, str)  # a list only for several texts
+    return text
+
+
 def holds_special(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
     """Return whether a text holds a mark that the tokenizer has a special token for."""
     return any(token.special and token.content in text for token in tokenizer.added_tokens_decoder.values())
 
 
 def _read(tokenizer: PreTrainedTokenizerBase, text: str, split: bool, **options: Any) -> Any:
-    """What the tokenizer makes of a text; `split`: its marks into the characters that they are written with."""
+    """Tokenise a text; `split`: its marks into the characters that they are written with."""
     if split:
         options["split_special_tokens"] = True
     return tokenizer(text, add_special_tokens=False, verbose=False, **options)
 
 
 def _in_pieces(tokenizer: PreTrainedTokenizerBase, text: str, split: bool) -> list[np.ndarray] | None:
-    """The token ids [T] of a long text's pieces, which together are those of the whole; None where they would not be.
+    """Return the token ids [T] of a long text's pieces, which together are those of the whole.
+
+    None where they would not be.
 
     A tokenizer holds more than half a kilobyte for every token while it works. So it is given overlapping pieces, and
     each two are joined where, far from where they were cut, their tokens are the same: they depend on what is near.
     """
 
     def read(start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
-        found = _read(tokenizer, text[start:end], split, return_offsets_mapping=True)
-        return np.array(found["input_ids"]), start + np.array(found["offset_mapping"])[:, 0]
+        encoding = _read(tokenizer, text[start:end], split, return_offsets_mapping=True)
+        return np.array(encoding["input_ids"]), start + np.array(encoding["offset_mapping"])[:, 0]
 
     done, end = [], PIECE
-    ids, places = read(0, end)
+    ids, starts = read(0, end)
     while end < len(text):
         start, middle, last = end - OVERLAP, end - OVERLAP // 2, end - OVERLAP // 4
         end = start + PIECE
-        more, those = read(start, end)
-        ours = np.flatnonzero((places >= middle) & (places < last))
-        theirs = np.flatnonzero((those >= middle) & (those < last))
-        if not len(ours) or not np.array_equal(places[ours], those[theirs]) or (ids[ours] != more[theirs]).any():
+        more, their_starts = read(start, end)
+        ours = np.flatnonzero((starts >= middle) & (starts < last))
+        theirs = np.flatnonzero((their_starts >= middle) & (their_starts < last))
+        if not len(ours) or not np.array_equal(starts[ours], their_starts[theirs]) or (ids[ours] != more[theirs]).any():
             return None
         done.append(ids[: ours[0]])
-        ids, places = more[theirs[0] :], those[theirs[0] :]
+        ids, starts = more[theirs[0] :], their_starts[theirs[0] :]
     return [*done, ids]

@@ -22,7 +22,7 @@ from .collate import collate, collate_plain, for_exact_reading
 from .recipe import Recipe
 from .stage import Stage
 from .tasks import TASKS
-from .tasks.base import Marks, Sample
+from .tasks.base import Marks, Sample, Task
 
 
 @dataclass(frozen=True)
@@ -208,7 +208,8 @@ class Samples:
         name, length = self.schedule.streams[stream]
         rng = np.random.default_rng([self.recipe.seed, self.number, stream, k, self.part == "held_out"])
         draw = _Draw(self, self.streams[stream], k)
-        return self.stage.tasks[name].sample(draw, rng, length, self.stage.target_tokens, self.marks)
+        task: Task = self.stage.tasks[name]
+        return task.sample(draw, rng, length, self.stage.target_tokens, self.marks)
 
     def batch(self, batch: int, rank: int = 0, world: int = 1) -> dict[str, Any]:
         """Return what process `rank` of `world` reads as batch number `batch`: the arguments of the training pass."""
@@ -229,7 +230,7 @@ class Samples:
         return {**collate(samples, self.marks.eos, teacher), "rate": kind.rate, "kind": str(kind)}
 
 
-class Batches(IterableDataset):
+class Batches(IterableDataset[dict[str, Any]]):
     """The batches of one process from a given one on, in order, without end."""
 
     def __init__(self, samples: Samples, start: int, rank: int, world: int):

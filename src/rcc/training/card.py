@@ -18,9 +18,12 @@ def card(
     """Return Markdown for the model that stage `number` (from 0) left.
 
     Args:
+        recipe: of the whole run; it is printed in full.
+        number: of the stage, from 0.
         bases: where the backbones came from.
         tokens: context tokens of that stage.
         figures: held-out loss and accuracy by kind of batch.
+        versions: of the libraries, and the commit.
     """
     config = recipe.model.config
     base = " and ".join(dict.fromkeys(bases)) or recipe.model.encoder

@@ -14,7 +14,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -34,7 +34,10 @@ def write(folder: Path, step: int, files: dict[str, Callable[[Path], Any]], keep
     """Write `folder/checkpoint-STEP` and remove all but the newest `keep`.
 
     Args:
+        folder: of the stage; is made where there is none.
+        step: optimizer steps taken.
         files: {name: what writes that file}.
+        keep: how many checkpoints the folder may hold afterwards.
 
     Raises:
         FileError: it cannot be written; what was there stays.
@@ -86,7 +89,8 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
         FileError: it cannot be read.
     """
     try:
-        return torch.load(checkpoint / STATE, map_location="cpu", weights_only=True, mmap=True)
+        state: dict[str, Any] = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True, mmap=True)
+        return state
     except Exception as error:  # a damaged file ends in whatever its bytes look like to the unpickler
         raise FileError(f"{checkpoint / STATE} is damaged or cannot be read ({brief(error)}).") from error
 
@@ -110,7 +114,7 @@ def load_about(checkpoint: Path) -> dict[str, Any]:
             raise TypeError("it counts no steps")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise FileError(f"{checkpoint / name} is damaged or cannot be read ({brief(error)}).") from error
-    return about
+    return cast("dict[str, Any]", about)
 
 
 def random_state() -> dict[str, Any]:

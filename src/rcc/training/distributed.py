@@ -65,7 +65,7 @@ def agree(values: list[float]) -> list[float]:
     """Return what process 0 says: decisions by clock or signal must be the same everywhere."""
     if not dist.is_initialized():
         return values
-    box: list[Any] = [values]
+    box: list[list[float]] = [values]
     dist.broadcast_object_list(box, src=0)
     return box[0]
 
@@ -92,7 +92,7 @@ def shard(objective: Objective, process: Process) -> None:
             whole |= {p for p in getattr(model, side).parameters() if not p.requires_grad}
     # the encoder stops before a block that feeds nothing, where sharding would wait for its end
     read = backbones.blocks(model.encoder)[: model.projections.states[-1]]
-    for block in (*read, *backbones.blocks(model.decoder.base_model)):
+    for block in (*read, *backbones.blocks(backbones.body(model.decoder))):
         if any(p not in whole for p in block.parameters()):
             fully_shard(block, mesh=mesh, ignored_params=whole)
     fully_shard(objective, mesh=mesh, ignored_params=whole)
@@ -123,4 +123,5 @@ class Wrapped(nn.Module):
         self.module = module
 
     def forward(self, **batch: Any) -> Any:
+        """Compute what the module computes."""
         return self.module(**batch)

@@ -55,6 +55,8 @@ def make_optimizer(model: RCCForCausalLM, stage: Stage, fused: bool) -> torch.op
     """Return AdamW over what learns in a model, a group of parameters for each that does.
 
     Args:
+        model: prepared for the stage: what requires gradients learns.
+        stage: its groups' rates and weight decay, and AdamW's betas.
         fused: one kernel a step, also on a CPU; not for sharded weights.
     """
     groups = []
@@ -73,6 +75,8 @@ def make_schedule(
     """Return the schedule of an optimizer that :func:`make_optimizer` made.
 
     Args:
+        optimizer: its groups have the names of the stage's.
+        stage: says how each group learns.
         spent: step → the part of the stage's budget that is spent.
     """
     groups = [stage.group(group["name"]) for group in optimizer.param_groups]

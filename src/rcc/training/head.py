@@ -106,7 +106,8 @@ class FrozenHead:
         real = (targets != NONE).nonzero()[:, 0]  # in a batch of conversations less than half
         with torch.autocast(states.device.type, enabled=False):
             states = states.flatten(0, 1).index_select(0, real)
-            loss: Tensor = _ChunkedLoss.apply(states, self.weight, targets[real], self.rows, self.step)
+            arguments = states, self.weight, targets[real], self.rows, self.step
+            loss: Tensor = _ChunkedLoss.apply(*arguments)  # type: ignore[no-untyped-call]
         return loss
 
     @torch.no_grad()

@@ -83,6 +83,8 @@ class Objective(nn.Module):
                         logits_to_keep=shift + logits_to_keep,
                     ).logits
                 real = nn.functional.pad(labels, (0, 1), value=-100)[:, logits_to_keep + 1] != -100
+                assert loss is not None
+                assert out.logits is not None  # a model with a teacher has no head for losses
                 distance = divergence(out.logits[real], wanted[real], self.distillation)
                 loss = (1 - self.distillation.weight) * loss + self.distillation.weight * distance
         tokens = None if self.training else likeliest(out, self.loss)
@@ -118,7 +120,7 @@ def make_teacher(model: RCCForCausalLM) -> nn.Module:
     """
     decoder = model.decoder
     if model.config.is_frozen("decoder"):
-        teacher: Any = copy.deepcopy(decoder, memo={id(p): p for p in decoder.parameters()})
+        teacher: nn.Module = copy.deepcopy(decoder, memo={id(p): p for p in decoder.parameters()})
         for name, module in list(teacher.named_modules()):
             if hasattr(module, "base_layer"):
                 parent, _, leaf = name.rpartition(".")
@@ -127,6 +129,8 @@ def make_teacher(model: RCCForCausalLM) -> nn.Module:
         if "decoder" not in model.config.base:
             raise ModelError("distillation needs the decoder's base in a folder: name it in model.decoder.")
         path = checkpoints.resolve_base(model.config.base["decoder"].source)
-        teacher = checkpoints.load_backbone(path, head=True, dtype="auto").to(model.device)
+        teacher = checkpoints.load_backbone(path, head=True, dtype="auto")
+        teacher.to(model.device)  # type: ignore[arg-type]  # transformers' wrapper hides its types
         teacher.requires_grad_(False)
-    return teacher.eval()
+    teacher.eval()
+    return teacher

@@ -100,7 +100,7 @@ def flops(model: RCCForCausalLM, stage: Stage) -> float:
     A forward pass takes 2 FLOP a weight and token, the way back 2 more for the activations and 2 for weights that
     learn.
     """
-    rows = read = prefix = projected = 0.0
+    rows = read = prefix = projected = total = 0.0
     for (_, length, compression), share in stage.kinds().items():
         samples = stage.rows(length)
         rows += share * samples
@@ -109,8 +109,7 @@ def flops(model: RCCForCausalLM, stage: Stage) -> float:
             read += share * samples * length
             projected += share * samples * length / compression
     tokens = {"encoder": read, "decoder": prefix + rows * stage.target_tokens}
-    total = 0.0
-    for side, body in (("encoder", model.encoder), ("decoder", model.decoder.base_model)):
+    for side, body in (("encoder", model.encoder), ("decoder", backbones.body(model.decoder))):
         weights = learning = 0
         for p in {id(p): p for b in backbones.blocks(body) for p in b.parameters()}.values():
             weights += p.numel()
@@ -119,7 +118,7 @@ def flops(model: RCCForCausalLM, stage: Stage) -> float:
         if side == "decoder" or learning:  # gradients pass through a decoder that does not learn
             passes += 2 * weights + 2 * learning + (2 * weights if stage.gradient_checkpointing else 0)
         total += tokens[side] * passes
-    head = model.decoder.config.vocab_size * model.decoder.config.hidden_size
+    head: int = model.decoder.config.vocab_size * model.decoder.config.hidden_size
     projections = sum(p.numel() for p in model.projections.parameters())
     return total + rows * stage.target_tokens * 4 * head + projected * 4 * projections
 

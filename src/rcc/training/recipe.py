@@ -199,6 +199,7 @@ class Recipe:
         """Read a YAML file.
 
         Args:
+            path: the recipe's file.
             overrides: `key.path=value`, where a list's entries go by number; the value is YAML.
 
         Raises:
@@ -232,7 +233,7 @@ class Recipe:
         atomic.write_text(path, yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True))
 
 
-def _one_budget(data: dict, overrides: list[str]) -> None:
+def _one_budget(data: dict[str, Any], overrides: list[str]) -> None:
     """Drop a stage's budget of the file where another one was set from outside."""
     given = [setting.partition("=")[0].split(".") for setting in overrides]
     stages = data.get("stages")

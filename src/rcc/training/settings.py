@@ -6,12 +6,15 @@ import dataclasses
 import difflib
 import types
 import typing
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 
 from ..errors import InputError
 from ..runtime.plain import make, settings_of
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 
 def check(good: bool, key: str, value: Any, wanted: str) -> None:
@@ -91,11 +94,17 @@ def override(data: Any, setting: str) -> None:
     table[index] = value
 
 
+T = TypeVar("T", bound="DataclassInstance")
+"""A dataclass of settings."""
+
+
 # ---------------------------------------------------------------- plain data → dataclasses
-def build(cls: Any, data: Any, path: str) -> Any:
+def build(cls: type[T], data: Any, path: str) -> T:
     """Return a dataclass made from plain data, checked key by key.
 
     Args:
+        cls: the dataclass; its types say what each value may be.
+        data: as YAML has it: a table.
         path: the data's own key, for messages; empty for a whole recipe.
 
     Raises:

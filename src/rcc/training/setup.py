@@ -97,6 +97,10 @@ def prepare(
     """Set a model up for a stage: frozen, checkpointed and compiled as it says; and return what to compute losses with.
 
     Args:
+        model: changed in place.
+        stage: what is frozen, and whether activations are recomputed.
+        recipe: the precision, and whether blocks are compiled.
+        device: where it will run, which decides what the recipe leaves open.
         vocabulary: token ids, ascending, that can be targets, where a head for losses is to know no others.
 
     Raises:
@@ -107,7 +111,7 @@ def prepare(
         model.gradient_checkpointing_enable({"use_reentrant": False})
     compiled = device.type == "cuda" if recipe.run.compile is None else recipe.run.compile
     if compiled:
-        for block in (*backbones.blocks(model.encoder), *backbones.blocks(model.decoder.base_model)):
+        for block in (*backbones.blocks(model.encoder), *backbones.blocks(backbones.body(model.decoder))):
             # only the block's own code: the hooks around it take objects that dynamo need not see; batches have
             # many shapes, more than dynamo would make a graph for each
             block.forward = torch.compile(block.forward, dynamic=True)

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -41,7 +41,7 @@ FOREVER = 2**31 - 1
 """Steps of a stage whose budget is minutes."""
 
 
-class Interrupted(Exception):
+class Interrupted(Exception):  # noqa: N818  # no error: the run was told to stop
     """Training was told to stop by a signal, and has saved."""
 
     def __init__(self, number: int):
@@ -58,6 +58,10 @@ class StageTrainer(Trainer):
         samples: the stage's; `held_out` those to measure on, None where there are none.
         log, display: where losses go, and what the user sees.
     """
+
+    objective: Objective
+    tokens: int
+    spent: float
 
     def __init__(
         self,
@@ -108,13 +112,14 @@ class StageTrainer(Trainer):
         if process.first:
             with suppress(ImportError):
                 from torch.utils.tensorboard import SummaryWriter
-                from transformers.integrations import TensorBoardCallback
+                from transformers.integrations.integration_utils import TensorBoardCallback
 
                 board = folder.parents[1] / "tensorboard" / stage.name
                 self.add_callback(TensorBoardCallback(SummaryWriter(str(board))))
 
     # -------- what Trainer asks for
-    def get_train_dataloader(self) -> DataLoader:
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Return the stage's batches from :attr:`first_batch` on, made in workers."""
         cuda = self.process.device.type == "cuda"
         workers = self.recipe.run.workers
         workers = (4 if cuda else 0) if workers is None else workers
@@ -127,17 +132,25 @@ class StageTrainer(Trainer):
         return Wrapped(self.objective) if self.recipe.run.fsdp and self.process.world > 1 else self.objective
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Make the optimizer of the stage's groups."""
         self.optimizer = make_optimizer(self.objective.model, self.stage, fused=not self.recipe.run.fsdp)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Make a schedule for each group, over the part of the budget that is spent."""
         self.lr_scheduler = make_schedule(self._own_optimizer, self.stage, self.part)
         return self.lr_scheduler
 
     @property
     def _own_optimizer(self) -> torch.optim.Optimizer:
         """The optimizer without accelerate's wrapper."""
-        return getattr(self.optimizer, "optimizer", self.optimizer)
+        return cast("torch.optim.Optimizer", getattr(self.optimizer, "optimizer", self.optimizer))
+
+    @property
+    def _schedule(self) -> torch.optim.lr_scheduler.LRScheduler:
+        """The learning rates' schedule, which Trainer makes with the optimizer."""
+        assert self.lr_scheduler is not None
+        return self.lr_scheduler
 
     def part(self, step: int) -> float:
         """Return the part of the stage's budget that is spent."""
@@ -146,11 +159,17 @@ class StageTrainer(Trainer):
         return step / self.args.max_steps
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Compute loss and gradients of a batch, and note the loss for the log."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.running.append((inputs["kind"], loss))
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Write what is due to the log and to the display.
+
+        Raises:
+            ModelError: the gradient is not finite: the weights are lost, and are not saved.
+        """
         if "loss" not in logs and "held_out" not in str(logs):
             return  # Trainer's summary at the end counts samples that we do not have
         super().log(logs, start_time)
@@ -209,7 +228,7 @@ class StageTrainer(Trainer):
         state = {
             "weights": {name: unsharded(p) for name, p in self.weights.items()},
             "optimizer": tree_map(unsharded, self._own_optimizer.state_dict()),
-            "schedule": self.lr_scheduler.state_dict(),
+            "schedule": self._schedule.state_dict(),
             "random": gather(random_state()),
             "tokens": self.tokens,
             "spent": self.spent,
@@ -251,7 +270,7 @@ class StageTrainer(Trainer):
         for i, values in state["optimizer"]["state"].items():
             state["optimizer"]["state"][i] = {k: sharded_like(v, parameters[i]) for k, v in values.items()}
         inner.load_state_dict(state["optimizer"])
-        self.lr_scheduler.load_state_dict(state["schedule"])
+        self._schedule.load_state_dict(state["schedule"])
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:

@@ -67,26 +67,26 @@ class Chart:
     lines: list[dict[str, Any]] = field(default_factory=list)
 
 
-def gather(found: Iterable[tuple[Look, Point]]) -> dict[Look, list[Point]]:
-    """Points of the same look are a line, from left to right; what is no finite number is left out."""
+def gather(figures: Iterable[tuple[Look, Point]]) -> dict[Look, list[Point]]:
+    """Join points of the same look to a line, from left to right; what is no finite number is left out."""
     lines: dict[Look, list[Point]] = {}
-    for look, point in found:
+    for look, point in figures:
         if math.isfinite(point.value["mean"]) and math.isfinite(point.x):
             lines.setdefault(look, []).append(point)
     return {look: sorted(points, key=lambda p: p.x) for look, points in lines.items()}
 
 
 def curves(
-    title: str, found: Iterable[tuple[Look, Point]], x: Axis, y: Axis, width: int = WIDTH, height: int = HEIGHT
+    title: str, figures: Iterable[tuple[Look, Point]], x: Axis, y: Axis, width: int = WIDTH, height: int = HEIGHT
 ) -> Chart | None:
-    """Lines with their names at the right; None where nothing can be drawn.
+    """Return points, each with the look of its line, as lines with their names at the right.
 
-    Args:
-        height: in pixels, more where the names of the lines need it.
+    None where nothing can be drawn. `width` and `height` are pixels, the latter more where the names need it.
     """
-    lines = gather(found)
+    lines = gather(figures)
     if y.log:
-        lines = {k: some for k, points in lines.items() if (some := [p for p in points if p.value["mean"] > 0])}
+        drawable = {look: [p for p in points if p.value["mean"] > 0] for look, points in lines.items()}
+        lines = {look: points for look, points in drawable.items() if points}
     if not lines:
         return None
     xs = [p.x for look, points in lines.items() if not look.level for p in points]
@@ -119,24 +119,24 @@ def curves(
         aside = 0.0
         if uncertain and not look.level:
             aside = (apart.index(look) - (len(apart) - 1) / 2) * min(3, 18 / len(apart))
-        places = []
+        marks = []
         for p in points:
             at = right if look.level else across(p.x) + aside
             low, high = (None if v is None or (y.log and v <= 0) else up(v) for v in map(p.value.get, ("low", "high")))
-            places.append({"x": at, "y": up(p.value["mean"]), "low": low, "high": high, "point": p})
-        start = [(left, places[-1]["y"])] if look.level else []
-        path = "M" + "L".join(f"{a:.1f} {b:.1f}" for a, b in [*start, *((p["x"], p["y"]) for p in places)])
+            marks.append({"x": at, "y": up(p.value["mean"]), "low": low, "high": high, "point": p})
+        start = [(left, marks[-1]["y"])] if look.level else []
+        path = "M" + "L".join(f"{a:.1f} {b:.1f}" for a, b in [*start, *((m["x"], m["y"]) for m in marks)])
         name = look.name if len(look.name) <= LONGEST else look.name[: LONGEST - 1] + "…"
-        chart.lines.append({"look": look, "path": path, "places": places, "name": name, "end": places[-1]})
+        chart.lines.append({"look": look, "path": path, "places": marks, "name": name, "end": marks[-1]})
     chart.lines.sort(key=lambda line: line["end"]["y"])
-    for line, place in zip(chart.lines, _spread([line["end"]["y"] for line in chart.lines], TOP, bottom), strict=True):
-        line["label"] = place
+    for line, label in zip(chart.lines, _spread([line["end"]["y"] for line in chart.lines], TOP, bottom), strict=True):
+        line["label"] = label
     chart.lines.sort(key=lambda line: not line["look"].soft)  # what is compared is drawn over what it is compared with
     return chart
 
 
 def _scale(values: Sequence[float], log: bool, low: float, high: float) -> Callable[[float], float]:
-    """From the smallest value to `low`, from the largest to `high`; a single one to the middle."""
+    """Return a scale: the smallest value → `low`, the largest → `high`; a single one → the middle."""
     measure = math.log if log else float
     first, last = measure(min(values)), measure(max(values))
     if first == last:
@@ -145,8 +145,11 @@ def _scale(values: Sequence[float], log: bool, low: float, high: float) -> Calla
 
 
 def _round(values: Sequence[float], log: bool) -> list[float]:
-    """Round numbers: of a linear axis from below the smallest value to above the largest, of another between them and
-    around them where they are few."""
+    """Return round numbers for the ticks of an axis.
+
+    A linear axis has them from below the smallest value to above the largest, another one between these, and around
+    them where they are few.
+    """
     low, high = min(values), max(values)
     if log:
         decades = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 2)
@@ -164,19 +167,19 @@ def _round(values: Sequence[float], log: bool) -> list[float]:
 
 
 def _thin(ticks: Sequence[tuple[float, str]]) -> list[tuple[float, str]]:
-    """The ticks that there is room for, from left to right."""
-    found: list[tuple[float, str]] = []
-    for place, text in ticks:
-        if not found or place - found[-1][0] >= 8 + LETTER * (len(text) + len(found[-1][1])) / 2:
-            found.append((place, text))
-    return found
+    """Return the ticks that there is room for, from left to right."""
+    shown: list[tuple[float, str]] = []
+    for at, text in ticks:
+        if not shown or at - shown[-1][0] >= 8 + LETTER * (len(text) + len(shown[-1][1])) / 2:
+            shown.append((at, text))
+    return shown
 
 
-def _spread(places: Sequence[float], low: float, high: float) -> list[float]:
-    """Heights in rising order moved apart by a row, between the bounds as long as there is room."""
-    found: list[float] = []
-    for place in places:
-        found.append(max(place, found[-1] + ROW if found else low))
-    for i in reversed(range(len(found))):
-        found[i] = min(found[i], high if i == len(found) - 1 else found[i + 1] - ROW)
-    return found
+def _spread(heights: Sequence[float], low: float, high: float) -> list[float]:
+    """Move heights in rising order apart by a row, between the bounds as long as there is room."""
+    apart: list[float] = []
+    for height in heights:
+        apart.append(max(height, apart[-1] + ROW if apart else low))
+    for i in reversed(range(len(apart))):
+        apart[i] = min(apart[i], high if i == len(apart) - 1 else apart[i + 1] - ROW)
+    return apart

@@ -24,7 +24,7 @@ class Finished:
         data: `results.json`.
         rows: `samples.jsonl`.
         letter: by which charts name it; empty where there is no other of its task.
-        number: its place among those of its task.
+        number: its index among those of its task.
     """
 
     name: str
@@ -36,11 +36,14 @@ class Finished:
 
     @property
     def task(self) -> str:
-        return self.data["task"]
+        """The kind of evaluation."""
+        return str(self.data["task"])
 
     @property
     def cells(self) -> list[dict[str, Any]]:
-        return self.data["cells"]
+        """The figures of its table."""
+        cells: list[dict[str, Any]] = self.data["cells"]
+        return cells
 
     @cached_property
     def groupings(self) -> dict[str, list[dict[str, Any]]]:
@@ -101,6 +104,7 @@ class SampleLists:
         """Return the number of the list of a cell's samples; None where there are none to show.
 
         Args:
+            run: the folder that the cell is of.
             key: the cell's.
             by: the keys that tell such cells apart.
         """
@@ -127,7 +131,7 @@ class SampleLists:
 
 
 def _tidy(value: Any) -> Any:
-    """Shorten numbers to as much as is read of them, and write those that JSON does not have as text."""
+    """Shorten numbers to five digits, and write those that JSON does not have as text."""
     if isinstance(value, dict):
         return {k: _tidy(v) for k, v in value.items()}
     if isinstance(value, list):

@@ -12,14 +12,14 @@ from .tables import Cell, Table, heat_map
 
 
 def passkey(runs: list[Finished], samples: SampleLists) -> Iterator[ChartGroup]:
-    """Accuracy by length and position, beside the control's, for each variant."""
+    """Yield accuracy by length and position, beside the control's, for each variant."""
     for variant in dict.fromkeys(cell["key"]["variant"] for run in runs for cell in run.cells):
         heat = [by_position(run, variant, samples) for run in runs]
-        yield ChartGroup(f"Variant {variant}", heat=[found for found in heat if found.rows])
+        yield ChartGroup(f"Variant {variant}", heat=[table for table in heat if table.rows])
 
 
 def by_position(run: Finished, variant: str, samples: SampleLists) -> Table:
-    """The share found by length, rate and place of the key, and the control's."""
+    """Return the share of keys found by length, rate and position of the key, and the control's."""
     names = {"whole": "found in the text", "replaced": "control: key replaced"}
     rows: dict[tuple[int, int], dict[tuple[str, str], Cell | str]] = {}
     for key, cell, link in samples.cells(run):
@@ -28,7 +28,7 @@ def by_position(run: Finished, variant: str, samples: SampleLists) -> Table:
             row[names[key["context"]], key["position"]] = shade(cell, "right", link, percent=True)
     columns: dict[str, list[str]] = {}
     for heading in names.values():
-        if found := dict.fromkeys(position for row in rows.values() for at, position in row if at == heading):
-            columns[heading] = list(found)
+        if positions := dict.fromkeys(position for row in rows.values() for at, position in row if at == heading):
+            columns[heading] = list(positions)
     shown: dict[tuple[str, ...], Any] = {(show_count(n), f"{rate}×"): rows[n, rate] for n, rate in sorted(rows)}
     return heat_map(run.name, ["tokens", "rate"], columns, shown)

@@ -14,7 +14,7 @@ from .tables import Cell, Table, heat_map, label
 
 
 def qa(runs: list[Finished], samples: SampleLists) -> Iterator[ChartGroup]:
-    """Quality against compression, for every method; its cost; by length and by set."""
+    """Yield quality against compression, for every method; its cost; by length and by set."""
     cells = [cell for run in runs for cell in run.cells]
     methods = numbered(["rcc", *(cell["key"]["method"] for cell in cells if cell["key"]["rate"])])
     modes = numbered(cell["key"]["mode"] for cell in cells)
@@ -23,7 +23,7 @@ def qa(runs: list[Finished], samples: SampleLists) -> Iterator[ChartGroup]:
     rates = sorted({cell["key"]["rate"] for cell in cells if "skipped" not in cell} - {0})
 
     def look(run: Finished, key: Mapping[str, Any], level: bool = True) -> Look:
-        """A colour for each method, a marker for each way to ask it, a dash for each folder."""
+        """Return a look: a colour for each method, a marker for each way to ask it, a dash for each folder."""
         name = joined(key["method"], key["mode"] if key["method"] in several else "", run.letter)
         if not key["rate"]:
             return Look(name, None, run.number % 4, modes[key["mode"]] % 4, soft=True, level=level)
@@ -34,8 +34,8 @@ def qa(runs: list[Finished], samples: SampleLists) -> Iterator[ChartGroup]:
             for key, cell, link in samples.cells(run):
                 if figure in cell:
                     of, x = look(run, key), held(cell)
-                    where = f"{x:.1f} tokens a position" if key["rate"] else "at any rate"
-                    yield of, point(of.name, where, x, cell[figure], link, label(figure)[1])
+                    condition = f"{x:.1f} tokens a position" if key["rate"] else "at any rate"
+                    yield of, point(of.name, condition, x, cell[figure], link, label(figure)[1])
 
     axis = rates_axis(rates, "tokens of text for each position held")
     yield ChartGroup(
@@ -63,7 +63,7 @@ def qa(runs: list[Finished], samples: SampleLists) -> Iterator[ChartGroup]:
                     of, bucket = look(run, key, level=False), key["bucket"]
                     yield of, point(of.name, bucket, buckets[bucket], cell["score"], link)
 
-    axis = Axis("tokens of text", ticks={place: name for name, place in buckets.items()})
+    axis = Axis("tokens of text", ticks={number: name for name, number in buckets.items()})
     yield ChartGroup(
         "Score by length of the text",
         "Each rate, beside what does not compress.",
@@ -73,14 +73,14 @@ def qa(runs: list[Finished], samples: SampleLists) -> Iterator[ChartGroup]:
 
 
 def held(cell: Mapping[str, Any]) -> float:
-    """Tokens of text for each position held: measured, or the rate."""
+    """Return the tokens of text for each position held: measured, or the rate."""
     if "context_tokens" in cell and "positions" in cell and cell["positions"]["mean"] > 0:
-        return cell["context_tokens"]["mean"] / cell["positions"]["mean"]
+        return float(cell["context_tokens"]["mean"] / cell["positions"]["mean"])
     return float(cell["key"]["rate"])
 
 
 def by_set(run: Finished, samples: SampleLists) -> Table:
-    """Scores by method and set; the highest one has the deepest colour."""
+    """Return scores by method and set; the highest one has the deepest colour."""
     cells = run.groupings["by_set"]
     most = max((cell["score"]["mean"] for cell in cells if "score" in cell), default=0) or 1
     rows: dict[tuple[str, ...], dict[tuple[str, str], Cell | str]] = {}

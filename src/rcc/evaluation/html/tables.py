@@ -129,6 +129,9 @@ def heat_map(
     """Make a table whose figures have a colour.
 
     Args:
+        title: what stands above it.
+        head: headings of the columns that name a row.
+        columns: {heading: the columns under it}.
         rows: {what a row is called: {(heading, column): figure, or why there is none}}.
     """
     made = []

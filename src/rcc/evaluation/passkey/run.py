@@ -25,7 +25,7 @@ from ...model.encoder import BATCH_TOKENS, remembering
 from ...model.rcc import RCCForCausalLM
 from ...runtime import memory
 from ...text.counts import show_count
-from ...text.tokens import token_ids
+from ...text.tokens import decode, token_ids
 from ..evaluation import Progress, ignore
 from ..results import Case, Key, Results, Skipped
 from .settings import BY, PasskeySettings
@@ -168,7 +168,7 @@ class PasskeyEvaluation:
                 progress=partial(self._show_tokens, before),
             )
         out = model.generate(question, context=context, max_new_tokens=new, do_sample=False, pad_token_id=0)
-        written = self.tokenizer.decode(out[0, question.shape[1] :], skip_special_tokens=True)
+        written = decode(self.tokenizer, out[0, question.shape[1] :], skip_special=True)
         seconds = time.perf_counter() - start
         peak = memory.peak_mb(model.device)
         return {

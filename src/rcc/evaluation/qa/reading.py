@@ -73,7 +73,9 @@ def read(
 
     Args:
         paths: files, folders, globs or data sets, as :class:`rcc.data.sources.Source` has them.
-        context, question, answers: the fields of a row; `answers` is a string or a list of strings.
+        context: the field of a row that holds the text.
+        question: the field that holds the question.
+        answers: the field that holds the accepted answers, a string or a list of strings.
         include: only rows whose `id` begins with one of these.
 
     Raises:
@@ -115,6 +117,7 @@ def _question(row: Mapping[str, Any] | str, source: Any, line: str) -> Question 
 
     Args:
         row: or, as text, why it cannot be read.
+        source: names the fields, and says which rows are wanted.
         line: "file:number".
     """
     if isinstance(row, str):

@@ -54,6 +54,8 @@ def make_methods(
     """Return the methods to be measured, in the order of the table.
 
     Args:
+        model: compresses, and lends its decoder to the baselines.
+        tokenizer: the model's.
         modes: of :mod:`rcc.text.prompting`, in which compressed contexts are asked.
         baselines: any of :data:`rcc.evaluation.qa.settings.BASELINES`.
         tuned: a model whose decoder learnt to answer from plain text.
@@ -231,6 +233,9 @@ def key_of(question: Question, method: str, mode: str, rate: int, tokens: int) -
     """Return the key of a sample.
 
     Args:
+        question: gives the set, the text and the question.
+        method: its name in tables.
+        mode: in which it asks; empty where it has no choice.
         rate: 0: nothing is compressed.
         tokens: of the text.
     """

@@ -66,6 +66,8 @@ class QAReport:
         """Return scores by one more key, a column for each of its values; nothing where there is one value only.
 
         Args:
+            by: the key, `bucket` or `set`.
+            cells: figures by method, mode, rate and that key.
             order: of the columns; None: as they appear.
         """
         names = [cell["key"][by] for cell in cells]

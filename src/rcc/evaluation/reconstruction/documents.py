@@ -24,6 +24,7 @@ def open_texts(paths: Sequence[str], field: str, tokenizer: PreTrainedTokenizerB
     Args:
         paths: files, folders or globs.
         field: that holds a text, in JSON lines.
+        tokenizer: the model's.
 
     Raises:
         InputError: a file has no row that can be used, or there is no path and no repository.
@@ -77,4 +78,4 @@ class Documents:
 
     def another(self, number: int) -> int:
         """Return the number of the document that comes next in the order, after the last one the first."""
-        return self.order[(self.order.index(number) + 1) % len(self)]
+        return int(self.order[(self.order.index(number) + 1) % len(self)])

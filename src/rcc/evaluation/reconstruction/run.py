@@ -19,6 +19,7 @@ from ...context.context import CompressedContext
 from ...context.vectors import CompressedVectors
 from ...model import answering, segments
 from ...model.rcc import RCCForCausalLM
+from ...text.tokens import decode
 from .. import metrics
 from ..evaluation import Progress
 from ..results import Case, Results, Skipped
@@ -218,8 +219,8 @@ class ReconstructionEvaluation:
     def _figures(self, span: Tensor, new: list[int], right: Tensor, losses: Tensor) -> Figures:
         truth = span[PROMPT:].tolist()
         exact, run = metrics.matching(new, truth)
-        texts = {"prompt": span[:PROMPT].tolist(), "written": new, "truth": truth}
-        said = {name: self.tokenizer.decode(ids) for name, ids in texts.items()}
+        texts: dict[str, list[int]] = {"prompt": span[:PROMPT].tolist(), "written": new, "truth": truth}
+        said = {name: decode(self.tokenizer, ids) for name, ids in texts.items()}
         return {
             "bleu": metrics.bleu(said["written"], said["truth"]),
             "rouge_l": metrics.rouge_l(said["written"], said["truth"]),

@@ -26,31 +26,34 @@ def by_place(rows: Sequence[dict[str, Any]], length: int, rate: int, config: RCC
 
     Args:
         rows: samples, of any lengths, rates and contexts.
+        length: tokens of a document, of the rows to take.
+        rate: of the rows to take.
+        config: says how a document is cut into segments.
 
     Returns:
         `segment`: by eighths of the segment; `group`: by place in the group of `rate` tokens, of which the last one's
         state is kept. Intervals, None where there is no token.
     """
     lead, segment = segments.padding_before(length, config), config.segment_length
-    places, right, documents = [], [], []
+    offsets, right, documents = [], [], []  # in the segment; whether predicted right; of which document
     for row in rows:
         key = row["key"]
         if "skipped" in row or (key["length"], key.get("rate"), key["context"]) != (length, rate, REAL):
             continue
         recalled = row["recalled"]
-        places.append((lead + key["start"] + PROMPT + np.arange(len(recalled))) % segment)
+        offsets.append((lead + key["start"] + PROMPT + np.arange(len(recalled))) % segment)
         right.append(np.array([c == "1" for c in recalled], float))
         documents.append(np.full(len(recalled), key["document"]))
     parts = min(PARTS, segment)
-    if not places:
+    if not offsets:
         return {"segment": [None] * parts, "group": [None] * rate}
-    place, hit, document = map(np.concatenate, (places, right, documents))
+    offset, hit, document = map(np.concatenate, (offsets, right, documents))
 
     def means(number: np.ndarray, count: int) -> list[Interval | None]:
         chosen = [number == i for i in range(count)]
         return [results.interval(hit[c].tolist(), document[c].tolist()) if c.any() else None for c in chosen]
 
-    return {"segment": means(place * parts // segment, parts), "group": means(place % rate, rate)}
+    return {"segment": means(offset * parts // segment, parts), "group": means(offset % rate, rate)}
 
 
 class ReconstructionReport:
@@ -75,8 +78,8 @@ class ReconstructionReport:
 
     def more(self) -> dict[str, Any]:
         """Return figures for `results.json` by the prompt's start, and by places in the segment and in the group."""
-        places = [{"length": length, "rate": rate, **parts} for (length, rate), parts in self.by_place.items()]
-        return {"by_start": self.by_start, "by_place": places}
+        by_place = [{"length": length, "rate": rate, **parts} for (length, rate), parts in self.by_place.items()]
+        return {"by_start": self.by_start, "by_place": by_place}
 
     def _real(self, length: int) -> dict[int, dict[int, dict[str, Any]]]:
         """Return the real context's cells by rate and start of the prompt, without those that were skipped."""

@@ -43,6 +43,7 @@ def predictions(
     """Predict every token of spans after their first :data:`PROMPT`, from the context and the true tokens before it.
 
     Args:
+        model: that made the context, and predicts.
         context: of as many texts as there are spans, or None.
         spans: token ids [T] each, of more than :data:`PROMPT`.
 
@@ -77,6 +78,7 @@ def teacher_forced(
     context and the true tokens before it in the span. Every token but the tens is predicted once.
 
     Args:
+        model: that made the context, and predicts.
         context: of one text, which need not be `ids` (a control).
         ids: token ids [T].
         span: tokens of a span, prompt included.

@@ -9,7 +9,7 @@ from ...answers import WrittenText
 from ...context.context import CompressedContext
 from ...engine import Engine
 from ...model.segments import piece_of
-from ...text.tokens import token_ids
+from ...text.tokens import decode, token_ids
 from .teacher_forcing import PROMPT as PROMPT_TOKENS
 from .teacher_forcing import Recovery, teacher_forced
 
@@ -58,6 +58,8 @@ def compare(
     """Set a text beside what its context gave back, and measure how much of the whole it gives back.
 
     Args:
+        engine: that made the context.
+        context: of the text.
         source: the text that was compressed.
         written: what the context gave back.
         progress: is told spans measured, and spans in all.
@@ -75,15 +77,15 @@ def compare(
         len(ids),
         truth,
         guess,
-        engine.tokenizer.decode(truth),
-        engine.tokenizer.decode(guess),
+        decode(engine.tokenizer, truth),
+        decode(engine.tokenizer, guess),
         teacher_forced(engine.compressor, context, ids, progress=progress),
         piece.rate,
     )
 
 
 def _following(text: list[int], prompt: list[int], count: int) -> list[int]:
-    """The tokens of `text` that follow the first occurrence of `prompt`."""
+    """Return the tokens of `text` that follow the first occurrence of `prompt`."""
     for i in range(len(text) - len(prompt)):
         if text[i : i + len(prompt)] == prompt:
             return text[i + len(prompt) : i + len(prompt) + count]

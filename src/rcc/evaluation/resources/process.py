@@ -13,18 +13,18 @@ from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.utils import logging as quiet
 
 from ... import checkpoints
 from ...config import RCCConfig, SideConfig
-from ...context.cache import BlockLayer
+from ...context.cache import BlockLayer, block_layers
 from ...context.context import CompressedContext
 from ...errors import RCCError
 from ...model import backbones
@@ -34,6 +34,7 @@ from ...runtime import allocator, memory
 from ..results import Skipped
 
 T = TypeVar("T")
+Module = TypeVar("Module", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -82,9 +83,13 @@ class Job:
         if isinstance(self.model, str):
             folder = checkpoints.resolve_model(self.model)
             base = checkpoints.resolve_base(RCCConfig.load(folder).base["decoder"].source, relative_to=folder)
-            return _read_in(checkpoints.load_backbone(base, head=True, dtype=self.dtype or "auto").to(self.device))
-        with torch.device(self.device):
-            return _read_in(self.model.build_base().eval())
+            backbone = checkpoints.load_backbone(base, head=True, dtype=self.dtype or "auto")
+            backbone.to(self.device)  # type: ignore[arg-type]  # transformers' wrapper hides its types
+        else:
+            with torch.device(self.device):
+                backbone = self.model.build_base()
+            backbone.eval()
+        return _read_in(backbone)
 
 
 # ---------------------------------------------------------------- what is measured
@@ -135,7 +140,7 @@ def plain(job: Job) -> dict[str, Any]:
     ids = torch.cat([job.ids(job.length), job.ids(job.question)], 1)
 
     def read() -> Cache:
-        cache = Cache(layers=[BlockLayer(ids.shape[1]) for _ in backbones.blocks(base.base_model)])
+        cache = Cache(layers=[BlockLayer(ids.shape[1]) for _ in backbones.blocks(backbones.body(base))])
         for batch in ids.split(job.batch_tokens or ids.shape[1], 1):
             past = cache.get_seq_length()
             order = torch.arange(past, past + batch.shape[1], device=ids.device)[None]
@@ -145,7 +150,7 @@ def plain(job: Job) -> dict[str, Any]:
         return cache
 
     seconds, cache = _timed(job, read)
-    held = sum(tensor.nbytes for layer in cache.layers for tensor in layer.block)
+    held = sum(tensor.nbytes for layer in block_layers(cache) for tensor in layer.block)
     return {
         "weights_bytes": planning.stored_bytes(base),
         "kv_bytes": held // ids.shape[1] * job.length,
@@ -180,7 +185,7 @@ class _Memory:
 
 
 def _load_libraries(device: str) -> None:
-    """Much of torch, transformers and peft is loaded when it is first used: do with a toy what is done with a model."""
+    """Do with a toy what is done with a model: much of torch, transformers and peft is loaded when it is first used."""
     shape = LlamaConfig(vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
     config = RCCConfig(segment_length=16, rates=[4], share_base=True, encoder=SideConfig(1), decoder=SideConfig(1))
     ids = torch.ones(1, 16, dtype=torch.long, device=device)
@@ -204,7 +209,7 @@ def _timed(job: Job, run: Callable[[], T]) -> tuple[float, T]:
     return time.perf_counter() - start, returned
 
 
-def _read_in(model: Any) -> Any:
+def _read_in(model: Module) -> Module:
     """Read the weights, which are mapped files: what is timed should not be how they come from the disk."""
     for weight in model.parameters():
         weight.sum()
@@ -235,7 +240,7 @@ def measure(job: Job) -> dict[str, Any]:
         process.join()
     if isinstance(answer, Exception):
         raise answer
-    return answer
+    return cast("dict[str, Any]", answer)
 
 
 def _run(job: Job, sender: Connection) -> None:

@@ -22,7 +22,7 @@ import torch
 from ...config import RCCConfig
 from ...context.cache import SPARE
 from ...errors import WindowError
-from ...model import segments
+from ...model import backbones, segments
 from ...model.encoder import BATCH_TOKENS, batch_tokens_on
 from ...planning import blueprint as planning
 from ...runtime import memory
@@ -219,7 +219,7 @@ class ResourcesEvaluation:
         if self.asked.text is not None:
             return repeat_text(self.asked.text, length, self.subject.blueprint.config.segment_length)
         sides = self.subject.model.encoder, self.subject.model.decoder
-        vocabulary = min(side.get_input_embeddings().num_embeddings for side in sides)
+        vocabulary = min(backbones.embeddings(side).num_embeddings for side in sides)
         return np.random.default_rng(length).integers(1, vocabulary, length, dtype=np.int32)
 
     def _measured_row(self, key: Key | Mapping[str, Any]) -> dict[str, Any]:
@@ -243,6 +243,7 @@ def extrapolate(points: Sequence[tuple[int, float]], length: int) -> float:
 
     Args:
         points: (length in tokens, seconds) each.
+        length: in tokens.
     """
     sizes, seconds = np.array(points, dtype=np.float64).T
     scaled = np.stack([sizes, sizes**2], 1) / seconds[:, None]

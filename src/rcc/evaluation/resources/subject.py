@@ -99,7 +99,8 @@ def shaped(
         name: of the decoder's shape, see :func:`rcc.planning.shapes.find`.
         encoder_name: of the encoder's; None: the same.
         share_base: one base for both sides instead, under LoRA of rank 16.
-        rates, segment_length: of the model's configuration.
+        rates: tokens a position, of the model's configuration.
+        segment_length: tokens of a segment.
         dtype: of all weights.
 
     Raises:

@@ -150,6 +150,7 @@ class Task:
             rng: of this sample alone; nothing else is random.
             length: the most context tokens, all pieces together.
             targets: the most decoder tokens, prompt and target together; more than 16.
+            marks: text ↔ tokens, and the chat form's marks.
         """
         raise NotImplementedError
 

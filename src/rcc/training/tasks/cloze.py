@@ -37,10 +37,10 @@ _CLAUSE = re.compile(r"[,;:()—\"“”]| - ")
 
 @dataclass
 class Cloze(Instruction):
-    """Find what is missing in a sentence of the text, a name or a number: by rule, so that any text gives questions
-    that it answers.
+    """Find what is missing in a sentence of the text, a name or a number.
 
-    The options are those of `instruction`; the whole context is one passage, and nothing is left out of it.
+    Questions are made by rule, so that any text gives questions that it answers. The options are those of
+    `instruction`; the whole context is one passage, and nothing is left out of it.
 
     Args:
         worded: how often what is missing is asked for in words (who, what, where, when, how many) rather than shown as
@@ -65,14 +65,17 @@ class Cloze(Instruction):
         self.check(is_share(self.worded), "worded", "a probability from 0 to 1")
 
     def window(self, length: int, targets: int) -> int:
+        """Return the tokens of text to draw: what the question leaves of the context."""
         return max(32, length - GAP_TOKENS)
 
     def draw_row(self, draw: Draw, rng: np.random.Generator, length: int, marks: Marks) -> Row:
+        """Draw a text, and make a question about it."""
         return self._about(at_least(2, draw.text(), marks), rng, marks)
 
     def more_questions(
         self, draw: Draw, rng: np.random.Generator, row: Row, passages: dict[int, bool], marks: Marks
     ) -> Iterator[Row]:
+        """Yield more questions about the same text; some may be the same."""
         for _ in range(2 * self.turns):
             yield self._about(row.context, rng, marks)
 
@@ -83,6 +86,7 @@ class Cloze(Instruction):
         return Row(text, marks.encode(question), marks.encode(answer), "", 0)
 
     def quote(self, row: Row, rng: np.random.Generator, marks: Marks) -> Row:
+        """Return the row as it is."""
         return row  # see _about, which knows the sentence
 
 
@@ -91,6 +95,7 @@ def cloze(text: str, rng: np.random.Generator, worded: bool = False, quoted: boo
 
     Args:
         text: as :func:`askable` takes it.
+        rng: chooses what is asked for, and how.
         worded: ask in words; otherwise the question is the sentence with a gap.
         quoted: ask in words, and for the whole sentence, where it has as many words as `QUOTED` says.
     """
@@ -113,6 +118,7 @@ def askable(text: str, rng: np.random.Generator, phrases: bool = False) -> tuple
     Args:
         text: any; its first and last sentences, which may be cut, and those of fewer than six words are taken only
             where there are no others.
+        rng: chooses among what there is.
         phrases: four times in ten, what follows a "the" or the like instead, where there is such a one.
 
     Returns:

@@ -72,9 +72,11 @@ class Instruction(Task):
         self.check(is_count(self.turns), "turns", "a positive whole number")
 
     def window(self, length: int, targets: int) -> int:
+        """Return the most tokens of a question and its passage: what the separator leaves of the context."""
         return max(1, length - ALLOWANCE)
 
     def sample(self, draw: Draw, rng: np.random.Generator, length: int, targets: int, marks: Marks) -> Sample:
+        """Put a question to the passage that answers it, in one of the modes, with what the options add."""
         if self.renamed and rng.random() < self.renamed:
             draw = RenamedDraw(draw, rng, marks)
         row = self.draw_row(draw, rng, length, marks)
@@ -122,8 +124,11 @@ class Instruction(Task):
     def _context(
         self, draw: Draw, rng: np.random.Generator, row: Row, room: int, omit: bool, marks: Marks
     ) -> tuple[np.ndarray, dict[int, bool]]:
-        """Return the passage at a random position among distracting ones, at most `room` tokens [T] in all; and for the
-        hash of each passage with questions whether it is whole."""
+        """Put the passage at a random position among distracting ones.
+
+        Returns:
+            At most `room` tokens [T] in all; and for the hash of each passage with questions, whether it is whole.
+        """
         fill = rng.random() < self.distractors
         whole = {} if omit else {row.hash: len(row.context) <= room}
         passages: list[np.ndarray] = []

@@ -23,6 +23,11 @@ class Passkey(Task):
     )
 
     def sample(self, draw: Draw, rng: np.random.Generator, length: int, targets: int, marks: Marks) -> Sample:
+        """Hide a number in the paper's filler, and ask for it.
+
+        Raises:
+            InputError: `targets` leaves no room for question and answer, or `length` none for the number.
+        """
         key = int(rng.integers(10_000, 100_000))
         context = haystack.passkey_ids(key, rng.random(), length, marks.encode)
         prompt, target = marks.encode(haystack.QUESTION), np.append(marks.encode(f" {key}."), marks.eos)

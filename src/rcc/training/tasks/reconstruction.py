@@ -55,6 +55,7 @@ class Reconstruction(TextTask):
         self.check(is_share(self.repeated), "repeated", "a probability from 0 to 1")
 
     def sample(self, draw: Draw, rng: np.random.Generator, length: int, targets: int, marks: Marks) -> Sample:
+        """Compress a text, and have spans of it written back."""
         text = at_least(2, draw.text()[:length], marks)
         if self.repeated and rng.random() < self.repeated:
             text = _repeat(text, rng)
@@ -80,6 +81,7 @@ class Reconstruction(TextTask):
         return replace(sample, target=target, learnt=learnt, read=read, predicted=predicted)
 
     def at(self, rate: int, sample: Sample) -> Sample:
+        """Return the sample, without predictions at rates that are to have none."""
         if self.predicted_rates and rate not in self.predicted_rates:
             return replace(sample, predicted=None)
         return sample

@@ -24,12 +24,15 @@ class RenamedDraw:
         self._passages: dict[int, tuple[np.ndarray, dict[str, str]]] = {}
 
     def row(self) -> Row:
+        """Return the drawn question, renamed."""
         return self._rename(self._draw.row())
 
     def other(self, rng: np.random.Generator, not_hash: int) -> Row:
+        """Return another row, renamed; never one whose context has that hash."""
         return self._rename(self._draw.other(rng, not_hash))
 
     def same(self, rng: np.random.Generator, context_hash: int) -> Row:
+        """Return a row whose context has that hash, renamed as all rows of that context."""
         return self._rename(self._draw.same(rng, context_hash))
 
     def _rename(self, row: Row) -> Row:
@@ -46,8 +49,16 @@ class RenamedDraw:
 
 
 def new_words(text: str, strangers: str, rng: np.random.Generator) -> dict[str, str]:
-    """Return other words for those of names in a text, from another text, as far as there are enough, and other numbers
-    of the same form. No two names become one."""
+    """Return what to exchange the names and numbers of a text for: {word: its new one}.
+
+    Names get words of another text's names, as far as there are enough, and no two become one; numbers get others of
+    the same form.
+
+    Args:
+        text: whose names and numbers are exchanged.
+        strangers: the other text.
+        rng: chooses.
+    """
     names, pool = _name_words(text), _name_words(strangers)
     pool = [word for word in pool if word not in names]
     new = dict(zip(names, (str(word) for word in rng.permutation(pool)), strict=False))

@@ -1,6 +1,6 @@
 """What a user might do instead of compressing: one idea a file, all asked in the same way.
 
-A method turns a text into keys and values that the decoder reads in front of a question (a context as any other, or
+A method turns a text into keys and values that the decoder reads before a question (a context as any other, or
 none), and says how the question is put. Everything else, such as timing and scoring, is the same for all
 (:mod:`rcc.evaluation.qa.run`).
 """
@@ -57,13 +57,14 @@ class Method(Protocol):
         Args:
             text: [T] token ids.
             rate: how many tokens there are for each position that is kept.
+            question: the one that will be asked first; of use where the method is `by_question`.
 
         Raises:
             WindowError: it does not fit the decoder's window.
         """
 
     def prompt(self, question: Question) -> Prompt:
-        """How the question is put."""
+        """Return the question in the form in which it is put."""
 
     def decoder(self) -> AbstractContextManager[None]:
-        """Within it the model's decoder is the one that answers."""
+        """Return a context within which the model's decoder is the one that answers."""

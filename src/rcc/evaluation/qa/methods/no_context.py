@@ -15,6 +15,8 @@ from . import Held
 
 
 class NoContext:
+    """Nothing of the text: a question that is answered all the same tests the decoder's knowledge."""
+
     name = "no-context"
     mode = ""
     compresses = False
@@ -24,10 +26,13 @@ class NoContext:
         self.model = model
 
     def hold(self, text: Tensor, rate: int, question: Question) -> Held:
+        """Keep nothing."""
         return Held(None, 0)
 
     def prompt(self, question: Question) -> Prompt:
+        """Put the question as a chat's first message."""
         return prompting.build(question.question, "human")
 
     def decoder(self) -> AbstractContextManager[None]:
+        """Leave the decoder as it was trained."""
         return contextlib.nullcontext()

@@ -47,15 +47,18 @@ class PlainText:
         self.room = model.window - len(self.header) - room
 
     def hold(self, text: Tensor, rate: int, question: Question) -> Held:
+        """Keep the keys and values of the text's own tokens, one position each, after the chat's header."""
         if self.room < 1:
             raise WindowError(f"the decoder's window of {self.model.window:,} has no room for a text and an answer.")
-        kept = ends(text, self.room)
-        return Held(read_plain(self.model, torch.cat([self.header, kept])), len(kept), len(kept) < len(text))
+        read = ends(text, self.room)
+        return Held(read_plain(self.model, torch.cat([self.header, read])), len(read), len(read) < len(text))
 
     def prompt(self, question: Question) -> Prompt:
+        """Put the question after the text in the same message."""
         return Prompt("human", "", (PromptPart(question_after_text(question, self.hint)),))
 
     def decoder(self) -> AbstractContextManager[None]:
+        """Take the base without LoRA, unless the decoder learnt to read plain text."""
         return contextlib.nullcontext() if self.tuned else base_decoder(self.model)
 
 

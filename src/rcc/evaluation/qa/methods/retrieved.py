@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ....model.rcc import RCCForCausalLM
+from ....text.tokens import decode
 from ..questions import Question
 from . import Held
 from .plain_text import PlainText
@@ -22,6 +23,8 @@ PASSAGE = 64
 
 
 class Retrieved(PlainText):
+    """As many of the likeliest passages as there are positions, in the order of the text; the last may be cut."""
+
     compresses = True
     by_question = True
 
@@ -30,29 +33,30 @@ class Retrieved(PlainText):
         self.tokenizer = tokenizer
 
     def hold(self, text: Tensor, rate: int, question: Question) -> Held:
+        """Keep the keys and values of the passages that BM25 ranks first for this question."""
         most = -(-len(text) // rate)
         passages = text.split(min(PASSAGE, most))
         chosen: list[int] = []
         left = most
-        for number in ranked([self.tokenizer.decode(ids) for ids in passages], question.question):
+        for number in ranked([decode(self.tokenizer, ids) for ids in passages], question.question):
             if left < 1:
                 break
             chosen.append(number)
             left -= len(passages[number])
         # in the order of the text; the least of them gives way where they are too many
-        kept = {number: passages[number] for number in chosen}
+        read = {number: passages[number] for number in chosen}
         if left < 0:
-            kept[chosen[-1]] = kept[chosen[-1]][:left]
-        return super().hold(torch.cat([kept[number] for number in sorted(kept)]), 1, question)
+            read[chosen[-1]] = read[chosen[-1]][:left]
+        return super().hold(torch.cat([read[number] for number in sorted(read)]), 1, question)
 
 
 def ranked(passages: list[str], question: str) -> list[int]:
-    """Numbers of passages, what BM25 thinks likeliest to hold the answer first; of equal ones the first."""
+    """Return the numbers of passages, what BM25 ranks first for the question first; of equal ones the first."""
     import bm25s
 
     logging.getLogger("bm25s").setLevel(logging.WARNING)
     words = bm25s.tokenize([*passages, question], stopwords="en", show_progress=False, return_ids=False)
     index = bm25s.BM25()
-    index.index([some or [""] for some in words[:-1]], show_progress=False)
+    index.index([passage or [""] for passage in words[:-1]], show_progress=False)
     scores = index.get_scores(words[-1]) if words[-1] else torch.zeros(len(passages)).numpy()
     return sorted(range(len(passages)), key=lambda number: -scores[number])

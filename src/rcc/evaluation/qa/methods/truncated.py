@@ -10,8 +10,10 @@ from .plain_text import PlainText, ends
 
 
 class Truncated(PlainText):
+    """The text without its middle, as many tokens as there are positions."""
+
     compresses = True
 
     def hold(self, text: Tensor, rate: int, question: Question) -> Held:
-        kept = ends(text, -(-len(text) // rate))
-        return super().hold(kept, 1, question)
+        """Keep the keys and values of the text's two ends."""
+        return super().hold(ends(text, -(-len(text) // rate)), 1, question)
