@@ -64,9 +64,10 @@ for decoder in DECODERS:
         SIDES[f"{decoder}-{encoder}"] = {"family": decoder, **other}
 
 
-def load_script(name: str) -> ModuleType:
-    """A file of `scripts/` as a module."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).resolve().parents[1] / "scripts" / f"{name}.py")
+def load_script(path: str) -> ModuleType:
+    """Import a script by its path in the repository."""
+    file = Path(__file__).resolve().parents[1] / path
+    spec = importlib.util.spec_from_file_location(file.stem, file)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -1,7 +1,8 @@
 """Teaches a passkey model's decoder to find a key among up to 2,048 vectors, from vectors that are encoded once.
 
-    python scripts/passkey_decoder.py MODEL OUT [--keys 1500] [--minutes 60] [--learning-rate 3e-4] [--threads 2]
-    python scripts/passkey_decoder.py MODEL OUT --encoder --texts 12 --keys 20000 --learning-rate 1e-4
+    python research/scripts/passkey_decoder.py MODEL OUT \\
+        [--keys 1500] [--minutes 60] [--learning-rate 3e-4] [--threads 2]
+    python research/scripts/passkey_decoder.py MODEL OUT --encoder --texts 12 --keys 20000 --learning-rate 1e-4
 
 With the encoder frozen, a segment's vector never changes, and of a text only the segments around its key are not
 filler. So segments with keys are encoded once, in the beginning, and every step puts some of them among the vectors of
