@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains the default recipe and variants of it for the same time each, one after the other, then measures all of them
-# on the same held-out samples. research/training-notes.md has what came out. Needs data/ (docs/training.md).
+# on the same held-out samples. research/2026-11-21-recipe-ablations.md has what came out. Needs data/ (docs/training.md).
 # usage: research/scripts/ablations.sh OUT [MINUTES]
 set -euo pipefail
 cd "$(dirname "$0")/../.."

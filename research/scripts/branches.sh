@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains the default recipe in two runs side by side, a core each, from the same weights, and averages what they end with:
-# on two cores more than one run of both brings in the same time (research/training-notes.md). One reads its own predictions
+# on two cores more than one run of both brings in the same time (research/2026-11-25-seventh-weights.md). One reads its own predictions
 # in seven of ten samples of reconstruction at 4x, the other the true text and more of the high rates. 15 GB of memory
 # in all. Needs data/ (docs/training.md). Interrupted, the same command goes on.
 # usage: research/scripts/branches.sh OUT [START [MINUTES [SEED [WEIGHTS]]]]    WEIGHTS: of the two in the mean

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Lays out what a lent GPU needs in .gpu/1, .gpu/2 …, one folder a call, each small enough to travel beside the tree, and
-# moves the shipped weights out of the tree meanwhile (to .gpu/moved). research/gpu-runs.md says what to do with them.
+# moves the shipped weights out of the tree meanwhile (to .gpu/moved). research/2026-11-21-half-an-hour-of-a-gpu.md says what to do with them.
 # usage: research/scripts/gpu_prepare.sh [MODEL [DATA]]   MODEL to start from: a shipped name or a folder; DATA: data
 #        research/scripts/gpu_prepare.sh --restore        puts the shipped weights back
 set -euo pipefail
