@@ -23,8 +23,8 @@ from rcc import RCCConfig, RCCForCausalLM, checkpoints
 from rcc.cli import app as cli
 from rcc.runtime import allocator
 
-pytest_plugins = ["training_runs"]
-"""Fixtures of whole training runs, one for all files that look at them."""
+pytest_plugins = ["training_runs", "appended_context"]
+"""Fixtures of whole training runs and of a context, one for all files that look at them."""
 VOCABULARY = 97
 FAMILIES = ["llama", "gpt_neox"]
 """What the tests run on."""
