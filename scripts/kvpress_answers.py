@@ -1,24 +1,25 @@
-"""Answers of a base whose KV cache was pruned by NVIDIA's kvpress: SnapKV and others, as baselines for compression.
+"""Answer with a base whose KV cache NVIDIA's kvpress prunes (SnapKV and others): baselines for compression.
 
     python scripts/kvpress_answers.py REQUESTS.jsonl OUT.jsonl --press snapkv --press knorm [--base FOLDER]
 
-kvpress 0.5.5 needs an older transformers than rcc does. So it runs in an environment of its own, which is made the
-first time (minutes, 1.4 GB with torch for a CPU), and is spoken to in JSON lines. Each request is one line:
+kvpress 0.5.5 needs an older transformers than rcc does. So it runs in an environment of its own, which is made at
+first use (minutes, 1.4 GB with torch for a CPU), and exchanges JSON lines with this script. Each request is one line:
 
     {"id": …, "context": [token ids to compress], "question": [token ids of the rest of the prompt], "keep": 128}
 
-`press` and `max_new_tokens` may stand there too. `keep` is how many positions each layer keeps of the context. Each
-answer is one line, written as soon as it is there:
+A request may also have `press` and `max_new_tokens`. `keep` is how many positions of the context each layer keeps. Each
+answer is one line, written as soon as it is ready:
 
     {"id", "press", "tokens", "positions", "bytes", "compress_seconds", "first_token_seconds", "total_seconds"}
 
-`tokens` are written greedily, without the stop token; `positions` and `bytes` are of the context's keys and values that
-are left; `compress_seconds` until they are, `first_token_seconds` from then on until the question's first token,
-`total_seconds` in all. What cannot be done has `error` instead. Run again, it goes on.
+`tokens` are written greedily, without the stop token. `positions` and `bytes` are those of the context's remaining keys
+and values. `compress_seconds` is the time until the context is pruned, `first_token_seconds` from then until the first
+token of the answer, `total_seconds` all of it. A request that cannot be answered has `error` instead. Run again, the
+script continues.
 
 The press "none" prunes nothing. Nothing here sees the question before the context is pruned: with SnapKV, whose window
 is the prompt's end in its paper, the window is the context's end, as in kvpress's own pipeline. Where fewer than 128
-positions are kept, that window is half of them instead of kvpress's 64 tokens: or else nothing but it would be kept.
+positions are kept, that window is half of them instead of kvpress's 64 tokens: otherwise it would be all that is kept.
 """
 
 from __future__ import annotations
@@ -280,7 +281,7 @@ def worker() -> None:
 
 
 def answer(model: Any, request: dict[str, Any], max_new_tokens: int, stop: Collection[int]) -> dict[str, Any]:
-    """Read the context, prune it, and write an answer behind the question: kvpress's own pipeline, on token ids.
+    """Read the context, prune it, and write an answer after the question: kvpress's own pipeline, on token ids.
 
     Raises:
         ValueError, AssertionError: more tokens than the base's window, or a context too short for the press.
@@ -305,7 +306,7 @@ def answer(model: Any, request: dict[str, Any], max_new_tokens: int, stop: Colle
         raise ValueError(f"{request['press']} kept {sorted(positions)} positions instead of {keep}")
     size = sum(tensor.nbytes for tensor in held)
 
-    # a position is where a token stands in the text, also behind a pruned one
+    # a position is where a token stands in the text, also after a pruned one
     places = torch.arange(length, length + question.shape[1], device=model.device)[None]
     tokens: list[int] = []
     ids, first = question, None

@@ -1,10 +1,10 @@
-"""Add rows to the folder of an `rcc eval qa`: the same questions, answered by the same base behind kvpress's presses.
+"""Add rows to the folder of an `rcc eval qa`: the same questions, answered by the same base with kvpress's presses.
 
     python scripts/kvpress_rows.py DIR [--press snapkv --press knorm …] [--rates 4,8] [--limit N] [--env ENV]
 
 kvpress needs an older transformers than rcc: its environment is made at first use (1.4 GB, some minutes). A press keeps
-as many positions as a context compressed at that rate has; the chat's header is kept beside them. DIR says which
-questions were asked; `--limit` is as there. Interrupted, the same command goes on.
+as many positions as a context compressed at that rate has, and the chat's header besides. The questions are those of
+DIR; `--limit` means the same as there. Interrupted, the same command continues.
 """
 
 import argparse

@@ -3,7 +3,7 @@
     python scripts/write_answers.py QUESTIONS.jsonl OUT.jsonl [--base smollm2-135m-instruct] [--keep-f1 0.5]
 
 Rows are as for `rcc train` (context, question, answers; .xz too). OUT gets them with the base's answer as `answers` and
-the data's as `reference`. With --keep-f1 only rows on whose answer both agree that far. Run again, it goes on.
+the data's as `reference`; with --keep-f1, only rows where the two agree at least that far. Run again, it continues.
 """
 
 import argparse

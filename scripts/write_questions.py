@@ -1,4 +1,4 @@
-"""Have a small model write questions about texts, whose answers stand in them, to train on.
+"""Have a small model write questions about texts, with answers that occur in them, to train on.
 
     python scripts/write_questions.py learn QUESTIONS.jsonl WRITER.jsonl [--include clara_wiki,fairytaleqa]
     rcc train recipes/smollm2-135m-plain.yaml --output runs/writer --set "data.questions=[{path: WRITER.jsonl}]" \\
@@ -6,10 +6,10 @@
         --set "stages.0.lengths=[128]" --set stages.0.target_tokens=80
     python scripts/write_questions.py write TEXTS.jsonl OUT.jsonl --writer runs/writer [--field context] [--each 8]
 
-`learn` makes of rows as for `rcc train` (context, question, answers; .xz too) what a base learns to write and to answer
-questions from, a sentence and what stands before it. `write` cuts texts into contexts, picks names, numbers and phrases
-in them by rule, has the writer ask for each, and keeps a question where the writer, reading the passage, answers it
-with just that. Run again, it goes on.
+`learn` turns rows as for `rcc train` (context, question, answers; .xz too) into training data from which a base learns
+to write and to answer questions about a sentence and what precedes it. `write` cuts texts into contexts, picks names,
+numbers and phrases in them by rule, has the writer ask for each, and keeps a question if the writer, reading the
+passage, gives exactly that answer. Run again, it continues.
 """
 
 import argparse

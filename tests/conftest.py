@@ -23,8 +23,8 @@ from rcc import RCCConfig, RCCForCausalLM, SideConfig, checkpoints
 from rcc.cli import app as cli
 from rcc.runtime import allocator
 
-pytest_plugins = ["training_runs"]
-"""Fixtures of whole training runs, one for all files that look at them."""
+pytest_plugins = ["training_runs", "appended_context"]
+"""Fixtures of whole training runs and of a context, one for all files that look at them."""
 VOCABULARY = 97
 FAMILIES = ["llama", "gpt_neox"]
 """What the tests run on."""
@@ -64,9 +64,10 @@ for decoder in DECODERS:
         SIDES[f"{decoder}-{encoder}"] = {"family": decoder, **other}
 
 
-def load_script(name: str) -> ModuleType:
-    """A file of `scripts/` as a module."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).resolve().parents[1] / "scripts" / f"{name}.py")
+def load_script(path: str) -> ModuleType:
+    """Import a script by its path in the repository."""
+    file = Path(__file__).resolve().parents[1] / path
+    spec = importlib.util.spec_from_file_location(file.stem, file)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -1,7 +1,7 @@
 """Samples for train.py: fixed shapes, a pure function of (seed, number). NumPy only.
 
-Files (unpack.py lays them out): text.bin, eval.bin uint16 tokens; qa.npz, qa_eval.npz: contexts, questions, answers, quotes as
-flat uint16 arrays with offsets, `row_context` the context of each question; meta.json the marks' token ids.
+Files (unpack.py lays them out): text.bin, eval.bin: uint16 tokens; qa.npz, qa_eval.npz: contexts, questions, answers,
+quotes as flat uint16 arrays with offsets, `row_context` the context of each question; meta.json: the marks' token ids.
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ class Questions:
 
 
 class Samples:
-    """One kind of batch at a time: `rec`, `cont`, `qa`, `mode`, `plain`; every sample [N] context tokens and [X + 1] decoder tokens."""
+    """One kind of batch at a time: `rec`, `cont`, `qa`, `mode`, `plain`.
+
+    Every sample has [N] context tokens and [X + 1] decoder tokens."""
 
     def __init__(self, folder, split="train"):
         d = Path(folder)
@@ -70,7 +72,7 @@ class Samples:
 
     # ---------------------------------------------------------------- kinds
     def rec(self, g, N, X, wrong=0.02, repeated=0.3, spans=6):
-        """The context's spans in random order, each behind its own opening."""
+        """The context's spans in random order, each after its own opening."""
         c = self.stretch(g, N)
         if g.random() < repeated:
             for _ in range(N // 64):
@@ -158,7 +160,7 @@ class Samples:
         for row in rows:
             q, a = self.turn_of(g, row, whole)
             lead = [] if len(z) == 1 else [self.following]
-            piece = lead + [q, self.turn, a, self.end]
+            piece = [*lead, q, self.turn, a, self.end]
             size = sum(map(len, piece))
             if n + size > X + 1:
                 continue
@@ -187,7 +189,7 @@ class Samples:
         return c, z, w, None
 
     def mode(self, g, N, X):
-        """The encoder reads the question: before or behind the text (there as a segment of its own or not)."""
+        """The encoder reads the question: before or after the text (there as a segment of its own or not)."""
         own = self.segment == 256 < N and g.random() < 0.5
         before = not own and g.random() < 0.5
         row = self.start(g, N - 256 if own else N - 96)
@@ -222,7 +224,7 @@ class Samples:
         return None, z, w, None
 
     def exact(self, g, N, X):
-        """The passages as ordinary tokens behind the sink, before the header: a context at rate 1."""
+        """The passages as ordinary tokens after the sink, before the header: a context at rate 1."""
         row = self.start(g, N)
         c, whole = self.passages(g, N, int(self.qa.row_context[row]))
         z, w = self.chat(g, whole, X, 0.1, row)

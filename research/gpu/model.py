@@ -1,13 +1,14 @@
 """RCC over Qwen2.5-0.5B for one lent GPU: frozen base, LoRA on both sides, projections. Plain torch, no transformers.
 
 The prefix is `direct`: at a prefix position, what enters decoder block i is P_i · h_i, the encoder's state before
-its block i. Only keys and values are made of it: nothing of the decoder runs at prefix positions, and no position depends on
-another segment. In front stands a sink, one learnt position, at first what the base makes of its first token alone; the
-encoder, too, reads that token before each segment. So at 1x, untrained, a one-segment context is exactly the base's own KV cache.
+its block i. Only keys and values are made of it: nothing of the decoder runs at prefix positions, and no position
+depends on another segment. The first position is a learnt one, the sink, which starts as what the base makes of its
+first token alone; the encoder, too, reads that token before each segment. So at 1x, untrained, a one-segment context is
+exactly the base's own KV cache.
 
-Laid out for speed (test_gpu.py compares it with transformers): q, k, v and gate, up fused; LoRA inside one matrix product (the
-input is widened by xAᵀ, the weight by B); no attention mask anywhere, since sequences are padded on the right and attention
-is causal; the loss never holds all logits.
+Laid out for speed (test_gpu.py compares it with transformers): q, k, v and gate, up fused; LoRA inside one matrix
+product (the input is widened by xAᵀ, the weight by B); no attention mask anywhere, since sequences are padded on the
+right and attention is causal; the loss never holds all logits.
 
 Shapes: B texts of N tokens in segments of T, n = N / rate prefix positions, X decoder tokens, H hidden size, L blocks.
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn as nn
@@ -260,7 +262,7 @@ class Block(nn.Module):
 
 # ---------------------------------------------------------------- the loss
 class _Loss(torch.autograd.Function):
-    """Weighted mean cross-entropy of h [M, H] against a frozen head [V, H], chunk by chunk, gradient made on the way."""
+    """Weighted mean cross-entropy of h [M, H] against a frozen head [V, H], chunk by chunk, with its gradient."""
 
     @staticmethod
     def forward(ctx, h, head, y, w, chunk):
@@ -369,7 +371,7 @@ class RCC(nn.Module):
         return out
 
     def decode(self, prefix, x):
-        """prefix: of :meth:`encode`, or None (plain reading); x [B, X] → hidden states [B, X, H] after the final norm."""
+        """prefix of :meth:`encode`, or None (plain); x [B, X] → hidden states [B, X, H] after the final norm."""
         h = self.embed[x]
         cos, sin = self.rotary(h.shape[1] + (0 if prefix is None else prefix[0].shape[1]))
         for i, block in enumerate(self.decoder):
@@ -385,7 +387,7 @@ class RCC(nn.Module):
         )
 
     # ------------------------------------------------------------ as the project names them
-    NAMES = {
+    NAMES: ClassVar = {
         "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
         "o": ("self_attn.o_proj",),
         "gu": ("mlp.gate_proj", "mlp.up_proj"),
@@ -401,7 +403,7 @@ class RCC(nn.Module):
             for i, block in enumerate(blocks):
                 for part, names in self.NAMES.items():
                     m = getattr(block, part)
-                    for k, (name, (lo, hi)) in enumerate(zip(names, m.rows())):
+                    for k, (name, (lo, hi)) in enumerate(zip(names, m.rows(), strict=True)):
                         yield f"{side}.layers.{i}.{name}.lora_A", m.A[k * m.rank : (k + 1) * m.rank]
                         yield f"{side}.layers.{i}.{name}.lora_B", m.B[lo:hi]
 

@@ -3,7 +3,8 @@
 
     prepare.py GGUF_OR_WHEELS BASE_FOLDER DATA_FOLDER OUT [--start STATE] [--text-mtok 24]
 
-GGUF: Qwen2.5-Coder-0.5B-Instruct Q4_K_M. BASE_FOLDER: what base.py made of it (tokenizer, and the weights to check against).
+GGUF: Qwen2.5-Coder-0.5B-Instruct Q4_K_M. BASE_FOLDER: what base.py made of it (tokenizer, and the weights to check
+against).
 Needs numpy, gguf, transformers, tokenizers: run it where the project runs, not on the GPU machine.
 """
 
@@ -58,7 +59,6 @@ def lines(path):
 def text(paths, tok, budget):
     out, n = [], 0
     eos = tok.eos_token_id
-    docs = []
     per = [[] for _ in paths]
     for k, p in enumerate(paths):
         per[k] = [d["text"] for d in lines(p)]
@@ -68,7 +68,7 @@ def text(paths, tok, budget):
         room = budget * share[k] / total
         for i in range(0, len(d), 32):
             for ids in tok(d[i : i + 32], add_special_tokens=False)["input_ids"]:
-                ids = np.array(ids[: int(max(0, room))] + [eos], dtype=np.int32)
+                ids = np.array([*ids[: int(max(0, room))], eos], dtype=np.int32)
                 out.append(ids)
                 room -= len(ids)
                 n += len(ids)
@@ -172,7 +172,8 @@ def main():
     tokens = sum(map(len, everything))
     lost = sum(int((new[x] == rare).sum()) for x in everything)
     print(
-        f"{tokens / 1e6:.1f}M tokens, {len(used):,} of the vocabulary, {lost:,} rare tokens; {len(qa[5]):,} questions on {len(qa[0]):,} contexts; {time.time() - t0:.0f} s",
+        f"{tokens / 1e6:.1f}M tokens, {len(used):,} of the vocabulary, {lost:,} rare tokens; "
+        f"{len(qa[5]):,} questions on {len(qa[0]):,} contexts; {time.time() - t0:.0f} s",
         flush=True,
     )
     u16 = lambda x: new[x].astype(np.uint16)
@@ -223,18 +224,18 @@ def main():
     }
     put("meta.json", json.dumps(meta).encode())
     # the base: its tensors' quantized bytes, the embedding's rows that are used
-    index, blob = {}, open(stage / "base.bin", "wb")
-    for t in GGUFReader(a.gguf).tensors:
-        if t.name == "token_embd.weight" or (
-            a.blocks and re.match(r"blk\.(\d+)\.", t.name) and int(t.name.split(".")[1]) >= a.blocks
-        ):
-            continue
-        raw = np.ascontiguousarray(t.data)
-        if t.name == "output.weight":
-            raw = np.concatenate([raw[used], np.zeros_like(raw[:1])])
-        index[t.name] = [t.tensor_type.name, list(raw.shape), blob.tell(), raw.nbytes]
-        blob.write(raw.tobytes())
-    blob.close()
+    index = {}
+    with (stage / "base.bin").open("wb") as blob:
+        for t in GGUFReader(a.gguf).tensors:
+            if t.name == "token_embd.weight" or (
+                a.blocks and re.match(r"blk\.(\d+)\.", t.name) and int(t.name.split(".")[1]) >= a.blocks
+            ):
+                continue
+            raw = np.ascontiguousarray(t.data)
+            if t.name == "output.weight":
+                raw = np.concatenate([raw[used], np.zeros_like(raw[:1])])
+            index[t.name] = [t.tensor_type.name, list(raw.shape), blob.tell(), raw.nbytes]
+            blob.write(raw.tobytes())
     (stage / "base.json").write_text(json.dumps(index))
     if a.start:
         put("start.safetensors", Path(a.start).read_bytes())
@@ -266,7 +267,8 @@ def main():
     for i in range(1, count):
         print(f'call {i}: carry ["{name}/{i}"], timeout_s 60: mkdir -p /tmp/w && cp {name}/{i}/* /tmp/w/')
     print(
-        f'call {count}: carry ["{name}/{count}"], timeout_s 600: mkdir -p /tmp/w && cp {name}/{count}/* /tmp/w/ && python3 /tmp/w/unpack.py /tmp/w && bash /tmp/w/go.sh $((560 - SECONDS))'
+        f'call {count}: carry ["{name}/{count}"], timeout_s 600: mkdir -p /tmp/w && cp {name}/{count}/* /tmp/w/ && '
+        "python3 /tmp/w/unpack.py /tmp/w && bash /tmp/w/go.sh $((560 - SECONDS))"
     )
     print(f"call {count + 1}, at once: carry [], timeout_s 60: bash /tmp/w/go.sh fetch")
 

@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
-"""The model of model.py said once more with transformers' own modules and an ordinary cache: for tests, and to measure answers.
+"""The model of model.py with transformers' own modules and an ordinary cache: for tests, and to measure answers.
 
-reference.py BASE_FOLDER STATE QUESTIONS.jsonl[,MORE] [--limit 40] [--rates 2,4,8] [--longest 1500]   token F1, beside the base
+Prints token F1 beside the base's:
+
+    reference.py BASE_FOLDER STATE QUESTIONS.jsonl[,MORE] [--limit 40] [--rates 2,4,8] [--longest 1500]
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import random
 import re
 import string
 import time
+from pathlib import Path
 
 import torch
 from torch.func import functional_call
@@ -32,7 +35,7 @@ class Reference:
 
     def __init__(self, base, state, rates, sink, segment=1024):
         self.base, self.s, self.rates, self.sink, self.T = base, state, rates, sink, segment
-        self.encoder, self.decoder = ({k: v for k, v in self.merged(side)} for side in ("encoder", "decoder"))
+        self.encoder, self.decoder = (dict(self.merged(side)) for side in ("encoder", "decoder"))
 
     def merged(self, side):
         for k, w in self.base.named_parameters():
@@ -54,8 +57,9 @@ class Reference:
         return [x[:, at] @ self.s[f"projections.{i}"].to(x.dtype).t() for i, x in enumerate(hs)]
 
     def compress(self, ids, rate):
-        """ids, a list of N tokens → a cache of 1 + ceil(N / rate) positions (a segment that is not full keeps its last token).
+        """ids, a list of N tokens → a cache of 1 + ceil(N / rate) positions.
 
+        A segment that is not full keeps its last token.
         rate: one for all segments, or a list of a rate each.
         """
         each = rate if isinstance(rate, list) else [rate] * -(-len(ids) // self.T)
@@ -65,7 +69,7 @@ class Reference:
             x = torch.cat([self.s["sink"][i][None, None].to(parts[0][i].dtype), *(p[i] for p in parts)], 1)
             n, at = x.shape[1], layer.self_attn
             x = layer.input_layernorm(x)
-            w = lambda name: self.decoder[f"model.layers.{i}.self_attn.{name}"]
+            w = lambda name, i=i: self.decoder[f"model.layers.{i}.self_attn.{name}"]
             k, v = (
                 torch.nn.functional.linear(x, w(f"{p}_proj.weight"), w(f"{p}_proj.bias"))
                 .view(1, n, -1, at.head_dim)
@@ -77,7 +81,7 @@ class Reference:
         return cache
 
     def sink_cache(self):
-        """The sink alone: what a text that is read exactly (rate 1) stands behind."""
+        """The sink alone: what a text that is read exactly (rate 1) comes after."""
         cache, model = DynamicCache(), self.base.model
         for i, layer in enumerate(model.layers):
             x = layer.input_layernorm(self.s["sink"][i][None, None].to(model.embed_tokens.weight.dtype))
@@ -162,7 +166,7 @@ def main():
     )
     m = Reference(base, load_file(a.state), [1, 2, 4, 8, 16, 32], head[0], a.segment)
     untouched = dict(base.named_parameters())
-    rows = [json.loads(line) for f in a.questions.split(",") for line in open(f, encoding="utf-8")]
+    rows = [json.loads(line) for f in a.questions.split(",") for line in Path(f).read_bytes().splitlines()]
     random.Random(3).shuffle(rows)
     got, n, t = collections.defaultdict(list), 0, time.time()
     for r in rows:

@@ -1,4 +1,7 @@
-"""The trainer's model against transformers' own modules: same loss, same gradients; untrained at 1x it is the base.  pytest shared/gpu/test_gpu.py"""
+"""The trainer's model against transformers' own modules: same loss, same gradients; untrained at 1x it is the base.
+
+pytest research/gpu/test_gpu.py
+"""
 
 import sys
 from pathlib import Path
@@ -81,14 +84,17 @@ def test_same_loss_and_gradients(base, rate):
     expected.backward()
     assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
     mine = gradients(net)
-    assert len(state) > 60 and set(mine) == set(state)
+    assert len(state) > 60
+    assert set(mine) == set(state)
     for name, v in state.items():
         g = torch.zeros_like(v) if v.grad is None else v.grad
         assert (g - mine[name]).abs().max() < 1e-4 * max(1.0, g.abs().max().item()), name
 
 
 def gradients(net):
-    """Every learnt tensor's gradient by its own name: `tensors` gives views, so the gradients take the parameters' place for a moment."""
+    """Every learnt tensor's gradient by its own name.
+
+    `tensors` gives views, so the gradients take the parameters' place for a moment."""
     old = {q: q.data for q in net.parameters()}
     for q in old:
         q.data = torch.zeros_like(q) if q.grad is None else q.grad
@@ -105,8 +111,8 @@ def test_state_round_trip(base):
     assert all(torch.equal(s[k], v) for k, v in net.state(torch.float32).items())
 
 
-def test_exact_reads_behind_the_sink(base):
-    net, (ids, x) = ours(base), batch(2, SEGMENT, 1)
+def test_exact_reads_after_the_sink(base):
+    net, (_, x) = ours(base), batch(2, SEGMENT, 1)
     net.load({k: torch.randn_like(v) * 0.1 for k, v in net.state(torch.float32).items()})
     theirs = Reference(base, net.state(torch.float32), RATES, SINK, SEGMENT)
     mine = net.decode(net.encode(torch.zeros(2, 0, SEGMENT, dtype=torch.long), 1), x)[1] @ net.embed.t()

@@ -74,8 +74,8 @@ def held_out(net, folder, rates, device, a, length=0, samples=0):
             for i in range(0, count, 16):
                 ids, x, y, w = S.batch(kind, min(16, count - i), N, min(N, 1024), a.segment, g)
                 ids, *rest = inputs(device, ids, x, y, np.where(w >= 1, w, 0))
-                l, acc = net(ids, rate, *rest)
-                got.append((l.item(), acc.item()))
+                loss, acc = net(ids, rate, *rest)
+                got.append((loss.item(), acc.item()))
             out[f"{kind}@{rate}"] = tuple(round(float(np.mean([r[k] for r in got])), 3) for k in (0, 1))
     return out
 
@@ -231,7 +231,8 @@ def main():
     if resume:
         opt.load_state_dict(resume["opt"])
     tell(
-        f"{sum(q.numel() for q in params) / 1e6:.1f}M learnt, vocabulary {len(net.embed):,}, step {step}, set up in {time.time() - start:.0f} s; held out {None if a.skip_first else measure()}"
+        f"{sum(q.numel() for q in params) / 1e6:.1f}M learnt, vocabulary {len(net.embed):,}, step {step}, "
+        f"set up in {time.time() - start:.0f} s; held out {None if a.skip_first else measure()}"
     )
     begun = time.time()
     left = a.seconds - (begun - start) - a.reserve
@@ -249,7 +250,7 @@ def main():
     tick = begun  # a process that is stopped for a while does not spend its time
     while not over and failed < 20 and lost < 20:
         f = float(min(1, (step - first + 1) / a.warmup) * (a.floor + (1 - a.floor) * 0.5 * (1 + np.cos(np.pi * part))))
-        for g, (_, lr) in zip(opt.param_groups, groups):
+        for g, (_, lr) in zip(opt.param_groups, groups, strict=True):
             g["lr"] = lr * f
         for _ in range(a.accumulation):
             t = time.time()
@@ -268,7 +269,7 @@ def main():
             waited += time.time() - t
             if batch is None:
                 break
-            kind, rate, N, X, ids, x, y, w = batch
+            kind, rate, N, _, ids, x, y, w = batch
             rows = -(-len(x) // small)
             oom = False
             own = a.own and kind == "rec" and isinstance(rate, int) and rate <= 8 and np.random.random() < a.own
@@ -343,14 +344,16 @@ def main():
             spent = clock
             means = {
                 k: (
-                    round(torch.stack([l for l, _ in v]).mean().item(), 3),
+                    round(torch.stack([loss for loss, _ in v]).mean().item(), 3),
                     round(torch.stack([c for _, c in v]).mean().item(), 3),
                 )
                 for k, v in sorted(log.items())
             }
             memory = f", {torch.cuda.max_memory_allocated() / 2**30:.0f} GiB" if device.type == "cuda" else ""
             print(
-                f"{spent:.0f} s step {step} {tokens * world / 1e6:.3f}M tokens, {tokens * world / spent:,.0f}/s, {flops * world / spent / 1e12:.1f} TFLOP/s ({flops * world / spent / PEAK:.0%}){memory}, waited {waited:.0f} s; {means}",
+                f"{spent:.0f} s step {step} {tokens * world / 1e6:.3f}M tokens, {tokens * world / spent:,.0f}/s, "
+                f"{flops * world / spent / 1e12:.1f} TFLOP/s ({flops * world / spent / PEAK:.0%}){memory}, "
+                f"waited {waited:.0f} s; {means}",
                 flush=True,
             )
             log = {}

@@ -1,4 +1,4 @@
-"""On the GPU machine: put the parts together, check them, lay out the files, dequantize the base. NumPy and torch only."""
+"""On the GPU machine: join the parts, check them, lay out the files, dequantize the base. NumPy and torch only."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 
-# ---------------------------------------------------------------- the quantized types of llama.cpp, a row of blocks → float32
+# ------------------------------------------------------------ llama.cpp's quantized types, a row of blocks → float32
 def _f16(b):
     return b.view(np.float16).astype(np.float32)
 

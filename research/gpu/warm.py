@@ -1,4 +1,6 @@
-"""On the GPU machine, while parts still arrive: the whole model at random, compiled once (its kernels stay in the cache), a few steps of each shape timed."""
+"""On the GPU machine, while parts still arrive: compile the whole model at random and time a few steps of each shape.
+
+The compiled kernels stay in the cache."""
 
 import sys
 import time
@@ -31,7 +33,7 @@ for i in range(s.layers):
         p + "mlp.up_proj.weight": new(s.inner, s.hidden),
         p + "mlp.down_proj.weight": new(s.hidden, s.inner),
     }
-    for x, n in zip("qkv", s.qkv):
+    for x, n in zip("qkv", s.qkv, strict=True):
         base |= {p + f"self_attn.{x}_proj.weight": new(n, s.hidden), p + f"self_attn.{x}_proj.bias": new(n)}
 rates = [1, 2, 4, 8, 16, 32]
 net = M.RCC(base, s, rates, 0).to(device)
@@ -50,7 +52,7 @@ def step(S, T, X, rate, plain=False, tokens=16384):
     at = torch.arange(B * X, device=device)[:: 2 if not plain else 16]
     y = x.flatten()[at]
     w = torch.ones(len(at), device=device)
-    loss, acc = net(ids, rate, x, at, y, w)
+    loss, _ = net(ids, rate, x, at, y, w)
     loss.backward()
     g = torch.nn.utils.clip_grad_norm_([p for p in params if p.grad is not None], 1.0)
     opt.step()
@@ -73,7 +75,7 @@ def time_all(name, again):
     ]
     for S, T, X, r in shapes:
         t = time.time()
-        n = step(S, T, X, r)
+        step(S, T, X, r)
         first = time.time() - t
         t = time.time()
         k = sum(step(S, T, X, r) for _ in range(again))

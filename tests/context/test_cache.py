@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from transformers import StaticCache
+from transformers import GenerationConfig, StaticCache
 from transformers.cache_utils import DynamicLayer
 
 from equality import CLOSE, new_tokens, one, plain_cache, prompt_logits
@@ -221,3 +221,16 @@ def test_an_ordinary_cache_takes_a_context(tiny, tokens, expected):
     mask = torch.ones(1, 16, dtype=torch.long)
     got = model.decoder(one(prompt), **{CACHE: static}, position_ids=places, attention_mask=mask).logits[0]
     torch.testing.assert_close(got, want, **CLOSE)
+
+
+def test_the_cache_that_generate_hands_out_is_the_callers(tiny, tokens) -> None:
+    model = tiny()
+    context = model.compress(torch.tensor([tokens(40)]), rate=4)
+    how = {"context": context, "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    configured = {"generation_config": GenerationConfig(return_dict_in_generate=True)}
+    for settings in ({"return_dict_in_generate": True}, configured):
+        out = model.generate(torch.tensor([tokens(4)]), **settings, **how)
+        before = out.past_key_values.layers[0].keys.clone()
+        model.generate(torch.tensor([tokens(4, seed=1)]), **how)
+        model.compress(torch.tensor([tokens(30)]), rate=4, context=context)
+        assert torch.equal(before, out.past_key_values.layers[0].keys)

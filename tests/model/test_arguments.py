@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -160,3 +162,27 @@ def test_untrained_rate_warns(tiny, tokens, caplog):
         model.compress(one(tokens(20)), rate=2)
     assert caplog.text.count("not trained at rate 2") == 1
     assert "4, 8" in caplog.text
+
+
+@pytest.mark.parametrize("after_context", [True, False])
+def test_forward_gives_hidden_states_and_attentions(fresh, tokens, after_context: bool) -> None:
+    model = fresh(attn="eager")
+    context = model.compress(torch.tensor([tokens(40)]), rate=4) if after_context else None
+    out = model(torch.tensor([tokens(5)]), context=context, output_hidden_states=True, output_attentions=True)
+    assert [t.shape[1] for t in out.hidden_states] == [5] * 4
+    assert [t.shape[2:] for t in out.attentions] == [(5, 15 if after_context else 5)] * 3
+    assert model(torch.tensor([tokens(5)]), context=context, use_cache=False, return_dict=True).hidden_states is None
+
+
+@pytest.mark.parametrize("name", ["return_dict", "use_cache", "position_ids", "inputs_embeds", "past_key_values"])
+def test_forward_refuses_by_name_what_it_cannot_give(tiny, tokens, name: str) -> None:
+    value = {"return_dict": False, "use_cache": True}.get(name, torch.zeros(1, 5))
+    with pytest.raises(InputError, match=name):
+        tiny()(torch.tensor([tokens(5)]), **{name: value})
+
+
+@pytest.mark.parametrize("wrong", ["c.rcc", Path("c.rcc"), 5, torch.zeros(1)])
+@pytest.mark.parametrize("use", ["forward", "generate", "compress"])
+def test_what_is_no_context_is_refused_by_name(tiny, tokens, use: str, wrong: Any) -> None:
+    with pytest.raises(InputError, match="context must be a CompressedContext"):
+        getattr(tiny(), use)(torch.tensor([tokens(5)]), context=wrong)

@@ -21,7 +21,7 @@ SCRIPT = Path(__file__).resolve().parents[2] / "scripts/kvpress_answers.py"
 REQUEST = {"id": "a", "context": [5, 6, 7, 8], "question": [9], "keep": 2}
 
 
-kvpress = load_script("kvpress_answers")
+kvpress = load_script("scripts/kvpress_answers.py")
 
 # stands for a worker: says what it was started with and asked; of the context [1], nothing more
 WORKER = """#!{python}

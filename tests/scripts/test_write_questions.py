@@ -19,7 +19,7 @@ TEXT = "".join(
 
 @pytest.fixture(scope="module")
 def script() -> Any:
-    return load_script("write_questions")
+    return load_script("scripts/write_questions.py")
 
 
 def run(script: Any, monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> None:

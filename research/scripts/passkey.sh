@@ -2,12 +2,12 @@
 # Trains the passkey model from the default model's first weights (commit e96c7ae), about seven hours on two cores: rates from low to high, then longer
 # segments, then LoRA cut to small ranks, then keys in ever longer texts. A step that is finished is not repeated, one
 # that was interrupted goes on (the last one begins again).
-# usage: scripts/passkey.sh OUT
+# usage: research/scripts/passkey.sh OUT
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 out=$1
 export OMP_WAIT_POLICY=passive
-. scripts/arm.sh
+. research/scripts/arm.sh
 step() { # NAME INIT [OVERRIDE …]
   local sets=(); for value in "${@:3}"; do sets+=(--set "$value"); done
   arm recipes/smollm2-135m-passkey.yaml "$out/$1" --init "$2" "${sets[@]}"
@@ -24,6 +24,6 @@ stage() { # LENGTH BATCH_TOKENS MINUTES
 step low "$first" "${rank16[@]}" model.segment_length=128 "model.rates=[4,8,16,32]" "$(stage 192 3072 20)"
 step mid "$out/low" "${rank16[@]}" model.segment_length=128 "model.rates=[16,32,64,128]" "$(stage 192 3072 25)"
 step long "$out/mid" "${rank16[@]}" "model.rates=[64,128,256,512]" "$(stage 1024 8192 30)"
-[ -e "$out/small" ] || .venv/bin/python scripts/lora_rank.py "$out/long" "$out/small" --encoder 4 --decoder 2 --rates 512,128
+[ -e "$out/small" ] || .venv/bin/python research/scripts/lora_rank.py "$out/long" "$out/small" --encoder 4 --decoder 2 --rates 512,128
 step final "$out/small"
-[ -e "$out/model" ] || .venv/bin/python scripts/passkey_decoder.py "$out/final" "$out/model"
+[ -e "$out/model" ] || .venv/bin/python research/scripts/passkey_decoder.py "$out/final" "$out/model"

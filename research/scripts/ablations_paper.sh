@@ -3,12 +3,12 @@
 # a Transformer against a Mamba encoder, and rates; reconstruction alone, the same texts, the same minutes each, all from
 # the base without trained weights, contexts of 128 tokens (one segment), where copying is learnt soonest.
 # The arms named run side by side, one thread each: as many as there are cores, all at once, so that none has it quieter.
-# research/training-notes.md has what came out. Needs data/ (docs/training.md). Interrupted, the same command goes on.
-# usage: scripts/ablations_paper.sh OUT MINUTES ARM…      arms: all last icae 8x 16x transformer mamba
+# research/2026-11-22-paper-ablations.md has what came out. Needs data/ (docs/training.md). Interrupted, the same command goes on.
+# usage: research/scripts/ablations_paper.sh OUT MINUTES ARM…      arms: all last icae 8x 16x transformer mamba
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 out=$1; minutes=$2; shift 2
-. scripts/arm.sh
+. research/scripts/arm.sh
 variant() { # NAME [OVERRIDE …]
   local sets=(); for value in "${@:2}"; do sets+=(--set "$value"); done
   arm recipes/smollm2-135m-cpu.yaml "$out/$1" --set "stages.0.tasks={reconstruction: 1}" --set "model.rates=[4]" \

@@ -1,4 +1,4 @@
-"""`scripts/passkey_decoder.py`: what it puts together from stored vectors is what the encoder reads, and it trains."""
+"""passkey_decoder.py: what it puts together from stored vectors is what the encoder reads, and it trains."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from rcc import RCCConfig, RCCForCausalLM, SideConfig, load_tokenizer
 from rcc.data import haystack
 from rcc.training.tasks.base import Marks
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "passkey_decoder.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "research/scripts/passkey_decoder.py"
 PART = 64
 KEYS = [12345, 90909]
 
 
 @pytest.fixture(scope="module")
 def script() -> Any:
-    return load_script("passkey_decoder")
+    return load_script("research/scripts/passkey_decoder.py")
 
 
 @pytest.fixture(scope="module")

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Trains the default recipe in two runs side by side, a core each, from the same weights, and averages what they end with:
-# on two cores more than one run of both brings in the same time (research/training-notes.md). One reads its own predictions
+# on two cores more than one run of both brings in the same time (research/2026-11-25-seventh-weights.md). One reads its own predictions
 # in seven of ten samples of reconstruction at 4x, the other the true text and more of the high rates. 15 GB of memory
 # in all. Needs data/ (docs/training.md). Interrupted, the same command goes on.
-# usage: scripts/branches.sh OUT [START [MINUTES [SEED [WEIGHTS]]]]    WEIGHTS: of the two in the mean
+# usage: research/scripts/branches.sh OUT [START [MINUTES [SEED [WEIGHTS]]]]    WEIGHTS: of the two in the mean
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 out=$1; start=${2:-rcc-smollm2-135m}; minutes=${3:-90}; seed=${4:-1}; weights=${5:-0.35,0.65}
 export OMP_WAIT_POLICY=passive
-. scripts/arm.sh
+. research/scripts/arm.sh
 mkdir -p "$out"
 branch() { # NAME SEED [OVERRIDE …]
   local sets=(); for value in "${@:3}"; do sets+=(--set "$value"); done
@@ -24,6 +24,6 @@ branch true $((seed + 1)) "data.text=[{path: 'data/text_train_[bd]*.jsonl.xz'}, 
 second=$!
 echo "progress: $out/predicted.txt and $out/true.txt"
 wait $first; wait $second
-[ -e "$out/model" ] || .venv/bin/python scripts/average.py "$out/model" "$out/predicted" "$out/true" --rates 4,8,16 --weights "$weights"
-.venv/bin/python scripts/measure.py "$start" "$out/model" --recipe recipes/smollm2-135m-cpu.yaml --samples 16 \
+[ -e "$out/model" ] || .venv/bin/python research/scripts/average.py "$out/model" "$out/predicted" "$out/true" --rates 4,8,16 --weights "$weights"
+.venv/bin/python research/scripts/measure.py "$start" "$out/model" --recipe recipes/smollm2-135m-cpu.yaml --samples 16 \
   --set "stages.0.lengths=[512]" --set "stages.0.tasks={reconstruction: 1}" | tee "$out/held_out.md"

@@ -12,7 +12,7 @@ import pytest
 
 from rcc.checkpoints import BASES
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "gpu_prepare.sh"
+SCRIPT = Path(__file__).parents[2] / "research/scripts/gpu_prepare.sh"
 BOUND = 64 << 20  # of what travels with a call
 
 
@@ -20,10 +20,10 @@ BOUND = 64 << 20  # of what travels with a call
 def project(tmp_path):
     """A repository with a shipped model, the wheels at hand, and data beside it."""
     root, data = tmp_path / "project", tmp_path / "data"
-    for folder in ("scripts", "src/rcc/weights/small", ".gpu/wheels"):
+    for folder in ("research/scripts", "src/rcc/weights/small", ".gpu/wheels"):
         (root / folder).mkdir(parents=True)
     data.mkdir()
-    shutil.copy(SCRIPT, root / "scripts")
+    shutil.copy(SCRIPT, root / "research/scripts")
     (root / ".gitignore").write_text("/.gpu/\n")
     (root / "src/rcc/weights/small/config.json").write_text("{}")
     (root / "src/rcc/weights/small/model.safetensors").write_bytes(os.urandom(1 << 20))
@@ -42,7 +42,7 @@ def project(tmp_path):
 
 
 def prepare(root, *arguments):
-    command = ["bash", root / "scripts/gpu_prepare.sh", *arguments]
+    command = ["bash", root / "research/scripts/gpu_prepare.sh", *arguments]
     environment = {**os.environ, "PYTHON": sys.executable}
     return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
 

@@ -1,6 +1,6 @@
 """Give a model's LoRA other ranks (one shared base).
 
-    python scripts/lora_rank.py MODEL OUT --encoder 4 --decoder 2 [--segment 512] [--rates 512,128]
+    python research/scripts/lora_rank.py MODEL OUT --encoder 4 --decoder 2 [--segment 512] [--rates 512,128]
 
 A smaller rank keeps the largest singular values of each pair of matrices; how much of the products' energy (sum of
 squared singular values) is lost is printed. A larger one adds directions that change nothing yet, as new LoRA does:

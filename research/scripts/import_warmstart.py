@@ -1,6 +1,6 @@
 """Turn a state of `warmstart.py` (a safetensors file of adapters) into an RCC model folder.
 
-    python scripts/import_warmstart.py STATE.safetensors OUT [--name NAME] [--rates 4,8] [--segment 128]
+    python research/scripts/import_warmstart.py STATE.safetensors OUT [--name NAME] [--rates 4,8] [--segment 128]
 
 The state's tensors: `projections.i` [H, H], `encoder.…lora_A` / `lora_B` and `decoder.…` of the base's linear layers,
 with LoRA at scale 1. They go over the base `smollm2-135m-instruct` unchanged, in bfloat16.

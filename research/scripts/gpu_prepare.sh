@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Lays out what a lent GPU needs in .gpu/1, .gpu/2 …, one folder a call, each small enough to travel beside the tree, and
-# moves the shipped weights out of the tree meanwhile (to .gpu/moved). research/gpu-runs.md says what to do with them.
-# usage: scripts/gpu_prepare.sh [MODEL [DATA]]   MODEL to start from: a shipped name or a folder; DATA: data
-#        scripts/gpu_prepare.sh --restore        puts the shipped weights back
+# moves the shipped weights out of the tree meanwhile (to .gpu/moved). research/2026-11-21-half-an-hour-of-a-gpu.md says what to do with them.
+# usage: research/scripts/gpu_prepare.sh [MODEL [DATA]]   MODEL to start from: a shipped name or a folder; DATA: data
+#        research/scripts/gpu_prepare.sh --restore        puts the shipped weights back
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 python=${PYTHON:-.venv/bin/python}
 limit=$((63 << 20))  # bytes that travel with a call; 64 MiB are allowed
 
@@ -53,6 +53,6 @@ take="mkdir -p /tmp/rcc-gpu && cp"
 for ((i = 1; i < calls; i++)); do
   echo "call $i: carry [\".gpu/$i\"], timeout_s 60, command: $take .gpu/$i/* /tmp/rcc-gpu/"
 done
-train="timeout_s 600, command: "; run="bash scripts/gpu_run.sh 9.5"
+train="timeout_s 600, command: "; run="bash research/scripts/gpu_run.sh 9.5"
 echo "call $calls: carry [\".gpu/$calls\"], ${train}$take .gpu/$calls/* /tmp/rcc-gpu/ && $run"
 echo "then, until the lease is spent: carry nothing, ${train}$run"

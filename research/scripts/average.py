@@ -1,6 +1,6 @@
 """Average the own weights (LoRA, projections) of models that were trained from the same start into one model.
 
-    python scripts/average.py OUT MODEL MODEL … [--weights 1,1,2] [--rates 4,8] [--name NAME]
+    python research/scripts/average.py OUT MODEL MODEL … [--weights 1,1,2] [--rates 4,8] [--name NAME]
 
 Runs that begin at the same weights and differ in samples or settings end near each other; their mean is often better
 than each (Wortsman et al. 2022, arXiv 2203.05482). Configuration and base are the first model's, and so are the rates

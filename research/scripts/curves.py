@@ -1,6 +1,6 @@
 """Draw runs' training losses over each other, and compare them batch by batch.
 
-    python scripts/curves.py RUN RUN … [-o curves.svg] [--kinds reconstruction/4x,instruction/4x]
+    python research/scripts/curves.py RUN RUN … [-o curves.svg] [--kinds reconstruction/4x,instruction/4x]
 
 Runs with the same seed, tasks and sizes read the same samples at the same step, whatever else differs: where step and
 kind of batch agree with the first run's, the mean difference in loss is printed with its standard error.

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Trains the default recipe and variants of it for the same time each, one after the other, then measures all of them
-# on the same held-out samples. research/training-notes.md has what came out. Needs data/ (docs/training.md).
-# usage: scripts/ablations.sh OUT [MINUTES]
+# on the same held-out samples. research/2026-11-21-recipe-ablations.md has what came out. Needs data/ (docs/training.md).
+# usage: research/scripts/ablations.sh OUT [MINUTES]
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 out=$1; minutes=${2:-15}
-. scripts/arm.sh
+. research/scripts/arm.sh
 variant() { # NAME [OVERRIDE]
   arm recipes/smollm2-135m-cpu.yaml "$out/$1" --init rcc-smollm2-135m --set run.evaluation_samples=0 \
     --set stages.0.max_minutes="$minutes" ${2:+--set "$2"}
@@ -18,4 +18,4 @@ variant distilled stages.0.distillation.weight=0.5
 variant segment-128 model.segment_length=128
 variant one-rate "stages.0.rates=[8]"
 variant targets-256 stages.0.target_tokens=256
-.venv/bin/python scripts/measure.py rcc-smollm2-135m "$out"/*/ --recipe recipes/smollm2-135m-cpu.yaml | tee "$out/held_out.md"
+.venv/bin/python research/scripts/measure.py rcc-smollm2-135m "$out"/*/ --recipe recipes/smollm2-135m-cpu.yaml | tee "$out/held_out.md"

@@ -1,6 +1,6 @@
 """Write the model that a run's newest checkpoint holds, while the run is not finished: an ordinary model folder.
 
-    python scripts/export.py RUN OUT [--init MODEL] [--mean N]
+    python research/scripts/export.py RUN OUT [--init MODEL] [--mean N]
 
 MODEL is what the run was started from, if anything. `--mean` takes the mean of the newest N checkpoints' weights, which
 is better than the last where the learning rate is still high (`run.keep` says how many there are).

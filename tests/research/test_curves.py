@@ -1,4 +1,4 @@
-"""scripts/curves.py draws the loss of each kind of batch from steps that mix kinds."""
+"""research/scripts/curves.py draws the loss of each kind of batch from steps that mix kinds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from conftest import load_script
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts/curves.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "research/scripts/curves.py"
 KINDS = {"reconstruction@256/4x": 0.5, "reconstruction@512/8x": 2.0, "cloze@512/4x": 1.0}
 
 
@@ -30,7 +30,7 @@ def log(folder: Path, steps: int = 150) -> Path:
 
 
 def test_the_losses_of_mixed_kinds_are_told_apart(tmp_path: Path) -> None:
-    curves = load_script("curves")
+    curves = load_script("research/scripts/curves.py")
     fitted = curves.fitted(curves.steps(log(tmp_path / "run")))
     assert set(fitted) == {"reconstruction/4x", "reconstruction/8x", "cloze/4x"}
     for kind, loss in KINDS.items():

@@ -1,6 +1,7 @@
 """Measure models on the same held-out samples: loss and token accuracy of every task and rate of a recipe's stage.
 
-    python scripts/measure.py MODEL … --recipe recipes/smollm2-135m-cpu.yaml [--stage 0] [--samples 24] [--set K=V …]
+    python research/scripts/measure.py MODEL … --recipe recipes/smollm2-135m-cpu.yaml \\
+        [--stage 0] [--samples 24] [--set K=V …]
 
 Models are shipped names or folders. The samples depend on the recipe alone, so the columns can be compared.
 """

@@ -1,17 +1,18 @@
-"""Teaches a passkey model's decoder to find a key among up to 2,048 vectors, from vectors that are encoded once.
+"""Teach a passkey model's decoder to find a key among up to 2,048 vectors, from vectors that are encoded once.
 
-    python scripts/passkey_decoder.py MODEL OUT [--keys 1500] [--minutes 60] [--learning-rate 3e-4] [--threads 2]
-    python scripts/passkey_decoder.py MODEL OUT --encoder --texts 12 --keys 20000 --learning-rate 1e-4
+    python research/scripts/passkey_decoder.py MODEL OUT \\
+        [--keys 1500] [--minutes 60] [--learning-rate 3e-4] [--threads 2]
+    python research/scripts/passkey_decoder.py MODEL OUT --encoder --texts 12 --keys 20000 --learning-rate 1e-4
 
-With the encoder frozen, a segment's vector never changes, and of a text only the segments around its key are not
-filler. So segments with keys are encoded once, in the beginning, and every step puts some of them among the vectors of
-filler, in texts of any length, where `rcc train` would encode each anew. Half of the keys are drawn from two or three
-different digits, and one in four (--across) stands across the edge of two segments: these are what a decoder mistakes.
-Projections and the decoder's LoRA learn, at the model's highest rate (one vector a segment). A run that is interrupted
-keeps what it encoded, and trains from the beginning.
+With the encoder frozen, a segment's vector never changes, and all of a text but the segments around its key is filler.
+So segments with keys are encoded once at the start, and every step puts some of them among the vectors of filler, in
+texts of any length, where `rcc train` would encode each of them again. Half of the keys are drawn from two or three
+different digits, and one in four (--across) crosses the edge of two segments: these are the ones that a decoder
+misreads. Projections and the decoder's LoRA learn, at the model's highest rate (one vector a segment). An interrupted
+run keeps what it encoded, and trains from the beginning.
 
-With `--encoder` the encoder learns too: of each text the segments with its key are encoded in every step, and those of
-filler again now and then. Keys cost nothing in the beginning then, and many more are worth having.
+With `--encoder` the encoder learns too: every step encodes the segments with its texts' keys, and now and then those of
+filler again. Keys then cost nothing at the start, so use many more.
 """
 
 import argparse
@@ -49,7 +50,7 @@ class Vectors:
         if (least := len(opening) + len(hidden[0])) > self.size:
             raise SystemExit(f"segments of at least {least} tokens are needed: the model's hold {self.size}")
         plain = haystack.hide(opening, [], filler, length)[0]
-        # the key as the very first sentence: behind it all filler is shifted
+        # the key as the very first sentence: after it all filler is shifted
         shifted = haystack.hide(opening, [(0.0, hidden[0])], filler, length)[0]
         cut = range(0, length - self.size, self.size)
         self.filler = [[text[i : i + self.size] for i in cut] for text in (plain, shifted)]
@@ -115,7 +116,7 @@ class Vectors:
 
     def place(self, number, n):
         """In a text of n segments with that key at a random place, None if it has none there: which vectors of filler
-        stand before it, and which behind."""
+        stand before it, and which after."""
         low, count, _ = self.first[number]
         places = [0] if low == 0 else list(range((low - 1) % self.period + 1, n - count + 1, self.period))
         if not places or places[0] + count > n:

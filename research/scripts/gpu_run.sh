@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # On a lent GPU, when all of .gpu/1 … lies in /tmp/rcc-gpu: sets up once, trains, and within MINUTES of its start has handed
 # over the newest model in $OUT, in pieces, whatever happens. Repeat it: it goes on where it stopped.
-# usage: scripts/gpu_run.sh MINUTES [KEY=VALUE …]     the recipe's settings to change (rcc train --set), the same each time
+# usage: research/scripts/gpu_run.sh MINUTES [KEY=VALUE …]     the recipe's settings to change (rcc train --set), the same each time
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 repo=$PWD; work=${RCC_GPU:-/tmp/rcc-gpu}; recipe=$repo/recipes/smollm2-135m-gpu.yaml
 end=$(awk -v m="${1:?how many minutes?}" 'BEGIN {print int(60 * m)}'); shift
 sets=(); for value in "$@"; do sets+=(--set "$value"); done
@@ -15,7 +15,7 @@ hand_over() {
   status=$?; trap - EXIT; kill $(jobs -p) 2> /dev/null || true
   [ ! -e run/log.jsonl ] || cp run/log.jsonl "$OUT/"
   rm -rf model model.tar
-  if [ -d run/stages ] && python3 "$repo/scripts/export.py" run model --init init; then
+  if [ -d run/stages ] && python3 "$repo/research/scripts/export.py" run model --init init; then
     cp run/recipe.yaml model/; tar -cf model.tar model
     split -b 15m -d -a 1 model.tar "$OUT/model.part."; sha256sum model.tar | tee "$OUT/model.sha256"
   else
