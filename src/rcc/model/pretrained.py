@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +13,13 @@ from transformers import PreTrainedModel
 
 from ..config import RCCConfig
 from ..errors import ContextError, InputError, ModelError
-from . import adapters, backbones
+from . import adapters, backbones, merging
 from . import encoder as encoding
 from .decoder import accept_prefix, window_by_position
 from .encoder import Additions
 from .fingerprint import fingerprint_of
 from .losses import LossHead, token_loss
+from .merging import DeferredEncoder
 from .prefix import DirectPrefix, PrefixMaker, ResidualPrefix, new_sink
 from .projection import Projections, layer_map
 
@@ -30,8 +31,8 @@ class RCCPreTrainedModel(nn.Module):
     """An encoder, projections and a decoder, with their weights, as one module.
 
     Attributes:
-        encoder: a transformers base model without head.
         decoder: a causal language model.
+        merged: whether LoRA is merged into the weights, for inference alone (`from_pretrained(adapters="merged")`).
         projections: the linear maps from the encoder's states to the decoder.
         memory: [M, H_encoder] of `readout="memory_tokens"`, or None.
         rate_embeddings: [rates, H_encoder], or None.
@@ -40,11 +41,12 @@ class RCCPreTrainedModel(nn.Module):
         loss_head: what takes the place of the decoder's head in training passes, or None.
     """
 
-    def __init__(self, config: RCCConfig, encoder: PreTrainedModel | None, decoder: PreTrainedModel):
+    def __init__(self, config: RCCConfig, encoder: PreTrainedModel | DeferredEncoder | None, decoder: PreTrainedModel):
         """Join two backbones.
 
         Args:
-            encoder: a base model without head; None shares the decoder's weights.
+            encoder: a base model without head; None shares the decoder's weights. One that is read later makes a model
+                for inference, both of whose sides have their LoRA merged: no adapters are added.
 
         Raises:
             ModelError: a family that is not supported on that side.
@@ -60,31 +62,52 @@ class RCCPreTrainedModel(nn.Module):
             # the copy has modules of its own, for LoRA of its own, around the very same parameters
             shared = {id(p): p for p in decoder.base_model.parameters()}
             encoder = copy.deepcopy(decoder.base_model, memo=shared)
-        self.encoder = encoder
+        self.encoder_config = encoder.config
         if config.direct and config.sink_token is None:
             config.sink_token = 0
-        _check_segment(config, backbones.window(self.encoder.config))
-        encoding.capture_states(self.encoder)
+        _check_segment(config, backbones.window(self.encoder_config))
         accept_prefix(self.decoder.base_model)
         window_by_position(self.decoder.base_model)
-        sizes = self.encoder.config.hidden_size, self.decoder.config.hidden_size
-        depth = len(backbones.blocks(self.encoder))
+        self._deferred = encoder if isinstance(encoder, DeferredEncoder) else None
+        self.merged = self._deferred is not None
+        if isinstance(encoder, PreTrainedModel):
+            encoding.capture_states(encoder)
+            self._modules["encoder"] = encoder  # nn.Module would ask the property below whether it is there
+        sizes = self.encoder_config.hidden_size, self.decoder.config.hidden_size
+        depth = self.encoder_config.num_hidden_layers
         sources = layer_map(depth, len(backbones.blocks(self.decoder.base_model)), config)
         self.projections = Projections(sources, *sizes, config.direct).to(self.decoder.device, self.decoder.dtype)
-        embeddings = self.encoder.get_input_embeddings().weight
+        # of an encoder that is read later only the shape counts here: the model's own weights follow
+        embeddings = self.projections.weight(0).new_zeros(2, sizes[0])
+        if isinstance(encoder, PreTrainedModel):
+            embeddings = encoder.get_input_embeddings().weight
         self.memory = adapters.new_memory(embeddings, config.memory_length) if config.memory_length else None
         rates = adapters.new_rate_embeddings(embeddings, len(config.rates)) if config.rate_embeddings else None
         self.rate_embeddings = rates
         token = config.sink_token
         self.sink = nn.Parameter(new_sink(self.decoder.base_model, token)) if config.direct else None
-        last_state = max(self.projections.states)
-        adapters.add_lora(self.encoder, self.decoder.base_model, config, last_state)
-        adapters.freeze(self.encoder, self.decoder, config, last_state)
+        if isinstance(encoder, PreTrainedModel):
+            last_state = max(self.projections.states)
+            adapters.add_lora(encoder, self.decoder.base_model, config, last_state)
+            adapters.freeze(encoder, self.decoder, config, last_state)
         self._recorded: tuple[str, tuple[int, ...]] | None = None  # fingerprint, and the weights' versions then
         self._warned: set[int] = set()  # of which untrained rates
         self.token_loss = token_loss
         self.loss_head: LossHead | None = None
         self.eval()
+
+    @property
+    def encoder(self) -> PreTrainedModel:
+        """The encoder, a transformers base model without head; where adapters are merged, it is read at first use."""
+        if self._deferred is not None:
+            with merging.reading:
+                if self._deferred is not None:
+                    encoder, name = self._deferred.read(), self.fingerprint
+                    encoding.capture_states(encoder)
+                    self._modules["encoder"] = encoder.eval()
+                    self.record_fingerprint(name)  # weights have joined, and it is the same model
+                    self._deferred = None
+        return cast(PreTrainedModel, self._modules["encoder"])
 
     @classmethod
     def from_base(
@@ -131,6 +154,7 @@ class RCCPreTrainedModel(nn.Module):
         device: Any = None,
         dtype: Any = None,
         attn_implementation: str | None = None,
+        adapters: str = "separate",
         progress: Callable[[str], None] | None = None,
         **kwargs: Any,
     ) -> RCCForCausalLM:
@@ -138,6 +162,9 @@ class RCCPreTrainedModel(nn.Module):
 
         Args:
             dtype: a torch dtype or its name; as the base is stored by default.
+            adapters: `"merged"`: for inference alone, and faster at it. LoRA is added to the weights that it adapts,
+                the encoder is read when it is first used, and by default a CPU without bfloat16 computes in float32.
+                The linear layers of a shared base are then there twice, once for each side.
             progress: told in a few words what is being done where that takes long (fetching a base).
             kwargs: go to transformers' `from_pretrained`, for the bases.
 
@@ -148,7 +175,13 @@ class RCCPreTrainedModel(nn.Module):
         from . import loading
 
         return loading.from_pretrained(
-            name, device=device, dtype=dtype, attn_implementation=attn_implementation, progress=progress, **kwargs
+            name,
+            device=device,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            adapters=adapters,
+            progress=progress,
+            **kwargs,
         )
 
     def save_pretrained(
@@ -236,7 +269,7 @@ class RCCPreTrainedModel(nn.Module):
     @property
     def vocabulary(self) -> int:
         """Token ids that texts may have."""
-        return self.encoder.get_input_embeddings().num_embeddings
+        return int(self.encoder_config.vocab_size)
 
     @property
     def decoder_vocabulary(self) -> int:
