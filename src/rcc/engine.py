@@ -75,6 +75,7 @@ class Engine:
         store: ContextStore | None = None,
         allow_special: bool = False,
         *,
+        adapters: str = "merged",
         made: str | Path | None = None,
         progress: Say | None = None,
     ) -> Engine:
@@ -87,6 +88,7 @@ class Engine:
             dtype: bfloat16, float16 or float32; None: as stored, or float32 on a CPU without bfloat16.
             store: where contexts of texts are kept; None: nowhere.
             allow_special: whether chat marks in texts and questions are special tokens, as in :class:`Engine`.
+            adapters: `"merged"`, or `"separate"`, which needs less memory where a text is compressed and takes longer.
             made: a context file, which is checked before the model is loaded for it.
             progress: is told what is being done where that takes long, such as fetching a base.
 
@@ -98,7 +100,9 @@ class Engine:
         target, precision = parse_device(device), parse_dtype(dtype)
         name = _maker(made, model)
         name = default_model() if name is None else name
-        compressor = RCCForCausalLM.from_pretrained(name, device=target, dtype=precision, progress=progress)
+        compressor = RCCForCausalLM.from_pretrained(
+            name, device=target, dtype=precision, adapters=adapters, progress=progress
+        )
         if precision is None:
             compressor.to(computing(compressor.dtype, target))
         return cls(compressor, checkpoints.load_tokenizer(name), store, allow_special)

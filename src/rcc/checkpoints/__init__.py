@@ -5,6 +5,7 @@ An rcc model is a small folder that names a *base*, the language model whose wei
 """
 
 from ..runtime.home import home
+from .ahead import hash_ahead
 from .bases import BASES, Base, HubFile, Part
 from .hashing import add_tensor, read_tensor, weights_sha256
 from .loading import check_depth, load_backbone, load_config, read_weights
@@ -21,6 +22,7 @@ __all__ = [
     "ensure_base",
     "fetch",
     "has_tokenizer",
+    "hash_ahead",
     "home",
     "load_backbone",
     "load_config",

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import struct
+import threading
+from concurrent.futures import Future
+from io import RawIOBase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,31 +20,122 @@ if TYPE_CHECKING:  # torch takes seconds to import: each function imports what i
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
+_TYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U64": "uint64",
+    "U32": "uint32",
+    "U16": "uint16",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
+"""What safetensors calls a type, and torch's name for it, which is hashed."""
+_CHUNK = 1 << 20
+"""Bytes that are read at once."""
+
+
 def weights_sha256(folder: Path) -> str:
     """Return the SHA-256 over the tensors that a folder's weights are loaded from (:func:`weight_files`).
 
     Of every tensor, in name order: its name, type and shape, and its bytes. So the same weights have the same hash
-    in however many files, and whatever library wrote them.
+    in however many files, and whatever library wrote them. Where :func:`begin_sha256` has begun, its result is taken.
 
     Raises:
         ModelError: the folder has no such file, or one is damaged.
         FileError: one cannot be read.
     """
-    from safetensors import SafetensorError, safe_open
+    folder = Path(folder)
+    with _lock:
+        stamp, begun = _begun.pop(folder.absolute(), (None, None))
+    return _weights_sha256(folder) if begun is None or stamp != _stamp(folder) else begun.result()
 
-    digest = hashlib.sha256()
-    home_of: dict[str, Path] = {}
+
+def begin_sha256(folder: Path) -> None:
+    """Begin :func:`weights_sha256` in a thread of its own, to be ready when it is asked for.
+
+    It needs no torch, which takes seconds to import.
+    """
+    future: Future[str] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(_weights_sha256(folder))
+        except BaseException as error:  # raised where the result is asked for
+            future.set_exception(error)
+
+    with _lock:
+        _begun[folder.absolute()] = _stamp(folder), future
+    threading.Thread(target=work, daemon=True).start()
+
+
+_Stamp = list[tuple[str, int, int]]
+_begun: dict[Path, tuple[_Stamp, Future[str]]] = {}
+_lock = threading.Lock()
+
+
+def _stamp(folder: Path) -> _Stamp:
+    """Return what changes with a folder's weights: the names, sizes and times of their files."""
+    stats = [(file.name, file.stat()) for file in weight_files(folder)]
+    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+
+
+def _weights_sha256(folder: Path) -> str:
+    from safetensors import SafetensorError
+
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(_CHUNK))
+    tensors: dict[str, tuple[Path, int, int, str]] = {}
     try:
-        for file in weight_files(Path(folder)):
-            with safe_open(file, framework="pt") as opened:
-                home_of |= dict.fromkeys(opened.keys(), file)
-        for name in sorted(home_of):
-            add_tensor(digest, name, read_tensor(home_of[name], name))
+        for file in weight_files(folder):
+            tensors |= _tensors_of(file)
+        with contextlib.ExitStack() as stack:
+            opened = {file: stack.enter_context(file.open("rb", buffering=0)) for file, *_ in tensors.values()}
+            for name, (file, start, end, kind) in sorted(tensors.items()):
+                digest.update(f"{name} {kind}\n".encode())
+                _add_bytes(digest, opened[file], start, end, buffer)
     except SafetensorError as error:
         raise ModelError(f"the weights in {folder} are damaged ({brief(str(error))}): get them again.") from error
     except OSError as error:
         raise FileError(f"the weights in {folder} cannot be read ({brief(error)}).") from error
     return digest.hexdigest()
+
+
+def _tensors_of(file: Path) -> dict[str, tuple[Path, int, int, str]]:
+    """Return the tensors of a safetensors file: name → file, first byte and end, type and shape as they are hashed."""
+    from safetensors import safe_open
+
+    with safe_open(file, framework="numpy"):  # checks the header
+        pass
+    with file.open("rb") as opened:
+        (size,) = struct.unpack("<Q", opened.read(8))
+        header = json.loads(opened.read(size))
+    found = {}
+    for name, tensor in header.items():
+        if name == "__metadata__":
+            continue
+        if tensor["dtype"] not in _TYPES:
+            raise ModelError(f"{file} holds {name} as {tensor['dtype']}, which is not supported: get them in bfloat16.")
+        start, end = (8 + size + offset for offset in tensor["data_offsets"])
+        found[name] = file, start, end, f"torch.{_TYPES[tensor['dtype']]} {tuple(tensor['shape'])}"
+    return found
+
+
+def _add_bytes(digest: hashlib._Hash, file: RawIOBase, start: int, end: int, buffer: memoryview) -> None:
+    """Hash the bytes of a file from `start` to `end`, as many at once as the buffer holds."""
+    file.seek(start)
+    while start < end:
+        count = file.readinto(buffer[: end - start])
+        if not count:
+            raise OSError("it ends before its last tensor")
+        digest.update(buffer[:count])
+        start += count
 
 
 def read_tensor(file: Path, name: str) -> Tensor:

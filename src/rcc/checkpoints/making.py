@@ -56,6 +56,12 @@ def ensure_base(name: str, progress: Callable[[str], None] | None = None) -> Pat
     return folder
 
 
+def made_base(name: str) -> Path | None:
+    """Return the folder of a base in BASES if it has been made, without making it."""
+    folder = home() / "bases" / name
+    return folder if _is_made(folder) else None
+
+
 def _downloads() -> Path:
     return home() / "downloads"
 

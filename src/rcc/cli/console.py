@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .. import checkpoints
 from ..runtime.quiet import quiet_transformers
 from ..runtime.terminal import CONTROL, Console, shown
 
@@ -47,6 +48,7 @@ def load_engine(
     made: str | Path | None = None,
 ) -> Engine:
     """Load the model that is named, or that made the context file `made`, or the default one, with the user's store."""
+    checkpoints.hash_ahead(model, made)
     with loading("loading the model") as say:
         from ..engine import Engine, default_store
 

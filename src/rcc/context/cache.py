@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
+from .eight_bits import EightBitLayers, EightBits
+
 SPARE = 512
 """Positions kept free after a prefix, for a question and its answer."""
 
@@ -136,12 +138,49 @@ class KVBlocks:
         return {"layers": self.layers, "used": self.used}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["layers"], state["used"], writable=True)  # type: ignore[misc]
+        writable = not isinstance(state["layers"], EightBitLayers)
+        self.__init__(state["layers"], state["used"], writable)  # type: ignore[misc]
+
+    @property
+    def eight_bits(self) -> bool:
+        """Whether they are at rest in 8 bits: :attr:`layers` then makes ordinary tensors of a layer at a time."""
+        return isinstance(self.layers, EightBitLayers)
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the precision that they are used in, on their device."""
+        if isinstance(self.layers, EightBitLayers):
+            return self.layers.layers[0][0].steps
+        return self.layers[0][0]
 
     @property
     def capacity(self) -> int:
         """Positions that there is memory for."""
+        if isinstance(self.layers, EightBitLayers):
+            return self.layers.layers[0][0].numbers.shape[-2]
         return self.layers[0][0].shape[-2]
+
+    def nbytes(self, length: int) -> int:
+        """Return the bytes of the first positions' keys and values."""
+        if isinstance(self.layers, EightBitLayers):
+            return self.layers.nbytes
+        return sum(t.numel() // t.shape[-2] * length * t.element_size() for layer in self.layers for t in layer)
+
+    def in_eight_bits(self, length: int, device: Any = None) -> KVBlocks:
+        """Return the first positions in 8 bits, made a layer at a time.
+
+        Args:
+            length: positions to take.
+            device: of the result; None: where they are.
+        """
+        if isinstance(self.layers, EightBitLayers):
+            return KVBlocks(self.layers.map(lambda tensor: tensor.to(device)), length, False, self._release)
+        layers = []
+        for pair in self.layers:
+            keys, values = (EightBits.of(block[:, :, :length]).map(lambda tensor: tensor.to(device)) for block in pair)
+            layers.append((keys, values))
+            self.release()
+        return KVBlocks(EightBitLayers(layers), length, writable=False)
 
     def copies(
         self, length: int, extra: int, device: Any = None, dtype: torch.dtype | None = None
@@ -172,7 +211,7 @@ class KVBlocks:
     @contextlib.contextmanager
     def borrow(self, length: int, extra: int, spare: int) -> Iterator[Cache]:
         """Yield a cache of the first `length` positions with room for `extra` more; see `CompressedContext.borrow`."""
-        free = length + extra <= self.capacity and self.writable
+        free = self.writable and length + extra <= self.capacity
         if free and self.used == length and self.lock.acquire(blocking=False):
             try:
                 # an append may have finished between the check and the lock

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,6 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from ..errors import ContextError, InputError
+from ..runtime.precision import kept_dtype
 from . import file as fileformat
 from . import joining
 from .cache import SPARE, KVBlocks
@@ -59,9 +61,11 @@ class CompressedContext:
     # ---------------------------------------------------------------- a value
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy is made of: this context's positions alone, and no cache that a model has made of it."""
+        state = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in _DERIVED}
+        if self.blocks.eight_bits:
+            return state
         layers = [(k.clone(), v.clone()) for k, v in (self.layer(i) for i in range(len(self.blocks.layers)))]
         self.blocks.release()
-        state = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in _DERIVED}
         return {**state, "blocks": KVBlocks(layers, self.length, writable=True)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -85,18 +89,18 @@ class CompressedContext:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Precision of keys and values."""
-        return self.blocks.layers[0][0].dtype
+        """Precision of its keys and values; `torch.int8` where they are in 8 bits."""
+        return torch.int8 if self.blocks.eight_bits else self.blocks.like.dtype
 
     @property
     def device(self) -> torch.device:
-        """Device of keys and values."""
-        return self.blocks.layers[0][0].device
+        """Where its keys and values are."""
+        return self.blocks.like.device
 
     @property
     def nbytes(self) -> int:
         """Bytes of keys and values, spare capacity not counted."""
-        return sum(2 * t[0].numel() // t[0].shape[-2] * len(self) * t[0].element_size() for t in self.blocks.layers)
+        return self.blocks.nbytes(len(self))
 
     @property
     def rate(self) -> int | list[int]:
@@ -171,7 +175,7 @@ class CompressedContext:
     def grown(self, cache: Cache, pieces: tuple[tuple[Piece, ...], ...], mask: Tensor | None) -> CompressedContext:
         """Return the longer context that a cache from :meth:`borrow` has become; it shares memory where it can."""
         blocks = KVBlocks.of(cache)
-        if blocks.layers[0][0] is self.blocks.layers[0][0]:
+        if self.blocks.writable and blocks.layers[0][0] is self.blocks.layers[0][0]:
             self.blocks.used, blocks = blocks.used, self.blocks
         return replace(self, blocks=blocks, length=cache.get_seq_length(), pieces=pieces, mask=mask)
 
@@ -239,7 +243,7 @@ class CompressedContext:
             _check_independent(context, "joined")
         _check_one_model(contexts, "joined")
         first = contexts[0]
-        blocks = joining.concatenate([(c.blocks, c.length) for c in contexts], first.device, first.dtype)
+        blocks = joining.concatenate([(c.blocks, c.length) for c in contexts], first.device, first.blocks.like.dtype)
         pieces = tuple(piece for context in contexts for piece in context.pieces[0])
         return replace(first, blocks=blocks, length=blocks.used, pieces=(pieces,), mask=None)
 
@@ -287,7 +291,7 @@ class CompressedContext:
         first = contexts[0]
         _check_one_model(contexts, "stacked")
         length = max(map(len, contexts))
-        blocks = joining.stack([(c.blocks, c.length) for c in contexts], length, first.device, first.dtype)
+        blocks = joining.stack([(c.blocks, c.length) for c in contexts], length, first.device, first.blocks.like.dtype)
         pad = torch.nn.functional.pad
         mask = torch.cat([pad(c._mask().to(first.device), (length - len(c), 0), value=False) for c in contexts])
         pieces = tuple(row for c in contexts for row in c.pieces)
@@ -298,14 +302,25 @@ class CompressedContext:
             return self.mask
         return torch.ones(self.batch_size, len(self), dtype=torch.bool, device=self.device)
 
-    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> CompressedContext:
-        """Return the same context on another device or in another precision; itself where nothing changes."""
+    def to(self, device: Any = None, dtype: torch.dtype | str | None = None) -> CompressedContext:
+        """Return the same context on another device or in another precision; itself where nothing changes.
+
+        Args:
+            device: None: where it is.
+            dtype: a torch dtype or its name. `"int8"` is for keeping it, in half the bytes: what is asked of it is made
+                of that once more in the model's precision.
+
+        Raises:
+            InputError: an unknown precision.
+        """
         device = self.device if device is None else torch.device(device)
-        dtype = dtype or self.dtype
-        if (device, dtype) == (self.device, self.dtype):
+        wanted = self.dtype if dtype is None else kept_dtype(dtype)
+        if (device, wanted) == (self.device, self.dtype):
             return self
-        layers = self.blocks.copies(self.length, SPARE, device, dtype)
         mask = None if self.mask is None else self.mask.to(device)
+        if wanted == torch.int8:
+            return replace(self, blocks=self.blocks.in_eight_bits(self.length, device), mask=mask)
+        layers = self.blocks.copies(self.length, SPARE, device, wanted)
         return replace(self, blocks=KVBlocks(layers, self.length, writable=True), mask=mask)
 
     # ---------------------------------------------------------------- its file
@@ -324,20 +339,17 @@ class CompressedContext:
         if self.batch_size != 1:
             raise InputError(f"save needs a context of one text, this one holds {self.batch_size}: save context[i].")
         one = self[0] if self.mask is not None else self
-        depth = len(self.blocks.layers)
         manifest = Manifest(
             self.model_name,
             self.fingerprint,
             self.segment_length,
-            depth,
+            len(self.blocks.layers),
             self.pieces[0],
             self.versions,
             self.rotated,
+            one.blocks.eight_bits,
         )
-        tensors = {}
-        for i in range(depth):
-            for name, tensor in zip(("keys", "values"), one.layer(i), strict=True):
-                tensors[f"{name}.{i}"] = fileformat.lazy(tensor)
+        tensors = manifest.tensors_of(one.blocks.layers, len(one))
         fileformat.write(Path(path), "context", manifest.as_dict(), tensors, replace, private)
 
     @classmethod
@@ -375,7 +387,9 @@ class CompressedContext:
         )
         target = device if device is not None or model is None else model.device
         moved = context.to(target, None if model is None else model.dtype)
-        if moved is context and verify == "full":
+        if moved is context and verify == "full" and manifest.eight_bits:
+            moved = copy.deepcopy(context)
+        elif moved is context and verify == "full":
             moved = replace(context, blocks=KVBlocks(context.blocks.copies(length, SPARE), length, writable=True))
         return moved
 

@@ -27,7 +27,8 @@ from torch import Tensor
 from ..errors import ContextError, FileError, InputError
 from ..runtime import atomic
 
-VERSION = 1
+VERSION = 2
+"""The newest format: 2 is a context in 8 bits. What an older reader can read is written as 1."""
 _ZEROS = "0" * 64
 _DIGEST = re.compile(rb'"sha256":"([0-9a-f]{64})"')
 _DTYPES = {
@@ -71,7 +72,8 @@ def write(
         ExistsError: there is a file of that name, and it is not to be replaced.
         FileError: the folder does not exist or cannot be written, or the disk is full.
     """
-    metadata = {"format": f"rcc-{kind}", "version": str(VERSION), "sha256": _ZEROS, "rcc": json.dumps(manifest)}
+    version = VERSION if manifest.get("eight_bits") else 1
+    metadata = {"format": f"rcc-{kind}", "version": str(version), "sha256": _ZEROS, "rcc": json.dumps(manifest)}
     header = _header(metadata, tensors)
     match = _DIGEST.search(header)
     assert match is not None

@@ -86,17 +86,27 @@ def add_lora(encoder: PreTrainedModel, decoder: PreTrainedModel, config: RCCConf
     """
     from peft import LoraConfig, inject_adapter_in_model
 
-    # a direct prefix is made of the inputs of blocks: the last of an encoder's feed nothing
-    used = last_state if config.direct else None
-    for body, rank, depth in (
-        (encoder, config.encoder.lora_rank, used),
-        (decoder, config.decoder.lora_rank, None),
+    for body, rank, names in (
+        (encoder, config.encoder.lora_rank, encoder_lora_layers(encoder, config, last_state)),
+        (decoder, config.decoder.lora_rank, backbones.linear_names(decoder)),
     ):
         if rank:
-            names = backbones.linear_names(body, depth)
             alpha = config.lora_alpha or rank
             settings = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=names)  # type: ignore[arg-type]  # 1.5 will do, too
             inject_adapter_in_model(settings, body)
+
+
+def encoder_lora_layers(encoder: PreTrainedModel, config: RCCConfig, last_state: int) -> list[str]:
+    """Return the names of the encoder's layers that have LoRA.
+
+    A direct prefix is made of the inputs of blocks: an encoder's blocks after `last_state` feed nothing, and have none.
+    """
+    return backbones.linear_names(encoder, last_state if config.direct else None)
+
+
+def lora_scale(config: RCCConfig, rank: int) -> float:
+    """Return what the product of LoRA's matrices is multiplied by: alpha / rank."""
+    return (config.lora_alpha or rank) / rank
 
 
 def freeze(encoder: PreTrainedModel, decoder: PreTrainedModel, config: RCCConfig, last_state: int) -> None:

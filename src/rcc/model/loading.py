@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .. import checkpoints
 from ..config import BaseReference, RCCConfig
 from ..context import file as fileformat
 from ..errors import FileError, InputError, ModelError, RCCError
-from . import backbones, packing
+from ..runtime.precision import computing
+from . import adapters, backbones, merging, packing
 from .pretrained import RCCPreTrainedModel
 from .rcc import RCCForCausalLM
 
@@ -58,14 +59,38 @@ def from_pretrained(
     device: Any = None,
     dtype: Any = None,
     attn_implementation: str | None = None,
+    adapters: str = "separate",
     progress: Callable[[str], None] | None = None,
     **kwargs: Any,
 ) -> RCCForCausalLM:
     """Load a trained model; see :meth:`RCCForCausalLM.from_pretrained`."""
+    if adapters not in ("separate", "merged"):
+        raise InputError(f"adapters={adapters!r} is unknown: use separate or merged.")
     folder = checkpoints.resolve_model(name)
     config = RCCConfig.load(folder)
     load = {"dtype": dtype or "auto", "attn_implementation": attn_implementation, **kwargs}
-    sides = {}
+    paths = _bases(config, folder, progress)
+    decoder = _load_backbone(paths["decoder"], "decoder", load)
+    if checkpoints.weights_sha256(folder) != config.weights_sha256:
+        raise ModelError(f"{folder / WEIGHTS} was changed: its SHA-256 is not the one in config.json.")
+    own = packing.unpack(checkpoints.read_weights(folder))
+    if adapters == "merged":
+        target = decoder.device if device is None else device
+        nn.Module.to(decoder, target, decoder.dtype if dtype is not None else computing(decoder.dtype, target))
+        model = _merged(config, paths.get("encoder", paths["decoder"]), decoder, own, load)
+    else:
+        encoder = _load_backbone(paths["encoder"], "encoder", load) if "encoder" in paths else None
+        model = RCCForCausalLM(config, encoder, decoder)
+        model.load_own_state_dict(own)
+        if device is not None:
+            model.to(device)
+    model.record_fingerprint(config.fingerprint)
+    return model
+
+
+def _bases(config: RCCConfig, folder: Path, progress: Callable[[str], None] | None) -> dict[str, Path]:
+    """Return the folder of each side's base, whose weights are the right ones."""
+    paths = {}
     for side, base in config.base.items():
         path = checkpoints.resolve_base(base.source, relative_to=folder, progress=progress)
         if checkpoints.weights_sha256(path) != base.sha256:
@@ -73,18 +98,48 @@ def from_pretrained(
                 f"{path} is not the base that {config.name} was trained on (its weights have another SHA-256):"
                 " get the original one."
             )
-        sides[side] = _load_backbone(path, side, load)
+        paths[side] = path
         if path.is_relative_to(folder):  # saved elsewhere, the reference must still lead here
             base.source = str(path.absolute())
-    if "decoder" not in sides:
+    if "decoder" not in paths:
         raise ModelError(f"{folder / 'config.json'} names no base for the decoder: save the model again.")
-    model = RCCForCausalLM(config, sides.get("encoder"), sides["decoder"])
-    if checkpoints.weights_sha256(folder) != config.weights_sha256:
-        raise ModelError(f"{folder / WEIGHTS} was changed: its SHA-256 is not the one in config.json.")
-    model.load_own_state_dict(packing.unpack(checkpoints.read_weights(folder)))
-    if device is not None:
-        model.to(device)
-    model.record_fingerprint(config.fingerprint)
+    return paths
+
+
+def _merged(
+    config: RCCConfig, encoder_path: Path, decoder: PreTrainedModel, own: dict[str, Tensor], load: dict[str, Any]
+) -> RCCForCausalLM:
+    """Make a model for inference: LoRA merged on both sides, the encoder read when it is first used.
+
+    Args:
+        config: of the model.
+        encoder_path: folder of the encoder's base.
+        decoder: its base, on its device and in the precision to compute in.
+        own: the weights that are the model's own.
+        load: arguments of transformers' `from_pretrained`.
+    """
+    lora, rest = merging.split_lora(own)
+
+    def merge(side: str, body: PreTrainedModel, prefix: str, layers: list[str]) -> None:
+        matrices = {name[len(prefix) :]: tensor for name, tensor in lora.items() if name.startswith(f"{side}.")}
+        rank = config.sides[side].lora_rank
+        merging.merge_lora(body, layers if rank else [], matrices, adapters.lora_scale(config, rank) if rank else 0.0)
+
+    def read_encoder() -> PreTrainedModel:
+        body = _load_backbone(encoder_path, "encoder", load)
+        nn.Module.to(body, decoder.device, decoder.dtype)
+        if config.share_base:
+            body.set_input_embeddings(decoder.get_input_embeddings())
+        merge("encoder", body, "encoder.", adapters.encoder_lora_layers(body, config, max(model.projections.states)))
+        return body
+
+    body = backbones.body(decoder)
+    prefix = f"decoder.{decoder.base_model_prefix}." if body is not decoder else "decoder."
+    merge("decoder", body, prefix, backbones.linear_names(body))
+    settings = body.config if config.share_base else checkpoints.load_config(encoder_path)[0]
+    model = RCCForCausalLM(config, merging.DeferredEncoder(settings, read_encoder), decoder)
+    model.load_own_state_dict(rest)
+    model.requires_grad_(False)
     return model
 
 
@@ -96,6 +151,8 @@ def save_pretrained(
     eight_bits: Collection[str] = (),
 ) -> None:
     """Write a model's folder; see :meth:`RCCForCausalLM.save_pretrained`."""
+    if model.merged:
+        raise InputError('the model has merged adapters: load it with adapters="separate" to save it.')
     folder = Path(folder)
     packed = packing.pack(model.own_state_dict(), eight_bits)
     if eight_bits:

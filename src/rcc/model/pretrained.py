@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +13,12 @@ from transformers import PreTrainedModel
 
 from ..config import RCCConfig
 from ..errors import ContextError, InputError, ModelError
-from . import adapters, backbones
+from . import adapters, backbones, merging
 from . import encoder as encoding
 from .decoder import accept_prefix, window_by_position
 from .encoder import Additions
 from .fingerprint import fingerprint_of
+from .merging import DeferredEncoder
 from .prefix import DirectPrefix, PrefixMaker, ResidualPrefix, new_sink
 from .projection import Projections, layer_map
 
@@ -29,20 +30,21 @@ class RCCPreTrainedModel(nn.Module):
     """An encoder, projections and a decoder, with their weights, as one module.
 
     Attributes:
-        encoder: a transformers base model without head.
         decoder: a causal language model.
+        merged: whether LoRA is merged into the weights, for inference alone (`from_pretrained(adapters="merged")`).
         projections: the linear maps from the encoder's states to the decoder.
         memory: [M, H_encoder] of `readout="memory_tokens"`, or None.
         rate_embeddings: [rates, H_encoder], or None.
         sink: [L, H_decoder] of a direct prefix, or None.
     """
 
-    def __init__(self, config: RCCConfig, encoder: PreTrainedModel | None, decoder: PreTrainedModel):
+    def __init__(self, config: RCCConfig, encoder: PreTrainedModel | DeferredEncoder | None, decoder: PreTrainedModel):
         """Join two backbones.
 
         Args:
             config: of which nothing is left open, see :meth:`RCCConfig.decide`.
-            encoder: a base model without head; None shares the decoder's weights.
+            encoder: a base model without head; None shares the decoder's weights. One that is read later makes a model
+                for inference, both of whose sides have their LoRA merged: no adapters are added.
             decoder: a causal language model, which is changed in place (hooks, LoRA).
 
         Raises:
@@ -59,29 +61,50 @@ class RCCPreTrainedModel(nn.Module):
             # the copy has modules of its own, for LoRA of its own, around the very same parameters
             shared = {id(p): p for p in decoder.base_model.parameters()}
             encoder = copy.deepcopy(backbones.body(decoder), memo=shared)
-        self.encoder = encoder
+        self.encoder_config = encoder.config
         if config.direct and config.sink_token is None:
             config.sink_token = 0
-        _check_segment(config, backbones.window(self.encoder.config))
-        encoding.capture_states(self.encoder)
+        _check_segment(config, backbones.window(self.encoder_config))
         accept_prefix(backbones.body(self.decoder))
         window_by_position(backbones.body(self.decoder))
-        sizes = self.encoder.config.hidden_size, self.decoder.config.hidden_size
-        depth = len(backbones.blocks(self.encoder))
+        self._deferred = encoder if isinstance(encoder, DeferredEncoder) else None
+        self.merged = self._deferred is not None
+        if isinstance(encoder, PreTrainedModel):
+            encoding.capture_states(encoder)
+            self._modules["encoder"] = encoder  # nn.Module would ask the property below whether it is there
+        sizes = self.encoder_config.hidden_size, self.decoder.config.hidden_size
+        depth = self.encoder_config.num_hidden_layers
         sources = layer_map(depth, len(backbones.blocks(backbones.body(self.decoder))), config)
         self.projections = Projections(sources, *sizes, config.direct).to(self.decoder.device, self.decoder.dtype)
-        embeddings = backbones.embeddings(self.encoder).weight
+        # of an encoder that is read later only the shape counts here: the model's own weights follow
+        embeddings = self.projections.weight(0).new_zeros(2, sizes[0])
+        if isinstance(encoder, PreTrainedModel):
+            embeddings = backbones.embeddings(encoder).weight
         self.memory = adapters.new_memory(embeddings, config.memory_length) if config.memory_length else None
         rates = adapters.new_rate_embeddings(embeddings, len(config.rates)) if config.rate_embeddings else None
         self.rate_embeddings = rates
         token = config.sink_token
         self.sink = nn.Parameter(new_sink(backbones.body(self.decoder), token)) if config.direct else None
-        last_state = max(self.projections.states)
-        adapters.add_lora(self.encoder, backbones.body(self.decoder), config, last_state)
-        adapters.freeze(self.encoder, self.decoder, config, last_state)
+        if isinstance(encoder, PreTrainedModel):
+            last_state = max(self.projections.states)
+            adapters.add_lora(encoder, backbones.body(self.decoder), config, last_state)
+            adapters.freeze(encoder, self.decoder, config, last_state)
         self._recorded: tuple[str, tuple[int, ...]] | None = None  # fingerprint, and the weights' versions then
         self._warned: set[int] = set()  # of which untrained rates
         self.eval()
+
+    @property
+    def encoder(self) -> PreTrainedModel:
+        """The encoder, a transformers base model without head; where adapters are merged, it is read at first use."""
+        if self._deferred is not None:
+            with merging.reading:
+                if self._deferred is not None:
+                    encoder, name = self._deferred.read(), self.fingerprint
+                    encoding.capture_states(encoder)
+                    self._modules["encoder"] = encoder.eval()
+                    self.record_fingerprint(name)  # weights have joined, and it is the same model
+                    self._deferred = None
+        return cast(PreTrainedModel, self._modules["encoder"])
 
     @classmethod
     def from_base(
@@ -131,6 +154,7 @@ class RCCPreTrainedModel(nn.Module):
         device: Any = None,
         dtype: Any = None,
         attn_implementation: str | None = None,
+        adapters: str = "separate",
         progress: Callable[[str], None] | None = None,
         **kwargs: Any,
     ) -> RCCForCausalLM:
@@ -141,6 +165,9 @@ class RCCPreTrainedModel(nn.Module):
             device: of the model; where transformers loads it by default.
             dtype: a torch dtype or its name; as the base is stored by default.
             attn_implementation: transformers' name of one, for both sides; its own choice by default.
+            adapters: `"merged"`: for inference alone, and faster at it. LoRA is added to the weights that it adapts,
+                the encoder is read when it is first used, and by default a CPU without bfloat16 computes in float32.
+                The linear layers of a shared base are then there twice, once for each side.
             progress: told in a few words what is being done where that takes long (fetching a base).
             **kwargs: go to transformers' `from_pretrained`, for the bases.
 
@@ -151,7 +178,13 @@ class RCCPreTrainedModel(nn.Module):
         from . import loading
 
         return loading.from_pretrained(
-            name, device=device, dtype=dtype, attn_implementation=attn_implementation, progress=progress, **kwargs
+            name,
+            device=device,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            adapters=adapters,
+            progress=progress,
+            **kwargs,
         )
 
     def save_pretrained(
@@ -241,7 +274,7 @@ class RCCPreTrainedModel(nn.Module):
     @property
     def vocabulary(self) -> int:
         """Token ids that texts may have."""
-        return backbones.embeddings(self.encoder).num_embeddings
+        return int(self.encoder_config.vocab_size)
 
     @property
     def decoder_vocabulary(self) -> int:

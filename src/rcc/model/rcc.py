@@ -125,7 +125,7 @@ class RCCForCausalLM(RCCPreTrainedModel):
         if self.config.decoder_reads(rate):
             raise InputError("rate=1 is read by the decoder itself, and there are no vectors of it: use compress.")
         rows = rows_of(to_device(input_ids, self.device), to_device(attention_mask, self.device), self.vocabulary)
-        every = list(range(len(backbones.blocks(self.encoder)) + 1))
+        every = list(range(self.encoder_config.num_hidden_layers + 1))
         wanted = every if self.config.states == "all" else self.projections.states
         chunks = []
         for states, valid, _ in self._encode(rows, rate, wanted, batch_tokens):
@@ -148,8 +148,8 @@ class RCCForCausalLM(RCCPreTrainedModel):
         self.check_fingerprint(vectors.fingerprint, "unknown", "the vectors")
         step = batch_tokens_on(self.device)  # a position costs the decoder what a token costs the encoder
         wanted = self.projections.states
-        depths = {len(backbones.blocks(self.encoder)) + 1} | ({1} if len(wanted) == 1 else set())
-        if vectors.states.shape[2] not in depths or vectors.states.shape[3] != self.encoder.config.hidden_size:
+        depths = {self.encoder_config.num_hidden_layers + 1} | ({1} if len(wanted) == 1 else set())
+        if vectors.states.shape[2] not in depths or vectors.states.shape[3] != self.encoder_config.hidden_size:
             raise ContextError("the vectors do not have the shape that this model's encoder gives: encode again.")
         chunks = vectors.chunks(step, wanted, self.device)
         return self._extend(context, list(vectors.pieces), chunks)

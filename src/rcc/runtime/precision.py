@@ -49,6 +49,18 @@ def parse_dtype(name: str | None) -> torch.dtype | None:
     return dtype
 
 
+def kept_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """Return the precision that a context is to be kept in, by its name or as it is.
+
+    Raises:
+        InputError: it is none for a context.
+    """
+    wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if wanted not in (torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int8):
+        raise InputError(f"dtype {dtype} is none for a context: use bfloat16, float16, float32 or int8.")
+    return wanted
+
+
 def parse_device(name: str | None) -> str:
     """Return the device of that name, which can be used here; for None a GPU if there is one.
 
