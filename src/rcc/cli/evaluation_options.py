@@ -255,6 +255,9 @@ class ResourcesOptions(EvaluationOptions):
     segment_length: Annotated[
         int | None, typer.Option(min=1, help="With --shape: tokens of a segment (default: 2048).")
     ] = None
+    prefix: Annotated[
+        str | None, typer.Option(help="With --shape: residual, the paper's (default), or direct.")
+    ] = None
     question_tokens: Annotated[int, typer.Option(min=1, help="After which the first token is written.")] = 32
     plain: Annotated[bool, typer.Option(help="Also the base that reads the text as it is.")] = True
     data: Annotated[Path | None, typer.Option(help="A text to read, repeated (default: random tokens).")] = None
@@ -310,6 +313,7 @@ class ResourcesOptions(EvaluationOptions):
             share_base=self.share_base,
             rates=rates or subject.RATES,
             segment_length=self.segment_length or 2048,
+            prefix=self.prefix or "residual",
             **more,
         )
 
@@ -317,7 +321,7 @@ class ResourcesOptions(EvaluationOptions):
         """Refuse options of a shape without one, and the other way round."""
         if self.shape is not None and self.model is not None:
             raise InputError("--model measures a model and --shape computes one: give one of them.")
-        for name in ("encoder", "share_base", "random", "segment_length"):
+        for name in ("encoder", "share_base", "random", "segment_length", "prefix"):
             if getattr(self, name) and self.shape is None:
                 raise InputError(f"--{name.replace('_', '-')} is for a shape: name one with --shape.")
         if self.share_base and self.encoder is not None:

@@ -61,6 +61,7 @@ class ResourcesEvaluation:
             "fingerprint": subject.fingerprint,
             **subject.digests(),
             "segment_length": subject.blueprint.config.segment_length,
+            **({"prefix": "direct"} if subject.blueprint.config.direct else {}),
             "window": subject.model.window,
             "dtype": str(subject.blueprint.dtype).removeprefix("torch."),
             "lengths": asked.sizes,

@@ -64,7 +64,8 @@ class Subject:
         """Whether the paper's figures are of this model: two models of Pythia-1.4B's shape, read in 2,048 tokens."""
         plan, known = self.blueprint, shapes.find("pythia-1.4b").to_dict()
         sides = plan.decoder, plan.encoder
-        return all(s is not None and s.to_dict() == known for s in sides) and plan.config.segment_length == 2048
+        papers = plan.config.segment_length == 2048 and not plan.config.direct
+        return papers and all(s is not None and s.to_dict() == known for s in sides)
 
 
 def trained(name: str, dtype: torch.dtype | None = None) -> Subject:
@@ -91,6 +92,7 @@ def shaped(
     share_base: bool = False,
     rates: Sequence[int] = RATES,
     segment_length: int = 2048,
+    prefix: str = "residual",
     dtype: torch.dtype = torch.bfloat16,
 ) -> Subject:
     """Return a model of known shape: a decoder and an encoder with all their weights, as the paper's (section 4).
@@ -101,6 +103,7 @@ def shaped(
         share_base: one base for both sides instead, under LoRA of rank 16.
         rates: tokens a position, of the model's configuration.
         segment_length: tokens of a segment.
+        prefix: `"residual"`, the paper's, or `"direct"`.
         dtype: of all weights.
 
     Raises:
@@ -113,6 +116,7 @@ def shaped(
         share_base=share_base,
         encoder=side,
         decoder=side,
+        prefix=prefix,
         name=name,
     )
     encoder_shape = None if share_base else shapes.find(encoder_name or name)
