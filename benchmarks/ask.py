@@ -26,9 +26,17 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rcc import CompressedContext, RCCForCausalLM
 
 QUESTION = "Who is the young woman that the story is about?"
 BATCHES = (1, 4, 16)
+OPTIONS: dict[str, Any] = {"do_sample": False, "eos_token_id": 2**31 - 1, "pad_token_id": 0}
+"""Of `generate`: every answer is as long as it may be."""
 IMPORTS = {
     "import torch": "import torch",
     "import torch, transformers' model": "import torch\nfrom transformers.models.{family} import modeling_{family}",
@@ -62,6 +70,90 @@ def show(title: str, header: list[str], rows: list[list[str]]) -> str:
     return table
 
 
+def make_context(model: RCCForCausalLM, positions: int) -> CompressedContext:
+    """Return a context of so many positions, in the precision that contexts are kept in."""
+    import torch
+
+    from rcc.context.cache import KVBlocks
+
+    ids = torch.randint(1000, (1, 1024), generator=torch.Generator().manual_seed(0))
+    rate = 8 if 8 in model.config.rates else model.config.rates[0]
+    short = model.compress(ids, rate=rate)
+    index = torch.arange(positions) % len(short)
+    pairs = (short.layer(i) for i in range(len(short.blocks.layers)))
+    layers = [(keys[:, :, index], values[:, :, index]) for keys, values in pairs]
+    piece = replace(short.pieces[0][0], tokens=positions * rate, positions=positions)
+    context = replace(short, blocks=KVBlocks(layers, positions, True), length=positions, pieces=((piece,),))
+    return context.to(dtype=model.decoder.config.dtype)
+
+
+def command_line(arguments: argparse.Namespace, context: Path, family: str) -> str:
+    """Time `rcc ask` beside what it has to import; return the table."""
+    environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}
+    ask = [sys.executable, "-m", "rcc", "ask", str(context), QUESTION, "--model", arguments.model]
+    commands = {"rcc ask, to the first character": ask}
+    commands |= {name: [sys.executable, "-c", code.format(family=family)] for name, code in IMPORTS.items()}
+    runs = {name: partial(until_first_byte, command, environment) for name, command in commands.items()}
+    seconds = fastest(arguments.repeats, **runs)
+    return show("The command line", ["", "seconds"], [[name, f"{s:.2f}"] for name, s in seconds.items()])
+
+
+def answers(arguments: argparse.Namespace, model: RCCForCausalLM, held: CompressedContext, ids: Tensor) -> str:
+    """Time the first and further tokens of answers beside the plain base's; return the table."""
+    import torch
+    from transformers import DynamicCache
+
+    from rcc import RCCForCausalLM, checkpoints
+    from rcc.model import backbones
+
+    device = model.device
+    apart = RCCForCausalLM.from_pretrained(arguments.model, device=device, dtype=model.dtype)
+    folder = checkpoints.resolve_base(model.config.base["decoder"].source)
+    base: Any = checkpoints.load_backbone(folder, True, dtype=model.dtype).eval()
+    base.to(device)
+    layers = [model.as_cache(held).layer(i) for i in range(len(held.blocks.layers))]
+    mask = torch.ones(1, layers[0][0].shape[2] + ids.shape[1], dtype=torch.long, device=device)
+
+    def plain(tokens: int) -> None:
+        cache = DynamicCache()
+        for i, (keys, values) in enumerate(layers):
+            cache.update(keys, values, i)
+        options = {backbones.CACHE: cache, "attention_mask": mask, "max_new_tokens": tokens}
+        base.generate(ids, **options, **OPTIONS)
+
+    def ours(compressor: RCCForCausalLM, tokens: int) -> None:
+        compressor.generate(ids, context=held, max_new_tokens=tokens, **OPTIONS)
+
+    kinds: dict[str, Callable[[int], None]] = {
+        "rcc": partial(ours, model),
+        "rcc, separate adapters": partial(ours, apart),
+        "plain base": plain,
+    }
+    runs = {f"{kind} {n}": partial(ask, n) for n in (1, 1 + arguments.tokens) for kind, ask in kinds.items()}
+    for run in runs.values():
+        run()
+    seconds = fastest(arguments.repeats, **runs)
+    first = {kind: seconds[f"{kind} 1"] for kind in kinds}
+    each = {kind: (seconds[f"{kind} {1 + arguments.tokens}"] - first[kind]) / arguments.tokens for kind in kinds}
+    rows = []
+    for kind in kinds:
+        ratios = [f"{times[kind] / times['plain base']:.2f}" for times in (first, each)]
+        rows.append([kind, f"{first[kind]:.3f}", ratios[0], f"{1e3 * each[kind]:.1f}", ratios[1]])
+    header = ["", "first token, s", "of the base's", "each further token, ms", "of the base's"]
+    return show(f"A question of {arguments.positions:,} positions", header, rows)
+
+
+def batches(arguments: argparse.Namespace, model: RCCForCausalLM, held: CompressedContext, ids: Tensor) -> str:
+    """Time many questions of one context in one batch; return the table."""
+
+    def ask(n: int) -> None:
+        model.generate(ids.expand(n, -1), context=held.expand(n), max_new_tokens=arguments.tokens, **OPTIONS)
+
+    seconds = fastest(arguments.repeats, **{str(n): partial(ask, n) for n in BATCHES})
+    rows = [[n, f"{s:.2f}", f"{int(n) * arguments.tokens / s:.1f}"] for n, s in seconds.items()]
+    return show("Many questions in one batch", ["questions", "seconds", "tokens/s, all together"], rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="rcc-smollm2-135m")
@@ -79,100 +171,22 @@ def main() -> None:
     allocator.configure()
     import torch
     from compress import machine
-    from transformers import DynamicCache
 
-    from rcc import Engine, checkpoints
-    from rcc.context.cache import KVBlocks
-    from rcc.context.context import CompressedContext
+    from rcc import Engine
     from rcc.text.prompting import build
     from rcc.text.tokens import prompt_ids
 
     torch.set_num_threads(arguments.threads)
     engine = Engine.load(arguments.model, arguments.device)
     model = engine.compressor
-
-    def make_context() -> CompressedContext:
-        """A context of the wanted number of positions."""
-        ids = torch.randint(1000, (1, 1024), generator=torch.Generator().manual_seed(0))
-        rate = 8 if 8 in model.config.rates else model.config.rates[0]
-        short = model.compress(ids, rate=rate)
-        index = torch.arange(arguments.positions) % len(short)
-        pairs = (short.layer(i) for i in range(len(short.blocks.layers)))
-        layers = [(keys[:, :, index], values[:, :, index]) for keys, values in pairs]
-        piece = replace(short.pieces[0][0], tokens=arguments.positions * rate, positions=arguments.positions)
-        blocks = KVBlocks(layers, arguments.positions, writable=True)
-        context = replace(short, blocks=blocks, length=arguments.positions, pieces=((piece,),))
-        return context.to(dtype=model.decoder.config.dtype)
-
-    context = make_context()
-    folder = Path(tempfile.mkdtemp())
-    context.save(folder / "context.rcc")
-    tables = []
-
-    # ---------------------------------------------------------------- the command line
-    environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}
-    ask = [sys.executable, "-m", "rcc", "ask", str(folder / "context.rcc"), QUESTION, "--model", arguments.model]
-    runs = {"rcc ask, to the first character": lambda: until_first_byte(ask, environment)}
-    for name, code in IMPORTS.items():
-        line = [sys.executable, "-c", code.format(family=model.decoder.config.model_type)]
-        runs[name] = lambda line=line: until_first_byte(line, environment)
-    seconds = fastest(arguments.repeats, **runs)
-    tables.append(show("The command line", ["", "seconds"], [[k, f"{v:.2f}"] for k, v in seconds.items()]))
-
-    # ---------------------------------------------------------------- first token, and each further one
-    apart = Engine.load(arguments.model, arguments.device, adapters="separate").compressor
-    base = checkpoints.load_backbone(checkpoints.resolve_base(model.config.base["decoder"].source), True, dtype="auto")
-    base.to(model.device, model.dtype).eval()
+    context = make_context(model, arguments.positions)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "context.rcc"
+        context.save(path)
+        tables = [command_line(arguments, path, model.decoder.config.model_type)]
     ids = prompt_ids(engine.tokenizer, build(QUESTION, "human").decoder_parts).to(model.device)
     held = context.to(model.device, model.dtype)
-    layers = [model.as_cache(held).layer(i) for i in range(len(held.blocks.layers))]
-    length = layers[0][0].shape[2]
-    options = {"do_sample": False, "eos_token_id": 2**31 - 1, "pad_token_id": 0}
-
-    def plain(tokens: int) -> Callable[[], object]:
-        mask = torch.ones(1, length + ids.shape[1], dtype=torch.long, device=model.device)
-
-        def run() -> object:
-            cache = DynamicCache()
-            for i, (keys, values) in enumerate(layers):
-                cache.update(keys, values, i)
-            return base.generate(ids, past_key_values=cache, attention_mask=mask, max_new_tokens=tokens, **options)
-
-        return run
-
-    def ours(compressor: object, tokens: int) -> Callable[[], object]:
-        return lambda: compressor.generate(ids, context=held, max_new_tokens=tokens, **options)
-
-    kinds = {"rcc": partial(ours, model), "rcc, separate adapters": partial(ours, apart), "plain base": plain}
-    runs = {f"{kind} {n}": make(n) for n in (1, 1 + arguments.tokens) for kind, make in kinds.items()}
-    for run in runs.values():
-        run()
-    seconds = fastest(arguments.repeats, **runs)
-    first = {kind: seconds[f"{kind} 1"] for kind in kinds}
-    each = {kind: (seconds[f"{kind} {1 + arguments.tokens}"] - first[kind]) / arguments.tokens for kind in kinds}
-    rows = [
-        [
-            kind,
-            f"{first[kind]:.3f}",
-            f"{first[kind] / first['plain base']:.2f}",
-            f"{1e3 * each[kind]:.1f}",
-            f"{each[kind] / each['plain base']:.2f}",
-        ]
-        for kind in kinds
-    ]
-    header = ["", "first token, s", "of the base's", "each further token, ms", "of the base's"]
-    tables.append(show(f"A question of {arguments.positions:,} positions", header, rows))
-
-    # ---------------------------------------------------------------- many questions of one context
-    runs = {
-        str(n): lambda n=n: engine.compressor.generate(
-            ids.expand(n, -1), context=held.expand(n), max_new_tokens=arguments.tokens, **options
-        )
-        for n in BATCHES
-    }
-    seconds = fastest(arguments.repeats, **runs)
-    rows = [[n, f"{s:.2f}", f"{int(n) * arguments.tokens / s:.1f}"] for n, s in seconds.items()]
-    tables.append(show("Many questions in one batch", ["questions", "seconds", "tokens/s, all together"], rows))
+    tables += [answers(arguments, model, held, ids), batches(arguments, model, held, ids)]
     note = f"{arguments.model}, {model.dtype}, {arguments.threads} threads, {arguments.device}. {machine()}."
     print(note)
     if arguments.markdown:

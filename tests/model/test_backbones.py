@@ -23,6 +23,7 @@ from equality import (
     same_bits,
 )
 from rcc import ModelError, RCCConfig, RCCForCausalLM, SideConfig
+from rcc.model import attention
 
 STATE_SPACE = {name: sides for name, sides in conftest.SIDES.items() if name in ("gpt_neox-mamba", "gpt_neox-mamba2")}
 MAMBA = conftest.SIDES["gpt_neox-mamba"]
@@ -198,7 +199,7 @@ def test_mamba_save_and_load(backbone, tmp_path, family, lora):
     assert loaded.decoder.config._attn_implementation == "eager"
     assert_same_model(model, loaded, tokens)
     sdpa = RCCForCausalLM.from_pretrained(tmp_path / "model", attn_implementation="sdpa")
-    assert sdpa.decoder.config._attn_implementation == "sdpa"
+    assert sdpa.decoder.config._attn_implementation == attention.NAME
     given = [AutoModelForCausalLM.from_pretrained(side) for side in sides]
     assert RCCForCausalLM.from_base(*given, config=config, attn_implementation="sdpa").encoder.config.hidden_size == 32
 

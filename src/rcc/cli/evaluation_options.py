@@ -255,9 +255,7 @@ class ResourcesOptions(EvaluationOptions):
     segment_length: Annotated[
         int | None, typer.Option(min=1, help="With --shape: tokens of a segment (default: 2048).")
     ] = None
-    prefix: Annotated[
-        str | None, typer.Option(help="With --shape: residual, the paper's (default), or direct.")
-    ] = None
+    prefix: Annotated[str | None, typer.Option(help="With --shape: residual, the paper's (default), or direct.")] = None
     question_tokens: Annotated[int, typer.Option(min=1, help="After which the first token is written.")] = 32
     plain: Annotated[bool, typer.Option(help="Also the base that reads the text as it is.")] = True
     data: Annotated[Path | None, typer.Option(help="A text to read, repeated (default: random tokens).")] = None

@@ -15,6 +15,7 @@ from ..config import RCCConfig
 from ..errors import ContextError, InputError, ModelError
 from . import adapters, backbones, merging
 from . import encoder as encoding
+from .attention import attend_after_cache
 from .decoder import accept_prefix, window_by_position
 from .encoder import Additions
 from .fingerprint import fingerprint_of
@@ -67,6 +68,7 @@ class RCCPreTrainedModel(nn.Module):
         _check_segment(config, backbones.window(self.encoder_config))
         accept_prefix(backbones.body(self.decoder))
         window_by_position(backbones.body(self.decoder))
+        attend_after_cache(self.decoder)
         self._deferred = encoder if isinstance(encoder, DeferredEncoder) else None
         self.merged = self._deferred is not None
         if isinstance(encoder, PreTrainedModel):
