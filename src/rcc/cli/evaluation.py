@@ -104,7 +104,7 @@ def reconstruction(
     known = list(measuring.CONTROLS)
     chosen = parse_choices(controls, "--controls", known, optional=True)
     engine = load_engine(model, device, dtype)
-    rcc, tokenizer = engine.compressor, engine.tokenizer
+    rcc, tokenizer = engine.rcc, engine.tokenizer
     protocol = measuring.ReconstructionSettings(
         rates=numbers["rates"] or rcc.config.rates,
         lengths=numbers["lengths"] or [max(512, rcc.config.segment_length)],
@@ -179,7 +179,7 @@ def passkey(
             raise InputError("the variant prose needs real prose for its filler: name a text file with --filler-data.")
         prose = {example.name: read_text(str(example))}
     engine = load_engine(model, device, dtype)
-    rcc, tokenizer = engine.compressor, engine.tokenizer
+    rcc, tokenizer = engine.rcc, engine.tokenizer
     with progress("reading", 1) as advance:
         results = task.passkey(
             rcc,
@@ -238,19 +238,19 @@ def qa(
         some_ids = include.split(",") if include else []
         asked, notes = questions.open_questions(data, suite, some_ids)
     engine = load_engine(model, device, dtype)
-    config = engine.compressor.config
+    config = engine.rcc.config
     numbers = [config.check_rate(rate) for rate in divisors or config.rates]
     hint = qa_settings.HINT if hint is None else hint
     asking = qa_settings.QASettings(
         rates=numbers, limit=limit, pad_to=padded, max_new_tokens=max_new_tokens, hint=hint, seed=seed
     )
     methods = task.make_methods(
-        engine.compressor,
+        engine.rcc,
         engine.tokenizer,
         forms,
         chosen,
-        tuned=None if tuned is None else load_engine(tuned, device, dtype).compressor,
-        beside={name: load_engine(folder, device, dtype).compressor for name, folder in others.items()},
+        tuned=None if tuned is None else load_engine(tuned, device, dtype).rcc,
+        beside={name: load_engine(folder, device, dtype).rcc for name, folder in others.items()},
         hint=hint,
     )
     source = {"paths": data, "suite": suite, "include": some_ids}

@@ -21,7 +21,7 @@ from .manifest import Manifest
 from .pieces import Piece
 
 if TYPE_CHECKING:
-    from ..model.rcc import RCCForCausalLM
+    from ..model.compressor import Compressor
 
 _DERIVED = ("repeats", "decoder_cache")
 """Attributes that a copy does without."""
@@ -40,6 +40,7 @@ class CompressedContext:
         versions: of the libraries that made it.
         rotated: whether the keys are rotated to their positions. Those of a direct prefix are not, and have no sink at
             the front: the model's `as_cache` makes the decoder's cache of them.
+        compressor: how it was made, where that was not by an RCC model: "selection, rule repeat".
         repeats: the context of one text that this one holds several times (:meth:`expand`).
         decoder_cache: the decoder's cache that the model made of this context, for the next question.
     """
@@ -53,6 +54,7 @@ class CompressedContext:
     versions: dict[str, str]
     mask: Tensor | None = None
     rotated: bool = True
+    compressor: str = ""
     repeats: CompressedContext | None = field(default=None, init=False)
     decoder_cache: CompressedContext | None = field(default=None, init=False)
 
@@ -132,6 +134,7 @@ class CompressedContext:
         return {
             "model": self.model_name,
             "fingerprint": self.fingerprint,
+            **({"compressor": self.compressor} if self.compressor else {}),
             "source_tokens": self.source_tokens,
             "source_sha256": self.source_sha256[0],
             "rate": self.rate,
@@ -189,7 +192,8 @@ class CompressedContext:
             InputError: it holds several texts. ContextError: its segments depend on one another.
         """
         _check_independent(self, "cut")
-        return joining.segments_of(self.pieces[0], self.segment_length)
+        # chunks of a selection are read after what was kept before: a text is one
+        return joining.segments_of(self.pieces[0], None if self.compressor else self.segment_length)
 
     def select(self, segments: Sequence[int]) -> CompressedContext:
         """Return a context of chosen segments of this one, in any order.
@@ -334,6 +338,7 @@ class CompressedContext:
             self.pieces[0],
             self.versions,
             self.rotated,
+            self.compressor,
         )
         tensors = {}
         for i in range(depth):
@@ -343,7 +348,7 @@ class CompressedContext:
 
     @classmethod
     def load(
-        cls, path: str | Path, model: RCCForCausalLM | None = None, verify: str = "full", device: Any = None
+        cls, path: str | Path, model: Compressor | None = None, verify: str = "full", device: Any = None
     ) -> CompressedContext:
         """Read a context file.
 
@@ -372,6 +377,7 @@ class CompressedContext:
             manifest.segment_length,
             manifest.versions,
             rotated=manifest.rotated,
+            compressor=manifest.compressor,
         )
         target = device if device is not None or model is None else model.device
         moved = context.to(target, None if model is None else model.dtype)

@@ -37,15 +37,19 @@ class Segment:
     whole: bool
 
 
-def segments_of(pieces: Sequence[Piece], segment_length: int) -> tuple[Segment, ...]:
-    """Return the segments of a context of one text, in order."""
+def segments_of(pieces: Sequence[Piece], segment_length: int | None) -> tuple[Segment, ...]:
+    """Return the segments of a context of one text, in order.
+
+    Args:
+        segment_length: tokens of a segment; None: each piece is one.
+    """
     segments, start = [], 0
     for number, piece in enumerate(pieces):
-        size = piece.tokens if piece.rate == 1 else segment_length
+        size = piece.tokens if piece.rate == 1 or segment_length is None else segment_length
         for first in range(0, piece.tokens, size):
             tokens = min(size, piece.tokens - first)
-            stop = start + -(-tokens // piece.rate)
             whole = tokens == piece.tokens
+            stop = start + (piece.positions if whole else -(-tokens // piece.rate))
             alone = piece if whole else _part(piece, first, tokens)
             segments.append(Segment(start, stop, alone, number, whole))
             start = stop

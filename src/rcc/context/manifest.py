@@ -29,6 +29,7 @@ class Manifest:
     pieces: tuple[Piece, ...]
     versions: dict[str, str]
     rotated: bool
+    compressor: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """Return what is written, with the present time."""
@@ -40,6 +41,7 @@ class Manifest:
             "pieces": [piece.as_dict() for piece in self.pieces],
             "versions": self.versions,
             **({} if self.rotated else {"rotated": False}),
+            **({"compressor": self.compressor} if self.compressor else {}),
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
         }
 
@@ -51,15 +53,16 @@ class Manifest:
             ContextError: it lacks something, or has it of another type.
         """
         try:
-            fingerprint, name = data["fingerprint"], data["model"]
-            if not isinstance(fingerprint, str) or not isinstance(name, str):
+            fingerprint, name, compressor = data["fingerprint"], data["model"], data.get("compressor", "")
+            if not all(isinstance(text, str) for text in (fingerprint, name, compressor)):
                 raise TypeError("names that are no text")
             rotated = data.get("rotated", True)
             if not isinstance(rotated, bool):
                 raise TypeError("rotated is neither true nor false")
             pieces, versions = tuple(pieces_from(data["pieces"])), dict(data["versions"])
             layers = len(range(data["layers"]))
-            return cls(name, fingerprint, int(data["segment_length"]), layers, pieces, versions, rotated)
+            length = int(data["segment_length"])
+            return cls(name, fingerprint, length, layers, pieces, versions, rotated, compressor)
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
             raise ContextError(f"{path} is damaged: its manifest is not whole ({error}).") from None
 
