@@ -128,7 +128,9 @@ def test_expected_keeps_what_its_formula_keeps(backbone, tokens):
             k = keys[head // 2] / size**0.5
             scores[head // 2] += ((k @ mu) + ((k @ sigma) * k).sum(-1) / 2).softmax(-1) / 2
         best = (scores * values.double().norm(dim=-1)).topk(10).indices.sort(-1).values
-        torch.testing.assert_close(context.layer(i)[1][0], values.gather(1, best[..., None].expand(-1, -1, size)), **CLOSE)
+        torch.testing.assert_close(
+            context.layer(i)[1][0], values.gather(1, best[..., None].expand(-1, -1, size)), **CLOSE
+        )
 
 
 def test_a_chunk_is_read_after_what_was_kept(backbone, tokens):
@@ -231,7 +233,7 @@ def test_a_text_as_long_as_window_times_rate(backbone, tokens):
         context = model.compress(one(tokens(longest)), rate=4)
         assert len(model.as_cache(context)) <= 64
         assert same_bits(context.take(torch.arange(6)), model.compress(one(tokens(longest)[:24]), rate=4))
-    with pytest.raises(WindowError, match="chat header and .* new prefix positions"):
+    with pytest.raises(WindowError, match=r"chat header and .* new prefix positions"):
         model.compress(one(tokens(longest + 24)), rate=4)
     with pytest.raises(WindowError, match="highest rate of auto, 8"):
         model.fitting_rate([64 * 8])

@@ -38,7 +38,9 @@ def test_the_shipped_bases_have_the_shipped_form(name):
 
 
 def test_a_template_in_the_manner_of_llama():
-    form = chat_form(with_template(LLAMA, ["<|start|>", "<|end|>", "<|eot|>"], bos_token="<|begin|>", eos_token="<|eot|>"))
+    form = chat_form(
+        with_template(LLAMA, ["<|start|>", "<|end|>", "<|eot|>"], bos_token="<|begin|>", eos_token="<|eot|>")
+    )
     system = f"<|begin|><|start|>system<|end|>\n\n{prompting.SYSTEM}<|eot|>"
     assert form.header == f"{system}<|start|>user<|end|>\n\n"
     assert form.turn == "<|eot|><|start|>assistant<|end|>\n\n"

@@ -59,8 +59,8 @@ def load_engine(
     with loading("loading the model") as say:
         from ..engine import Engine, default_store
 
-        options = {"compressor": compressor, "made": made, "progress": say}
-        return Engine.load(model, device, dtype, default_store(), allow_special, **options)
+        where = (model, device, dtype, default_store(), allow_special)
+        return Engine.load(*where, compressor=compressor, made=made, progress=say)
 
 
 @contextlib.contextmanager
