@@ -232,8 +232,10 @@ def qa(
         from ..evaluation.qa import settings as qa_settings
         from ..text.prompting import MODES
     forms = parse_choices(modes, "--modes", MODES)
-    chosen = parse_choices(baselines, "--baselines", list(qa_settings.BASELINES), optional=True)
-    others = _named_models(beside or [], {"rcc", qa_settings.TUNED, *qa_settings.BASELINES})
+    named = [*qa_settings.BASELINES, *qa_settings.SELECTIONS]
+    every = list(qa_settings.BASELINES) if baselines == "all" else None  # a selection is asked for by its name
+    chosen = every or parse_choices(baselines, "--baselines", named, optional=True)
+    others = _named_models(beside or [], {"rcc", qa_settings.TUNED, *named})
     with status("reading the questions"):
         some_ids = include.split(",") if include else []
         asked, notes = questions.open_questions(data, suite, some_ids)

@@ -45,7 +45,10 @@ Suite = Annotated[
 Include = Annotated[str | None, typer.Option(help="Only questions whose id begins so, such as squad,quoref.")]
 Modes = Annotated[str, typer.Option(help="Ways to ask a compressed context.")]
 QARates = Annotated[str | None, typer.Option(help="Such as 4,8 (default: those that the model learnt).")]
-Baselines = Annotated[str, typer.Option(help="plain,truncated,bm25,no-context, or all, or none.")]
+Baselines = Annotated[
+    str,
+    typer.Option(help="plain,truncated,bm25,no-context, or all, or none; selection, selection-expected, … by name."),
+]
 Tuned = Annotated[
     str | None, typer.Option(metavar="MODEL", help="A model whose decoder was trained on plain text (plain: true).")
 ]
