@@ -54,7 +54,7 @@ class EvaluationOptions(abc.ABC):
     def load(self, model: str | None) -> tuple[RCCForCausalLM, PreTrainedTokenizerBase]:
         """Return a model, where and as the options say, and its tokenizer."""
         engine = load_engine(model, self.device, self.dtype)
-        return engine.compressor, engine.tokenizer
+        return engine.rcc, engine.tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +184,12 @@ class QAOptions(EvaluationOptions):
     include: Annotated[str | None, typer.Option(help="Only questions whose id begins so, such as squad,quoref.")] = None
     modes: Annotated[str, typer.Option(help="Ways to ask a compressed context.")] = "human,compress,reconstruct"
     rates: Annotated[str | None, typer.Option(help="Such as 4,8 (default: those that the model learnt).")] = None
-    baselines: Annotated[str, typer.Option(help="plain,truncated,bm25,no-context, or all, or none.")] = "all"
+    baselines: Annotated[
+        str,
+        typer.Option(
+            help="plain,truncated,bm25,no-context, or all, or none; selection, selection-expected, … by name."
+        ),
+    ] = "all"
     tuned: Annotated[
         str | None, typer.Option(metavar="MODEL", help="A model whose decoder was trained on plain text (plain: true).")
     ] = None
@@ -208,8 +213,11 @@ class QAOptions(EvaluationOptions):
             from ..evaluation.qa.run import QAEvaluation, make_methods
             from ..text.prompting import MODES
         modes = parse_choices(self.modes, "--modes", MODES)
-        baselines = parse_choices(self.baselines, "--baselines", list(settings.BASELINES), optional=True)
-        others = _named_models(self.beside or [], {"rcc", settings.TUNED, *settings.BASELINES})
+        rows = [*settings.BASELINES, *settings.SELECTIONS]
+        every = ",".join(settings.BASELINES)  # a selection is asked for by its name
+        named = every if self.baselines == "all" else self.baselines
+        baselines = parse_choices(named, "--baselines", rows, optional=True)
+        others = _named_models(self.beside or [], {"rcc", settings.TUNED, *rows})
         source: dict[str, Any] = {"paths": self.data, "suite": self.suite}
         source["include"] = self.include.split(",") if self.include else []
         with status("reading the questions"):
