@@ -241,6 +241,38 @@ def test_a_text_as_long_as_window_times_rate(backbone, tokens):
     assert model.fitting_rate([30], budget=16) == 2
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_in_8_bits(backbone, tokens, tmp_path, family):
+    """Keys are rounded before their rotation: what is asked, appended, joined and cut is that of the rounded pairs."""
+    model, prompt = select(backbone(family), chunk=16), one(tokens(5, 1))
+    context = model.compress(one(tokens(37)), rate=2).to(dtype=torch.bfloat16)
+    small = context.to(dtype="int8")
+    assert (small.dtype, small.rotated, small.compressor) == (torch.int8, False, "selection, rule repeat")
+    assert small.nbytes < 0.6 * context.nbytes
+    for i in range(3):
+        for keys, rounded in zip(context.layer(i), small.layer(i), strict=True):
+            assert float((keys - rounded).float().norm() / keys.float().norm()) < 0.02
+    rounded = small.to(dtype=model.dtype)
+    small.save(tmp_path / "small.rcc")
+    loaded = CompressedContext.load(tmp_path / "small.rcc", model=model)
+    assert CompressedContext.load(tmp_path / "small.rcc").compressor == small.compressor
+    assert same_bits(loaded, rounded)
+    want = model.generate(prompt, context=rounded, max_new_tokens=4, do_sample=False)
+    for same in (small, loaded, CompressedContext.load(tmp_path / "small.rcc", verify="header")):
+        assert torch.equal(model.generate(prompt, context=same, max_new_tokens=4, do_sample=False), want)
+    for batch in (small.expand(2), rounded.expand(2)):
+        out = model.generate(prompt.expand(2, -1), context=batch, max_new_tokens=4, do_sample=False)
+        assert torch.equal(out, want.expand(2, -1))
+    more = one(tokens(9, 2))
+    appended = model.compress(more, rate=1, context=small)
+    assert same_bits(appended, model.compress(more, rate=1, context=rounded))
+    assert same_bits(
+        CompressedContext.join([small, small]),
+        CompressedContext.join([rounded, rounded]).to(dtype=small.blocks.like.dtype),
+    )
+    assert same_bits(appended.to(dtype="int8").select([1]), appended.to(dtype="int8").to(dtype=model.dtype).select([1]))
+
+
 # ---------------------------------------------------------------- whose it is
 def test_a_fingerprint_names_model_and_settings(backbone, tokens):
     base, other = backbone("llama"), backbone("llama", seed=1)

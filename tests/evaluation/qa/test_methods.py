@@ -7,7 +7,7 @@ import torch
 
 import rcc
 from conftest import make_backbone, randomise
-from rcc import RCCConfig, RCCForCausalLM
+from rcc import RCCConfig, RCCForCausalLM, SideConfig
 from rcc.evaluation.qa import run as qa
 from rcc.evaluation.qa.methods.plain_text import ends
 from rcc.evaluation.qa.methods.retrieved import ranked
@@ -30,7 +30,8 @@ def test_a_selection_at_1x_is_plain_text(name: str) -> None:
     """It holds pairs of the base, without LoRA; at 4x a fourth of them."""
     tokenizer = rcc.load_tokenizer("rcc-smollm2-135m")
     base = make_backbone("llama", layers=2, window=512, vocab_size=len(tokenizer), eos_token_id=2)
-    config = RCCConfig(segment_length=16, rates=[4], encoder_lora_rank=4, decoder_lora_rank=4, share_base=True)
+    side = SideConfig(lora_rank=4)
+    config = RCCConfig(segment_length=16, rates=[4], encoder=side, decoder=side, share_base=True)
     model = randomise(RCCForCausalLM.from_base(base, config=config))
     question = Question("a/1", "a", "the cat sat on the mat . " * 9, "where is the cat ?", ("on the mat",))
     text = tokenizer(question.context, return_tensors="pt").input_ids[0]
