@@ -55,6 +55,7 @@ def load_engine(
     allow_special: bool = False,
     made: str | Path | None = None,
     compressor: str | None = None,
+    adapters: str = "merged",
 ) -> Engine:
     """Load the model that is named, or that made the context file `made`, or the default one, with the user's store."""
     checkpoints.hash_ahead(model, made)
@@ -62,7 +63,15 @@ def load_engine(
         from ..engine import Engine, default_store
 
         return Engine.load(
-            model, device, dtype, default_store(), allow_special, compressor=compressor, made=made, progress=say
+            model,
+            device,
+            dtype,
+            default_store(),
+            allow_special,
+            adapters=adapters,
+            compressor=compressor,
+            made=made,
+            progress=say,
         )
 
 

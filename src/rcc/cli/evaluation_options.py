@@ -31,9 +31,11 @@ class EvaluationOptions(abc.ABC):
 
     Attributes:
         packages: modules that the kind needs, beside what every evaluation does.
+        adapters: how models are loaded: where their base is measured too, LoRA has to stay apart from it.
     """
 
     packages: ClassVar[tuple[str, ...]] = ()
+    adapters: ClassVar[str] = "merged"
 
     model: Model = None
     output: Annotated[
@@ -53,7 +55,7 @@ class EvaluationOptions(abc.ABC):
 
     def load(self, model: str | None) -> tuple[RCCForCausalLM, PreTrainedTokenizerBase]:
         """Return a model, where and as the options say, and its tokenizer."""
-        engine = load_engine(model, self.device, self.dtype)
+        engine = load_engine(model, self.device, self.dtype, adapters=self.adapters)
         return engine.rcc, engine.tokenizer
 
 
@@ -65,6 +67,7 @@ class ReconstructionOptions(EvaluationOptions):
     """
 
     packages = ("sacrebleu", "rouge_score")
+    adapters = "separate"
 
     data: Annotated[
         list[str] | None,
@@ -173,6 +176,7 @@ class QAOptions(EvaluationOptions):
     """Ask questions of compressed contexts, and of what a user might do instead."""
 
     packages = ("rouge_score", "bm25s")
+    adapters = "separate"
 
     data: Annotated[
         list[str] | None,
