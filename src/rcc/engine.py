@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,15 +20,16 @@ from . import checkpoints
 from .answers import Answer, AnswerStream, Usage, WrittenText
 from .context import file as fileformat
 from .context.context import CompressedContext
+from .context.information import in_one_line
 from .context.store import MAX_BYTES, ContextStore
-from .defaults import BUDGET, default_model
+from .defaults import BUDGET
 from .documents.plain import read_text
 from .errors import InputError, ModelError
 from .model.answering import NEVER, Pieces, generate, write
+from .model.compressor import Compressor
+from .model.opening import open_compressor
 from .model.rcc import RCCForCausalLM
-from .model.segments import piece_of
-from .runtime.precision import computing, parse_device, parse_dtype
-from .text import prompting
+from .runtime.precision import parse_device, parse_dtype
 from .text.prompting import Prompt
 from .text.tokens import decode, prompt_ids, token_ids
 
@@ -57,13 +58,13 @@ class Engine:
 
     def __init__(
         self,
-        compressor: RCCForCausalLM,
+        compressor: Compressor,
         tokenizer: PreTrainedTokenizerBase,
         store: ContextStore | None = None,
         allow_special: bool = False,
     ) -> None:
         self.compressor, self.tokenizer, self.store = compressor, tokenizer, store
-        self.allow_special = prompting.allows_special(compressor.config, allow_special)
+        self.allow_special = allow_special or compressor.reads_special
         self._turn = threading.RLock()
 
     @classmethod
@@ -76,19 +77,22 @@ class Engine:
         allow_special: bool = False,
         *,
         adapters: str = "merged",
+        compressor: str | None = None,
         made: str | Path | None = None,
         progress: Say | None = None,
     ) -> Engine:
         """Load a model.
 
         Args:
-            model: a shipped model's name, a folder, or a hub id; None: the one that made the context `made`, or
-                without that :func:`default_model`.
+            model: a shipped model's name, a folder, or a hub id, of an RCC model or of any language model; None: the
+                one that made the context `made`, or without that :func:`default_model`.
             device: cpu, cuda, …; None: a GPU if there is one.
             dtype: bfloat16, float16 or float32; None: as stored, or float32 on a CPU without bfloat16.
             store: where contexts of texts are kept; None: nowhere.
             allow_special: whether chat marks in texts and questions are special tokens, as in :class:`Engine`.
-            adapters: `"merged"`, or `"separate"`, which needs less memory where a text is compressed and takes longer.
+            adapters: of an RCC model, `"merged"` or `"separate"`: the latter needs less memory where a text is
+                compressed, and takes longer.
+            compressor: see :func:`rcc.model.opening.open_compressor`; None: as the model is, or as `made` was made.
             made: a context file, which is checked before the model is loaded for it.
             progress: is told what is being done where that takes long, such as fetching a base.
 
@@ -98,19 +102,26 @@ class Engine:
             ContextError, FileError: `made` is damaged or cannot be read.
         """
         target, precision = parse_device(device), parse_dtype(dtype)
-        name = _maker(made, model)
-        name = default_model() if name is None else name
-        compressor = RCCForCausalLM.from_pretrained(
-            name, device=target, dtype=precision, adapters=adapters, progress=progress
+        opened = open_compressor(
+            model, target, precision, adapters=adapters, compressor=compressor, made=made, progress=progress
         )
-        if precision is None:
-            compressor.to(computing(compressor.dtype, target))
-        return cls(compressor, checkpoints.load_tokenizer(name), store, allow_special)
+        return cls(*opened, store, allow_special)
+
+    @property
+    def rcc(self) -> RCCForCausalLM:
+        """The model, where only one that was trained for rcc will do.
+
+        Raises:
+            ModelError: it was not.
+        """
+        if not isinstance(self.compressor, RCCForCausalLM):
+            raise ModelError(f"{self.name} was not trained for rcc, which this needs: name an RCC model.")
+        return self.compressor
 
     @property
     def name(self) -> str:
         """The model's name."""
-        return self.compressor.config.name
+        return self.compressor.name
 
     @property
     def fingerprint(self) -> str:
@@ -119,7 +130,7 @@ class Engine:
 
     def reads_with_question(self, mode: str) -> bool:
         """Return whether a text at hand is read anew with each question (the published checkpoint's rule)."""
-        return prompting.joins(self.compressor.config, prompting.build("?", mode))
+        return self.compressor.joins(self.compressor.prompt("?", mode))
 
     # ---------------------------------------------------------------- texts
     def compress(
@@ -181,14 +192,14 @@ class Engine:
         if self.store is None:
             return self._compress([row], tokens_a_position, None, progress)
         notice = notice or (lambda message: None)
-        digest = piece_of(row[0], tokens_a_position, self.compressor.config).sha256
+        digest = self.compressor.piece(row[0], tokens_a_position).sha256
         address = self.store.address(self.compressor.fingerprint, tokens_a_position, [digest], self.compressor.dtype)
         if (context := self.store.get(address, self.compressor)) is not None:
-            notice(f"read {self.store.path(address)}: {describe(context)}")
+            notice(f"read {self.store.path(address)}: {in_one_line(context)}")
             return context
         context = self._compress([row], tokens_a_position, None, progress)
         try:
-            notice(f"kept as {self.store.put(address, context)}: {describe(context)}")
+            notice(f"kept as {self.store.put(address, context)}: {in_one_line(context)}")
         except OSError as error:  # the answer does not need the file
             notice(f"not kept for the next time: {error}")
         return context
@@ -220,7 +231,7 @@ class Engine:
                 done += ids.shape[1]
         if context is None:
             raise InputError("source holds no text: give at least one.")
-        return context.to(dtype=cast("torch.dtype", self.compressor.decoder.config.dtype))
+        return context.to(dtype=self.compressor.stored_dtype)
 
     def _with_special_tokens(self, context: CompressedContext, ids: Tensor) -> CompressedContext:
         """Return the context, which says of its last text whether chat marks in it were read as special tokens."""
@@ -262,9 +273,9 @@ class Engine:
             InputError: an unknown mode or an empty question.
             WindowError: the question and the answer do not fit after the context.
         """
-        prompt = prompting.build(question, mode)
+        prompt = self.compressor.prompt(question, mode)
         if isinstance(context, str):
-            if prompting.joins(self.compressor.config, prompt):
+            if self.compressor.joins(prompt):
                 context = self.compress(f"{context}{prompt.encoder_text}", rate, budget=budget)
                 prompt = replace(prompt, encoder_text="")
             else:
@@ -293,7 +304,7 @@ class Engine:
         Raises:
             InputError, WindowError: as in :meth:`ask`.
         """
-        prompts = [prompting.build(question, mode) for question in questions]
+        prompts = [self.compressor.prompt(question, mode) for question in questions]
         if len(prompts) < 2 or mode != "human":  # elsewhere each question makes a context of its own
             options = {"max_new_tokens": max_new_tokens, **generation}
             return [self.ask(context, question, mode, **options) for question in questions]
@@ -308,7 +319,7 @@ class Engine:
                 self.tokenizer,
                 ids,
                 context.expand(len(rows)),
-                1,
+                prompts[0],
                 max_new_tokens,
                 attention_mask=mask,
                 **generation,
@@ -331,9 +342,9 @@ class Engine:
         self, context: CompressedContext, question: str, history: Sequence[tuple[str, str]], max_new_tokens: int
     ) -> Prompt:
         """Make the prompt with as much of a chat as there is room for: a long talk forgets its beginning."""
-        room = self.compressor.window - len(context) - max_new_tokens
+        room = self.compressor.window - self.compressor.sink_positions - len(context) - max_new_tokens
         for first in range(len(history) + 1):
-            prompt = prompting.build(question, "human", history[first:])
+            prompt = self.compressor.prompt(question, "human", history[first:])
             if self._prompt_tokens(prompt).shape[1] <= room:
                 break
         return prompt
@@ -381,23 +392,6 @@ class Engine:
 def is_context(path: str | Path) -> bool:
     """Return whether a file is a context or is called one: a damaged one should not be taken for a strange text."""
     return str(path).endswith(".rcc") or (str(path) != "-" and fileformat.is_ours(Path(path), "context"))
-
-
-def describe(context: CompressedContext) -> str:
-    """Return what a context is in one line: tokens, rate, positions, megabytes."""
-    rate = context.rate if isinstance(context.rate, int) else "/".join(map(str, context.rate))
-    return f"{context.source_tokens:,} tokens at {rate}× in {len(context):,} positions, {context.nbytes / 1e6:.1f} MB"
-
-
-def _maker(made: str | Path | None, model: str | Path | None) -> str | None:
-    """Return the model to load: `model`, or the one that made a context file, which is checked whole."""
-    manifest = None if made is None else fileformat.read(Path(made), "context", "full")[0]
-    if model is not None or manifest is None:
-        return None if model is None else str(model)
-    name = str(manifest.get("model"))
-    if name not in checkpoints.shipped_models():
-        raise ModelError(f"the context was made by {name}: name that model's folder as the model.")
-    return name
 
 
 def _add(progress: Progress, before: int, all_texts: int, done: int, total: int) -> None:

@@ -19,7 +19,7 @@ import rcc
 from rcc import InputError, ModelError, RCCError, RCCForCausalLM, checkpoints
 
 SOURCES = sorted(Path(rcc.__file__).parent.rglob("*.py"))
-OUR_OWN = {"RCCForCausalLM", "loading", "GenerationConfig"}
+OUR_OWN = {"RCCForCausalLM", "Selection", "loading", "GenerationConfig"}
 
 
 def loading_calls() -> list[tuple[str, ast.Call]]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
+from rcc import InputError, RCCForCausalLM
+from rcc.cli.evaluation_options import QAOptions, ReconstructionOptions
 from rcc.evaluation.uncompressed import base_decoder, read_plain
 
 
@@ -23,3 +26,12 @@ def test_a_base_is_read_without_a_trace(fresh, backbone):
     assert not torch.allclose(own, base(ids).logits, atol=1e-2)
     assert [p.requires_grad for p in model.parameters()] == learning
     assert model.fingerprint == fingerprint
+
+
+def test_a_merged_decoder_is_refused(fresh, tmp_path):
+    """Merged LoRA cannot be taken out: no figure of a base may come from it. So `rcc eval` keeps it apart for them."""
+    fresh().save_pretrained(tmp_path / "model", full=True)
+    model = RCCForCausalLM.from_pretrained(tmp_path / "model", adapters="merged")
+    with pytest.raises(InputError, match='adapters="separate"'), base_decoder(model):
+        pass
+    assert [kind.adapters for kind in (ReconstructionOptions, QAOptions)] == ["separate"] * 2

@@ -37,6 +37,14 @@ AllowSpecial = Annotated[
     bool,
     typer.Option("--allow-special", help="Read chat marks such as <|im_end|> in texts and questions as special ones."),
 ]
+CompressorName = Annotated[
+    str | None,
+    typer.Option(
+        "--compressor",
+        help="rcc, or selection (of a model's own KV pairs, also of an RCC model's base), selection-expected, …"
+        " (default: as the model is).",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -46,13 +54,25 @@ def load_engine(
     dtype: str | None,
     allow_special: bool = False,
     made: str | Path | None = None,
+    compressor: str | None = None,
+    adapters: str = "merged",
 ) -> Engine:
     """Load the model that is named, or that made the context file `made`, or the default one, with the user's store."""
     checkpoints.hash_ahead(model, made)
     with loading("loading the model") as say:
         from ..engine import Engine, default_store
 
-        return Engine.load(model, device, dtype, default_store(), allow_special, made=made, progress=say)
+        return Engine.load(
+            model,
+            device,
+            dtype,
+            default_store(),
+            allow_special,
+            adapters=adapters,
+            compressor=compressor,
+            made=made,
+            progress=say,
+        )
 
 
 @contextlib.contextmanager

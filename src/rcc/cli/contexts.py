@@ -20,6 +20,7 @@ from ..text.counts import parse_bytes, parse_rate
 from .console import (
     AllowSpecial,
     Budget,
+    CompressorName,
     Device,
     Dtype,
     Json,
@@ -45,6 +46,7 @@ def compress(
     sources: Annotated[list[str], typer.Argument(help="Text files in UTF-8, one after another; - is standard input.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The context file to write.")],
     model: Model = None,
+    compressor: CompressorName = None,
     rate: Annotated[
         str, typer.Option(help="Tokens a position, or auto: the lowest trained rate that stays within the budget.")
     ] = "auto",
@@ -59,7 +61,7 @@ def compress(
     target = check_output(output, force, [*(s for s in sources if s != "-"), *([context] if context else [])])
     texts = [read_text(source) for source in sources]
     number = parse_rate(rate)
-    engine = load_engine(model, device, dtype, allow_special, made=context)
+    engine = load_engine(model, device, dtype, allow_special, context, compressor)
     before = None if context is None else engine.open(context)
     with progress("compressing", 1) as advance:
         result = engine.compress(texts, number, before, budget=budget, progress=advance)
@@ -89,6 +91,7 @@ def ask(
     questions: Annotated[list[str], typer.Argument(help="One question or several.")],
     mode: Annotated[str, typer.Option(help="human, reconstruct or compress.")] = "human",
     model: Model = None,
+    compressor: CompressorName = None,
     rate: Annotated[str | None, typer.Option(help="For a text file: as in `rcc compress`.")] = None,
     budget: Budget = BUDGET,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 128,
@@ -102,7 +105,7 @@ def ask(
 
     for question in questions:
         prompting.build(question, mode)  # a bad one is refused before a model is loaded
-    engine, source = _open(context, model, rate, budget, device, dtype, allow_special, mode)
+    engine, source = _open(context, model, compressor, rate, budget, device, dtype, allow_special, mode)
     rows = []
     for question in questions:
         if len(questions) > 1 and not as_json:
@@ -127,6 +130,7 @@ def ask(
 def chat(
     context: Annotated[str, typer.Argument(help="A context file, or a text file.")],
     model: Model = None,
+    compressor: CompressorName = None,
     rate: Annotated[str | None, typer.Option(help="For a text file: as in `rcc compress`.")] = None,
     budget: Budget = BUDGET,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 256,
@@ -137,7 +141,7 @@ def chat(
     """Ask question after question; an empty line or the end of input ends it."""
     if context == "-":
         raise InputError("a chat reads its questions from standard input: name a file for the text.")
-    engine, source = _open(context, model, rate, budget, device, dtype, allow_special)
+    engine, source = _open(context, model, compressor, rate, budget, device, dtype, allow_special)
     typed = sys.stdin.isatty()
     if typed:
         with contextlib.suppress(ImportError):  # input() then edits lines and remembers them
@@ -262,6 +266,7 @@ def contexts(
 def _open(
     path: str,
     model: str | None,
+    compressor: str | None,
     rate: str | None,
     budget: int,
     device: str | None,
@@ -275,10 +280,10 @@ def _open(
     if is_context(path):
         if rate is not None:
             raise InputError(f"--rate is for a text, and {path} is compressed already: leave it out.")
-        engine = load_engine(model, device, dtype, allow_special, made=path)
+        engine = load_engine(model, device, dtype, allow_special, path, compressor)
         return engine, engine.open(Path(path))
     text, number = read_text(path), parse_rate(rate)  # refused before a model is loaded
-    engine = load_engine(model, device, dtype, allow_special)
+    engine = load_engine(model, device, dtype, allow_special, compressor=compressor)
     if engine.reads_with_question(mode):
         return engine, text
     with progress("compressing", 1) as advance:
@@ -291,9 +296,9 @@ def _say(message: str) -> None:
 
 
 def _say_made(output: Path, context: CompressedContext) -> None:
-    from ..engine import describe
+    from ..context.information import in_one_line
 
-    err.print(f"{output}: {describe(context)}", markup=False)
+    err.print(f"{output}: {in_one_line(context)}", markup=False)
 
 
 def _figures(beside: WrittenBack) -> dict[str, Any]:

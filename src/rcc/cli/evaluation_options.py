@@ -31,9 +31,11 @@ class EvaluationOptions(abc.ABC):
 
     Attributes:
         packages: modules that the kind needs, beside what every evaluation does.
+        adapters: how models are loaded: where their base is measured too, LoRA has to stay apart from it.
     """
 
     packages: ClassVar[tuple[str, ...]] = ()
+    adapters: ClassVar[str] = "merged"
 
     model: Model = None
     output: Annotated[
@@ -53,8 +55,8 @@ class EvaluationOptions(abc.ABC):
 
     def load(self, model: str | None) -> tuple[RCCForCausalLM, PreTrainedTokenizerBase]:
         """Return a model, where and as the options say, and its tokenizer."""
-        engine = load_engine(model, self.device, self.dtype)
-        return engine.compressor, engine.tokenizer
+        engine = load_engine(model, self.device, self.dtype, adapters=self.adapters)
+        return engine.rcc, engine.tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +67,7 @@ class ReconstructionOptions(EvaluationOptions):
     """
 
     packages = ("sacrebleu", "rouge_score")
+    adapters = "separate"
 
     data: Annotated[
         list[str] | None,
@@ -173,6 +176,7 @@ class QAOptions(EvaluationOptions):
     """Ask questions of compressed contexts, and of what a user might do instead."""
 
     packages = ("rouge_score", "bm25s")
+    adapters = "separate"
 
     data: Annotated[
         list[str] | None,
@@ -184,7 +188,12 @@ class QAOptions(EvaluationOptions):
     include: Annotated[str | None, typer.Option(help="Only questions whose id begins so, such as squad,quoref.")] = None
     modes: Annotated[str, typer.Option(help="Ways to ask a compressed context.")] = "human,compress,reconstruct"
     rates: Annotated[str | None, typer.Option(help="Such as 4,8 (default: those that the model learnt).")] = None
-    baselines: Annotated[str, typer.Option(help="plain,truncated,bm25,no-context, or all, or none.")] = "all"
+    baselines: Annotated[
+        str,
+        typer.Option(
+            help="plain,truncated,bm25,no-context, or all, or none; selection, selection-expected, … by name."
+        ),
+    ] = "all"
     tuned: Annotated[
         str | None, typer.Option(metavar="MODEL", help="A model whose decoder was trained on plain text (plain: true).")
     ] = None
@@ -208,8 +217,11 @@ class QAOptions(EvaluationOptions):
             from ..evaluation.qa.run import QAEvaluation, make_methods
             from ..text.prompting import MODES
         modes = parse_choices(self.modes, "--modes", MODES)
-        baselines = parse_choices(self.baselines, "--baselines", list(settings.BASELINES), optional=True)
-        others = _named_models(self.beside or [], {"rcc", settings.TUNED, *settings.BASELINES})
+        rows = [*settings.BASELINES, *settings.SELECTIONS]
+        every = ",".join(settings.BASELINES)  # a selection is asked for by its name
+        named = every if self.baselines == "all" else self.baselines
+        baselines = parse_choices(named, "--baselines", rows, optional=True)
+        others = _named_models(self.beside or [], {"rcc", settings.TUNED, *rows})
         source: dict[str, Any] = {"paths": self.data, "suite": self.suite}
         source["include"] = self.include.split(",") if self.include else []
         with status("reading the questions"):

@@ -39,6 +39,11 @@ class BlockLayer(DynamicLayer):
     def _show(self) -> None:
         self.keys, self.values = (b[:, :, : self.length] for b in self.block)
 
+    @property
+    def entries(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of all positions so far, [B, KV heads, n, head dim] each: views."""
+        return cast("tuple[Tensor, Tensor]", (self.keys, self.values))  # DynamicLayer's are None while it is empty
+
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append keys and values, [B, KV heads, T, head dim] each, and return all of them so far."""
         end = self.length + key_states.shape[-2]
@@ -53,7 +58,7 @@ class BlockLayer(DynamicLayer):
             block[:, :, self.length : end] = new
         self.length = end
         self._show()
-        return cast("tuple[Tensor, Tensor]", (self.keys, self.values))  # DynamicLayer's are None while it is empty
+        return self.entries
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> None:
         if self.is_initialized:

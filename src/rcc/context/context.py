@@ -17,13 +17,13 @@ from transformers.cache_utils import Cache
 from ..errors import ContextError, InputError
 from ..runtime.precision import kept_dtype
 from . import file as fileformat
-from . import joining
+from . import information, joining
 from .cache import SPARE, KVBlocks
 from .manifest import Manifest
 from .pieces import Piece
 
 if TYPE_CHECKING:
-    from ..model.rcc import RCCForCausalLM
+    from ..model.compressor import Compressor
 
 _DERIVED = ("repeats", "decoder_cache")
 """Attributes that a copy does without."""
@@ -42,6 +42,7 @@ class CompressedContext:
         versions: of the libraries that made it.
         rotated: whether the keys are rotated to their positions. Those of a direct prefix are not, and have no sink at
             the front: the model's `as_cache` makes the decoder's cache of them.
+        compressor: how it was made, where that was not by an RCC model: "selection, rule repeat".
         repeats: the context of one text that this one holds several times (:meth:`expand`).
         decoder_cache: the decoder's cache that the model made of this context, for the next question.
     """
@@ -55,6 +56,7 @@ class CompressedContext:
     versions: dict[str, str]
     mask: Tensor | None = None
     rotated: bool = True
+    compressor: str = ""
     repeats: CompressedContext | None = field(default=None, init=False)
     decoder_cache: CompressedContext | None = field(default=None, init=False)
 
@@ -134,21 +136,7 @@ class CompressedContext:
 
     def info(self) -> dict[str, Any]:
         """Return what `rcc inspect --json` prints of a context of one text."""
-        return {
-            "model": self.model_name,
-            "fingerprint": self.fingerprint,
-            "source_tokens": self.source_tokens,
-            "source_sha256": self.source_sha256[0],
-            "rate": self.rate,
-            "segment_length": self.segment_length,
-            "positions": len(self),
-            "bytes": self.nbytes,
-            "bytes_per_position": self.nbytes // len(self),
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "layers": len(self.blocks.layers),
-            "pieces": [{k: v for k, v in piece.as_dict().items() if k != "opening"} for piece in self.pieces[0]],
-            "versions": self.versions,
-        }
+        return information.as_json(self)
 
     # ---------------------------------------------------------------- its keys and values
     def layer(self, i: int) -> tuple[Tensor, Tensor]:
@@ -194,7 +182,8 @@ class CompressedContext:
             InputError: it holds several texts. ContextError: its segments depend on one another.
         """
         _check_independent(self, "cut")
-        return joining.segments_of(self.pieces[0], self.segment_length)
+        # chunks of a selection are read after what was kept before: a text is one
+        return joining.segments_of(self.pieces[0], None if self.compressor else self.segment_length)
 
     def select(self, segments: Sequence[int]) -> CompressedContext:
         """Return a context of chosen segments of this one, in any order.
@@ -207,12 +196,7 @@ class CompressedContext:
             ContextError: its segments depend on one another.
         """
         own = self.segments
-        if not segments:
-            raise InputError("segments is empty: name at least one.")
-        for number in segments:
-            if not isinstance(number, int) or not 0 <= number < len(own):
-                raise InputError(f"segments has {number!r}, but the context's segments are 0 to {len(own) - 1}.")
-        chosen = [own[number] for number in segments]
+        chosen = joining.choose(own, segments)
         index = torch.cat([torch.arange(segment.start, segment.stop) for segment in chosen])
         return replace(self.take(index), pieces=(joining.pieces_of(chosen, own, self.pieces[0]),))
 
@@ -348,13 +332,14 @@ class CompressedContext:
             self.versions,
             self.rotated,
             one.blocks.eight_bits,
+            self.compressor,
         )
         tensors = manifest.tensors_of(one.blocks.layers, len(one))
         fileformat.write(Path(path), "context", manifest.as_dict(), tensors, replace, private)
 
     @classmethod
     def load(
-        cls, path: str | Path, model: RCCForCausalLM | None = None, verify: str = "full", device: Any = None
+        cls, path: str | Path, model: Compressor | None = None, verify: str = "full", device: Any = None
     ) -> CompressedContext:
         """Read a context file.
 
@@ -384,6 +369,7 @@ class CompressedContext:
             manifest.segment_length,
             manifest.versions,
             rotated=manifest.rotated,
+            compressor=manifest.compressor,
         )
         target = device if device is not None or model is None else model.device
         moved = context.to(target, None if model is None else model.dtype)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..errors import InputError
 from .cache import KVBlocks
 from .pieces import Piece
 
@@ -36,19 +37,38 @@ class Segment:
     whole: bool
 
 
-def segments_of(pieces: Sequence[Piece], segment_length: int) -> tuple[Segment, ...]:
-    """Return the segments of a context of one text, in order."""
+def segments_of(pieces: Sequence[Piece], segment_length: int | None) -> tuple[Segment, ...]:
+    """Return the segments of a context of one text, in order.
+
+    Args:
+        pieces: what was read, in order.
+        segment_length: tokens of a segment; None: each piece is one.
+    """
     segments, start = [], 0
     for number, piece in enumerate(pieces):
-        size = piece.tokens if piece.rate == 1 else segment_length
+        size = piece.tokens if piece.rate == 1 or segment_length is None else segment_length
         for first in range(0, piece.tokens, size):
             tokens = min(size, piece.tokens - first)
-            stop = start + -(-tokens // piece.rate)
             whole = tokens == piece.tokens
+            stop = start + (piece.positions if whole else -(-tokens // piece.rate))
             alone = piece if whole else _part(piece, first, tokens)
             segments.append(Segment(start, stop, alone, number, whole))
             start = stop
     return tuple(segments)
+
+
+def choose(segments: Sequence[Segment], numbers: Sequence[int]) -> list[Segment]:
+    """Return the segments of these numbers.
+
+    Raises:
+        InputError: no number, or one that there is not.
+    """
+    if not numbers:
+        raise InputError("segments is empty: name at least one.")
+    for number in numbers:
+        if not isinstance(number, int) or not 0 <= number < len(segments):
+            raise InputError(f"segments has {number!r}, but the context's segments are 0 to {len(segments) - 1}.")
+    return [segments[number] for number in numbers]
 
 
 def _part(piece: Piece, first: int, tokens: int) -> Piece:

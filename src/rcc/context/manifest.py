@@ -35,6 +35,7 @@ class Manifest:
     versions: dict[str, str]
     rotated: bool
     eight_bits: bool = False
+    compressor: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """Return what is written, with the present time."""
@@ -47,6 +48,7 @@ class Manifest:
             "versions": self.versions,
             **({} if self.rotated else {"rotated": False}),
             **({"eight_bits": True} if self.eight_bits else {}),
+            **({"compressor": self.compressor} if self.compressor else {}),
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
         }
 
@@ -58,8 +60,8 @@ class Manifest:
             ContextError: it lacks something, or has it of another type.
         """
         try:
-            fingerprint, name = data["fingerprint"], data["model"]
-            if not isinstance(fingerprint, str) or not isinstance(name, str):
+            fingerprint, name, compressor = data["fingerprint"], data["model"], data.get("compressor", "")
+            if not all(isinstance(text, str) for text in (fingerprint, name, compressor)):
                 raise TypeError("names that are no text")
             rotated = data.get("rotated", True)
             eight_bits = data.get("eight_bits", False)
@@ -67,7 +69,8 @@ class Manifest:
                 raise TypeError("rotated or eight_bits is neither true nor false")
             pieces, versions = tuple(pieces_from(data["pieces"])), dict(data["versions"])
             layers = len(range(data["layers"]))
-            return cls(name, fingerprint, int(data["segment_length"]), layers, pieces, versions, rotated, eight_bits)
+            length = int(data["segment_length"])
+            return cls(name, fingerprint, length, layers, pieces, versions, rotated, eight_bits, compressor)
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
             raise ContextError(f"{path} is damaged: its manifest is not whole ({error}).") from None
 

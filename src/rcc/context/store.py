@@ -24,7 +24,7 @@ from .context import CompressedContext
 if TYPE_CHECKING:
     import torch
 
-    from ..model.rcc import RCCForCausalLM
+    from ..model.compressor import Compressor
 
 SUFFIX = ".rcc"
 MAX_BYTES = 10 * 10**9
@@ -81,7 +81,7 @@ class ContextStore:
         """Return where the context of an address is, or would be."""
         return self.folder / f"{address}{SUFFIX}"
 
-    def get(self, address: str, model: RCCForCausalLM | None = None) -> CompressedContext | None:
+    def get(self, address: str, model: Compressor | None = None) -> CompressedContext | None:
         """Return a context, and mark it as used; None where it is missing, damaged or cannot be read.
 
         Args:

@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache
 from ..context.cache import BlockLayer, KVBlocks, block_layers
 from ..context.context import CompressedContext
 from ..context.pieces import Piece
+from ..errors import InputError
 from ..model import backbones
 from ..model.rcc import RCCForCausalLM
 from ..runtime.provenance import libraries
@@ -19,9 +20,17 @@ from ..runtime.provenance import libraries
 
 @contextlib.contextmanager
 def base_decoder(model: RCCForCausalLM) -> Iterator[None]:
-    """Take LoRA out of a model's decoder within this context; one whose own weights were trained stays as it is."""
+    """Take LoRA out of a model's decoder within this context; one whose own weights were trained stays as it is.
+
+    Raises:
+        InputError: LoRA is merged into the decoder's weights.
+    """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
+    if model.merged and model.config.decoder.lora_rank:
+        raise InputError(
+            'the decoder\'s adapters are merged: load the model with adapters="separate" to have its base.'
+        )
     layers = [module for module in model.decoder.modules() if isinstance(module, BaseTunerLayer)]
     learning = {parameter: parameter.requires_grad for parameter in model.decoder.parameters()}
     try:

@@ -84,7 +84,7 @@ class RCCLM(TemplateLM):  # type: ignore[misc]  # lm-eval says nothing of its ty
         self.split_at, self.mode = None if split_at is None else str(split_at), mode
         quiet_transformers()
         loaded = engine.Engine.load(model, device, dtype)
-        self.model, self.tokenizer = loaded.compressor, loaded.tokenizer
+        self.model, self.tokenizer = loaded.rcc, loaded.tokenizer
         if not self.tokenizer.is_fast:
             raise InputError(f"the tokenizer of {model} cannot say where its tokens stand in a text: use a fast one.")
         self.rate = None if rate == "auto" else self.model.config.check_rate(rate)  # type: ignore[arg-type]

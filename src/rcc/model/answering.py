@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, StoppingCriteria, TextStreamer
 
 from ..context.context import CompressedContext
-from ..text.prompting import END, Prompt, allows_special
+from ..text.prompting import Prompt
 from ..text.tokens import decode, prompt_ids, token_ids
-from .rcc import RCCForCausalLM
+from .compressor import Compressor
 
 NEVER = 2**31 - 1
 """A token id that no model writes."""
@@ -31,27 +31,32 @@ class Stopped(StoppingCriteria):
 
 
 class _Ends(StoppingCriteria):
-    """Stops a row once it has written as many end marks as its prompt asks for."""
+    """Stops a row once it has written as many end marks as its prompt asks for.
 
-    def __init__(self, mark: list[int], start: int, ends: int):
-        self.mark, self.start, self.ends = torch.tensor(mark), start, ends
+    Args:
+        marks: the token ids of each end mark.
+        start: tokens of the prompt.
+        ends: how many marks.
+    """
+
+    def __init__(self, marks: Sequence[list[int]], start: int, ends: int):
+        self.marks, self.start, self.ends = [torch.tensor(mark) for mark in marks], start, ends
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        written = input_ids[:, self.start :]
-        if written.shape[1] < len(self.mark):
-            return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-        return self._marks(written).sum(1) >= self.ends
+        return self._ended(input_ids[:, self.start :]).sum(1) >= self.ends
 
     def length(self, written: Tensor) -> int:
         """Count the tokens of a row [tokens] up to the end of its last mark: what follows is padding."""
-        if len(written) < len(self.mark):
-            return len(written)
-        ends = self._marks(written[None])[0].nonzero()[:, 0] + len(self.mark)
+        ends = self._ended(written[None])[0].nonzero()[:, 0] + 1
         return int(ends[self.ends - 1]) if len(ends) >= self.ends else len(written)
 
-    def _marks(self, written: Tensor) -> Tensor:
-        """Return where the end mark begins, bool [B, tokens - size of the mark + 1]."""
-        return (written.unfold(1, len(self.mark), 1) == self.mark.to(written.device)).all(-1)
+    def _ended(self, written: Tensor) -> Tensor:
+        """Return where a mark ends, bool [B, tokens]."""
+        ended = torch.zeros_like(written, dtype=torch.bool)
+        for mark in self.marks:
+            if written.shape[1] >= len(mark):
+                ended[:, len(mark) - 1 :] |= (written.unfold(1, len(mark), 1) == mark.to(written.device)).all(-1)
+        return ended
 
 
 class Pieces(TextStreamer):
@@ -84,7 +89,7 @@ class Pieces(TextStreamer):
 
 
 def ask(
-    model: RCCForCausalLM,
+    model: Compressor,
     tokenizer: PreTrainedTokenizerBase,
     context: CompressedContext | None,
     prompt: Prompt,
@@ -114,7 +119,7 @@ def ask(
 
 
 def write(
-    model: RCCForCausalLM,
+    model: Compressor,
     tokenizer: PreTrainedTokenizerBase,
     context: CompressedContext | None,
     prompt: Prompt,
@@ -123,22 +128,22 @@ def write(
     **generation: Any,
 ) -> tuple[Tensor, int]:
     """Return what the decoder writes after a prompt, [tokens], and how many tokens were read for it."""
-    asked, allow_special = 0, allows_special(model.config, allow_special)
+    asked, allow_special = 0, allow_special or model.reads_special
     if prompt.encoder_text:
         instruction = token_ids(tokenizer, prompt.encoder_text, allow_special)
         rate = context.pieces[0][-1].rate if context is not None else None
         context, asked = model.compress(instruction, rate=rate, context=context), instruction.shape[1]
     ids = prompt_ids(tokenizer, prompt.decoder_parts, allow_special)
-    written = generate(model, tokenizer, ids, context, prompt.ends, max_new_tokens, **generation)[0]
+    written = generate(model, tokenizer, ids, context, prompt, max_new_tokens, **generation)[0]
     return written, asked + ids.shape[1]
 
 
 def generate(
-    model: RCCForCausalLM,
+    model: Compressor,
     tokenizer: PreTrainedTokenizerBase,
     ids: Tensor,
     context: CompressedContext | None,
-    ends: int,
+    prompt: Prompt,
     max_new_tokens: int,
     stopping_criteria: Sequence[StoppingCriteria] = (),
     **generation: Any,
@@ -150,7 +155,7 @@ def generate(
         tokenizer: the model's.
         ids: [B, Q] prompts, padded on the left.
         context: of B texts; None: the prompts alone.
-        ends: how many end marks an answer is over after.
+        prompt: any of theirs: it says what an answer ends with.
         max_new_tokens: of each answer.
         stopping_criteria: end it sooner.
         **generation: goes to :meth:`RCCForCausalLM.generate`.
@@ -159,7 +164,8 @@ def generate(
         B rows of token ids [tokens].
     """
     # stopping is counted here: in `reconstruct` mode the first end mark closes the instruction, not the answer
-    stop = _Ends(token_ids(tokenizer, END, allow_special=True)[0].tolist(), ids.shape[1], ends)
+    marks = [token_ids(tokenizer, mark, allow_special=True)[0].tolist() for mark in prompt.marks]
+    stop = _Ends(marks, ids.shape[1], prompt.ends)
     out = model.generate(
         ids,
         context=context,

@@ -73,6 +73,17 @@ def has_full_attention(config: PreTrainedConfig) -> bool:
     return sliding_window(config) is None or "full_attention" in (getattr(config, "layer_types", None) or ())
 
 
+def sliding_layers(config: PreTrainedConfig) -> list[int | None]:
+    """Return for each layer how many positions it attends to, its own included; None: all before it."""
+    size, kinds = sliding_window(config), getattr(config, "layer_types", None)
+    if size is None or size >= window(config):
+        return [None] * config.num_hidden_layers
+    return [
+        size if kind == "sliding_attention" else None
+        for kind in kinds or ["sliding_attention"] * config.num_hidden_layers
+    ]
+
+
 def blocks(body: PreTrainedModel) -> Any:
     """Return the blocks of a base model (without head), a ModuleList in order."""
     return getattr(body, BLOCKS[body.config.model_type])

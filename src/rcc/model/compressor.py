@@ -1,21 +1,54 @@
-"""Compressor: what makes compressed contexts. `RCCForCausalLM` is one."""
+"""Compressor: what makes compressed contexts and answers from them. `RCCForCausalLM` is one, `Selection` another."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from ..context.cache import SPARE
 from ..context.context import CompressedContext
+from ..context.pieces import Piece
+from ..text.prompting import Prompt
 
 ReadProgress = Callable[[int, int], None]
 """Called with tokens read so far and tokens in all."""
 
 
 class Compressor(Protocol):
-    """Token ids, a rate and an earlier context in; a context out."""
+    """Token ids, a rate and an earlier context in; a context out, and what is written after it."""
+
+    @property
+    def name(self) -> str:
+        """What contexts and messages call the model."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes, and where its contexts are."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision that it computes in."""
+        ...
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """Precision that its weights are stored in, and that a context is kept in."""
+        ...
+
+    @property
+    def sink_positions(self) -> int:
+        """Positions that stand in the decoder's cache before a context's."""
+        ...
+
+    @property
+    def reads_special(self) -> bool:
+        """Whether chat marks in texts are always the special tokens that they name."""
+        ...
 
     @property
     def window(self) -> int:
@@ -48,4 +81,33 @@ class Compressor(Protocol):
         budget: int | None = None,
     ) -> int:
         """Return the lowest rate at which texts of these lengths fit; see `RCCForCausalLM.fitting_rate`."""
+        ...
+
+    def check_fingerprint(self, fingerprint: str, name: str, what: str = "the context") -> None:
+        """Raise ContextError unless this compressor made it."""
+
+    def piece(self, ids: Tensor, rate: int) -> Piece:
+        """Return the record of a text of token ids [T]."""
+        ...
+
+    def prompt(self, question: str, mode: str, history: Sequence[tuple[str, str]] = ()) -> Prompt:
+        """Return the prompt for a question about a context, in one of :data:`rcc.text.prompting.MODES`.
+
+        Raises:
+            InputError: an empty question, or a mode that there is not.
+        """
+        ...
+
+    def joins(self, prompt: Prompt) -> bool:
+        """Return whether a text at hand and a prompt are read as one; see :func:`rcc.text.prompting.joins`."""
+        ...
+
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        context: CompressedContext | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Continue prompts [B, Q] after a context; see `RCCForCausalLM.generate`."""
         ...

@@ -6,7 +6,7 @@ This file alone decides positions and attention masks of prefix and prompt. A co
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -60,32 +60,55 @@ def room(window: int, sink: int, reserve: int = SPARE) -> int:
 
 
 def fitting_rate(tokens: Sequence[int], config: RCCConfig, window: int, space: int, budget: int | None = None) -> int:
-    """Return the lowest trained rate at which texts fit within a budget, or, where there is none, within the window.
+    """Return the lowest trained rate at which texts fit; see :func:`lowest_fitting`."""
+
+    def count(n: int, rate: int) -> int:
+        return segments.positions(n, rate, config)
+
+    return lowest_fitting(tokens, config.rates, count, window, space, budget, "trained rate", " (untrained)")
+
+
+def lowest_fitting(
+    tokens: Sequence[int],
+    rates: Sequence[int],
+    count: Callable[[int, int], int],
+    window: int,
+    space: int,
+    budget: int | None = None,
+    kind: str = "rate of auto",
+    other: str = "",
+) -> int:
+    """Return the lowest rate at which texts fit within a budget, or, where there is none, within the window.
 
     Args:
         tokens: lengths of texts that follow one another.
-        config: the trained rates, and how a text is cut into segments.
+        rates: to choose from.
+        count: (tokens of a text, rate) → its positions.
         window: positions that the decoder can address, for the message.
         space: positions that it leaves for these texts.
         budget: positions that they may take; None: the window alone decides.
+        kind: what the message calls these rates.
+        other: what the message says of other rates.
 
     Raises:
-        WindowError: they fit at no trained rate.
+        WindowError: they fit at none.
     """
     for limit in (space,) if budget is None else (min(space, budget), space):
-        for rate in sorted(config.rates):
-            if sum(segments.positions(n, rate, config) for n in tokens) <= limit:
+        for rate in sorted(rates):
+            if sum(count(n, rate) for n in tokens) <= limit:
                 return rate
-    top = max(config.rates)
+    top = max(rates)
     raise WindowError(
-        f"{sum(tokens):,} tokens do not fit: at the highest trained rate, {top}, they take"
-        f" {sum(segments.positions(n, top, config) for n in tokens):,} positions, and the decoder's window of"
+        f"{sum(tokens):,} tokens do not fit: at the highest {kind}, {top}, they take"
+        f" {sum(count(n, top) for n in tokens):,} positions, and the decoder's window of"
         f" {window:,} has room for {max(0, space):,} beside a question and its answer; give at most"
-        f" {max(0, space) * top:,} tokens, or a higher rate (untrained)."
+        f" {max(0, space) * top:,} tokens, or a higher rate{other}."
     )
 
 
-def check_window(window: int, sink: int, held: Sequence[int], new: Sequence[int], prompts: Sequence[int]) -> None:
+def check_window(
+    window: int, sink: int, held: Sequence[int], new: Sequence[int], prompts: Sequence[int], first: str = "The sink"
+) -> None:
     """Check that every row of a batch fits.
 
     Args:
@@ -94,6 +117,7 @@ def check_window(window: int, sink: int, held: Sequence[int], new: Sequence[int]
         held: for each row, positions of the context.
         new: for each row, new prefix positions.
         prompts: for each row, tokens of prompt and answer.
+        first: what the message calls the positions before all others.
 
     Raises:
         WindowError: a row takes more positions than the window has.
@@ -101,7 +125,7 @@ def check_window(window: int, sink: int, held: Sequence[int], new: Sequence[int]
     context, prefix, tokens = max(zip(held, new, prompts, strict=True), key=sum)
     if sink + context + prefix + tokens <= window:
         return
-    parts = ["The sink"] if sink else []
+    parts = [first] if sink else []
     parts += [f"{context:,} positions of the context"] if context else []
     parts += [f"{prefix:,} new prefix positions"] if prefix else []
     parts += [f"{tokens:,} tokens of prompt and answer"] if tokens else []

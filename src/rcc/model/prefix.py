@@ -12,7 +12,7 @@ position that attention can rest on.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NoReturn, Protocol, cast
 
 import torch
@@ -136,6 +136,8 @@ class PrefixMaker(Protocol):
         ...
 
 
+Layers = list[tuple[Tensor, Tensor]]
+"""Keys and values of each layer, [B, KV heads, n, head dim]."""
 Chunks = Iterable[tuple[States, Tensor | None]]
 """States of prefix positions, a batch at a time, and which of them are real, [B, m] (None: all)."""
 
@@ -280,7 +282,7 @@ def new_sink(body: PreTrainedModel, token: int | None) -> Tensor:
     return torch.cat([recorded.states[i][0] for i in range(len(recorded.states))]).clone()
 
 
-def sink_layers(body: PreTrainedModel, sink: Tensor) -> list[tuple[Tensor, Tensor]]:
+def sink_layers(body: PreTrainedModel, sink: Tensor) -> Layers:
     """Return keys, before rotation, and values of the sink in each layer, [1, KV heads, 1, head dim].
 
     Args:
@@ -293,29 +295,31 @@ def sink_layers(body: PreTrainedModel, sink: Tensor) -> list[tuple[Tensor, Tenso
 
 
 @torch.no_grad()
-def as_cache(body: PreTrainedModel, sink: Tensor, context: CompressedContext) -> CompressedContext:
-    """Return a context of a direct prefix as the decoder's cache: the sink, then rotated keys, and values.
+def as_cache(body: PreTrainedModel, firsts: Callable[[], Layers], context: CompressedContext) -> CompressedContext:
+    """Return a context whose keys are not rotated as the decoder's cache: rotated keys, and values, after `firsts`.
 
     The result is kept with the context, so that further questions have it.
 
     Args:
         body: the decoder's base model.
-        sink: [L, H].
+        firsts: gives, for each layer, keys before rotation and values [1, KV heads, m, head dim] of the positions
+            before all others.
         context: with keys before rotation, on the decoder's device and in its precision.
     """
     if context.repeats is not None:
-        return as_cache(body, sink, context.repeats).expand(context.batch_size)
+        return as_cache(body, firsts, context.repeats).expand(context.batch_size)
     if context.decoder_cache is not None:
         return context.decoder_cache
-    n = 1 + len(context)
-    mask = None if context.mask is None else torch.nn.functional.pad(context.mask, (1, 0), value=True)
+    first_layers, layers = firsts(), []
+    m = first_layers[0][0].shape[2]
+    n = m + len(context)
+    mask = None if context.mask is None else torch.nn.functional.pad(context.mask, (m, 0), value=True)
     order = torch.arange(n, device=body.device)[None] if mask is None else count_real(mask)
-    firsts, layers = sink_layers(body, sink), []
     for i, (cos, sin) in enumerate(backbones.rotary(body, order)):
         blocks = []
-        for entries, first in zip(context.layer(i), firsts[i], strict=True):
+        for entries, first in zip(context.layer(i), first_layers[i], strict=True):
             block = entries.new_empty(*entries.shape[:2], n + SPARE, entries.shape[-1])
-            block[:, :, :1], block[:, :, 1:n] = first, entries
+            block[:, :, :m], block[:, :, m:n] = first, entries
             blocks.append(block)
         blocks[0][:, :, :n] = rotate(blocks[0][:, :, :n], cos, sin)
         layers.append((blocks[0], blocks[1]))

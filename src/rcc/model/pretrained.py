@@ -12,13 +12,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..config import RCCConfig
-from ..errors import ContextError, InputError, ModelError
-from . import adapters, backbones, merging
+from ..context.pieces import Piece
+from ..errors import InputError, ModelError
+from ..text import prompting
+from ..text.prompting import Prompt
+from . import adapters, backbones, merging, segments
 from . import encoder as encoding
 from .attention import attend_after_cache
 from .decoder import accept_prefix, window_by_position
 from .encoder import Additions
 from .fingerprint import fingerprint_of
+from .generating import check_maker
 from .merging import DeferredEncoder
 from .prefix import DirectPrefix, PrefixMaker, ResidualPrefix, new_sink
 from .projection import Projections, layer_map
@@ -274,6 +278,38 @@ class RCCPreTrainedModel(nn.Module):
         return backbones.window(self.decoder.config)
 
     @property
+    def name(self) -> str:
+        """What contexts and messages call the model."""
+        return self.config.name
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """Precision that the decoder is stored in, and that a context is kept in."""
+        return cast(torch.dtype, self.decoder.config.dtype)
+
+    @property
+    def sink_positions(self) -> int:
+        """Positions that stand in the decoder's cache before a context's."""
+        return self.prefix_maker.sink_positions
+
+    @property
+    def reads_special(self) -> bool:
+        """Whether chat marks in texts are always the special tokens that they name."""
+        return prompting.allows_special(self.config)
+
+    def piece(self, ids: Tensor, rate: int) -> Piece:
+        """Return the record of a text of token ids [T]."""
+        return segments.piece_of(ids, rate, self.config)
+
+    def prompt(self, question: str, mode: str, history: Sequence[tuple[str, str]] = ()) -> Prompt:
+        """Return the prompt for a question; see :func:`rcc.text.prompting.build`."""
+        return prompting.build(question, mode, history)
+
+    def joins(self, prompt: Prompt) -> bool:
+        """Return whether a text at hand and a prompt are read as one; see :func:`rcc.text.prompting.joins`."""
+        return prompting.joins(self.config, prompt)
+
+    @property
     def vocabulary(self) -> int:
         """Token ids that texts may have."""
         return int(self.encoder_config.vocab_size)
@@ -341,11 +377,7 @@ class RCCPreTrainedModel(nn.Module):
 
     def check_fingerprint(self, fingerprint: str, name: str, what: str = "the context") -> None:
         """Raise ContextError unless this model made it."""
-        if fingerprint != self.fingerprint:
-            raise ContextError(
-                f"{what} was made by another model ({name}, {fingerprint[:12]}) than {self.config.name}"
-                f" ({self.fingerprint[:12]}): load that model, or compress the text again."
-            )
+        check_maker(self.fingerprint, self.config.name, fingerprint, name, what)
 
 
 def _check_segment(config: RCCConfig, readable: int) -> None:

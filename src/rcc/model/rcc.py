@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..context.cache import SPARE, KVBlocks, new_cache
@@ -20,13 +20,13 @@ from ..context.pieces import Piece
 from ..context.vectors import CompressedVectors
 from ..errors import ContextError, InputError
 from ..runtime.provenance import libraries
-from . import backbones, positions, segments
+from . import backbones, generating, positions, segments
 from . import encoder as encoding
 from .arguments import check_forward, check_is_context, check_prompts, rows_of, to_device
 from .compressor import ReadProgress
 from .encoder import BATCH_TOKENS, batch_tokens_on
 from .losses import with_loss
-from .prefix import Chunks, States, as_cache, prefix_pass, read_with_decoder
+from .prefix import Chunks, States, as_cache, prefix_pass, read_with_decoder, sink_layers
 from .pretrained import RCCPreTrainedModel
 
 logger = logging.getLogger(__name__)
@@ -158,7 +158,7 @@ class RCCForCausalLM(RCCPreTrainedModel):
         """Return the context that chunks of prefix states make, after `context` or from nothing."""
         new = max(piece.positions for piece in pieces)
         if context is not None:
-            context = self._check_context(context, len(pieces))
+            context = generating.check_context(self, context, len(pieces))
         self.check_window([piece.positions for piece in pieces], [0] * len(pieces), context)
         if context is None:
             layers = len(backbones.blocks(backbones.body(self.decoder)))
@@ -189,7 +189,8 @@ class RCCForCausalLM(RCCPreTrainedModel):
         if context.rotated:
             return context
         assert self.sink is not None
-        return as_cache(backbones.body(self.decoder), self.sink, context)
+        body = backbones.body(self.decoder)
+        return as_cache(body, partial(sink_layers, body, self.sink), context)
 
     # ---------------------------------------------------------------- context and prompt → logits, tokens
     def forward(
@@ -225,7 +226,7 @@ class RCCForCausalLM(RCCPreTrainedModel):
         input_ids, attention_mask = to_device(input_ids, self.device), to_device(attention_mask, self.device)
         prompts = check_prompts(input_ids, attention_mask, labels, self.decoder_vocabulary)
         if context is not None:
-            context = self._check_context(context, len(prompts))
+            context = generating.check_context(self, context, len(prompts))
         self.check_window([0] * len(prompts), prompts, context)
         keep = 0 if logits_to_keep is None else logits_to_keep  # 0 is transformers' word for all
         arguments = {"input_ids": input_ids, "logits_to_keep": keep, **kwargs}
@@ -264,37 +265,7 @@ class RCCForCausalLM(RCCPreTrainedModel):
         Raises:
             InputError, WindowError, ContextError: as :meth:`compress`.
         """
-        input_ids, attention_mask = to_device(input_ids, self.device), to_device(attention_mask, self.device)
-        prompts = [len(row) for row in rows_of(input_ids, attention_mask, self.decoder_vocabulary)]
-        if attention_mask is not None and not bool(attention_mask[:, -1].all()):
-            raise InputError("attention_mask has padding on the right: generate needs prompts padded on the left.")
-        settings: GenerationConfig = kwargs.get("generation_config") or self.decoder.generation_config
-
-        def setting(name: str, default: int) -> int:
-            value = kwargs.get(name, getattr(settings, name, None))
-            return default if value is None else int(value)
-
-        length = input_ids.shape[1]
-        answer = setting("max_new_tokens", max(0, setting("max_length", 20) - length))
-        if context is not None:
-            context = self._check_context(context, len(prompts))
-        self.check_window([0] * len(prompts), [n + answer for n in prompts], context)
-        generate: Any = self.decoder.generate
-        if context is None:
-            if attention_mask is None:  # or transformers takes what looks like padding for padding
-                attention_mask = torch.ones_like(input_ids)
-            return generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
-        context = self.as_cache(context)
-        mask = positions.mask_and_order(len(context), context.mask, length, attention_mask, input_ids)[0]
-        if mask is None:
-            mask = torch.ones(len(input_ids), len(context) + length, dtype=torch.long, device=self.device)
-        copies = max(setting("num_beams", 1), setting("num_return_sequences", 1))
-        # a cache that is handed out is the caller's: the next question must not write there
-        handed_out = bool(setting("return_dict_in_generate", 0))
-        with context.lend(length + answer) if handed_out else context.borrow(length + answer) as cache:
-            if copies > 1:
-                cache.batch_repeat_interleave(copies)
-            return generate(input_ids=input_ids, attention_mask=mask, **{backbones.CACHE: cache}, **kwargs)
+        return generating.generate(self, input_ids, attention_mask, context, **kwargs)
 
     # ---------------------------------------------------------------- checks
     def check_rate(self, rate: int | None) -> int:
@@ -341,14 +312,6 @@ class RCCForCausalLM(RCCPreTrainedModel):
         held = max(context.lengths) if context is not None else 0
         left = None if budget is None else budget - held
         return positions.fitting_rate(tokens, self.config, self.window, self.room(reserve) - held, left)
-
-    def _check_context(self, context: CompressedContext, batch: int) -> CompressedContext:
-        check_is_context(context)
-        self.check_fingerprint(context.fingerprint, context.model_name)
-        if context.batch_size != batch:
-            hint = f"use context.expand({batch})" if context.batch_size == 1 else "give as many of each"
-            raise InputError(f"the context holds {context.batch_size} texts, but the batch has {batch}: {hint}.")
-        return context.to(self.device, self.dtype)
 
     def check_window(self, new: list[int], prompts: list[int], context: CompressedContext | None) -> None:
         """Check that each row's context, new prefix positions and tokens fit in the window.

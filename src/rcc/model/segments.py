@@ -14,10 +14,15 @@ from ..context.pieces import Piece
 
 def piece_of(ids: Tensor, rate: int, config: RCCConfig) -> Piece:
     """Return the record of a text of token ids [T]."""
+    return record(ids, positions(len(ids), rate, config), rate)
+
+
+def record(ids: Tensor, taken: int, rate: int) -> Piece:
+    """Return the record of a text of token ids [T] that takes so many positions."""
     array = ids.cpu().numpy().astype(np.dtype("<i8"))
     digest = hashlib.sha256(array.tobytes()).hexdigest()
     opening = tuple(int(i) for i in array[:10])
-    return Piece(len(ids), positions(len(ids), rate, config), rate, digest, opening)
+    return Piece(len(ids), taken, rate, digest, opening)
 
 
 def texts_of(rows: list[Tensor], mask: Tensor | None) -> list[tuple[Tensor, ...]]:

@@ -37,12 +37,14 @@ class Prompt:
         encoder_text: what the encoder reads after the context; empty if nothing.
         decoder_parts: what the decoder reads as plain tokens.
         ends: how many end marks the answer is over after.
+        marks: what an answer ends with, any of them.
     """
 
     mode: str
     encoder_text: str
     decoder_parts: tuple[PromptPart, ...]
     ends: int = 1
+    marks: tuple[str, ...] = (END,)
 
     @property
     def decoder_text(self) -> str:
@@ -52,7 +54,9 @@ class Prompt:
     def parse(self, written: str) -> tuple[str | None, str]:
         """Split what the model wrote into the instruction it reconstructed (None in other modes) and the answer."""
         if self.mode != "reconstruct":
-            return None, written.split(END)[0].strip()
+            for mark in self.marks:
+                written = written.lstrip().split(mark)[0]
+            return None, written.strip()
         instruction, turn, answer = written.partition(TURN)
         return instruction.split(END)[0].strip(), answer.split(END)[0].strip() if turn else ""
 

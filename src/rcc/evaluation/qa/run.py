@@ -30,9 +30,10 @@ from .methods.compressed import Compressed
 from .methods.no_context import NoContext
 from .methods.plain_text import PlainText
 from .methods.retrieved import Retrieved
+from .methods.selected import Selected
 from .methods.truncated import Truncated
 from .questions import Question, bucket, choose, digest
-from .settings import BY, HINT, TUNED, QASettings
+from .settings import BY, HINT, SELECTIONS, TUNED, QASettings
 from .table import QAReport
 from .texts import Texts
 
@@ -57,7 +58,7 @@ def make_methods(
         model: compresses, and lends its decoder to the baselines.
         tokenizer: the model's.
         modes: of :mod:`rcc.text.prompting`, in which compressed contexts are asked.
-        baselines: any of :data:`rcc.evaluation.qa.settings.BASELINES`.
+        baselines: any of :data:`rcc.evaluation.qa.settings.BASELINES` and `SELECTIONS`.
         tuned: a model whose decoder learnt to answer from plain text.
         beside: other RCC models by name, with the same tokenizer.
         hint: what a base is told after each question.
@@ -70,6 +71,9 @@ def make_methods(
     for name in baselines:
         if name == "no-context":
             methods.append(NoContext(model))
+        elif name in SELECTIONS:
+            rule = name.removeprefix("selection").removeprefix("-") or "repeat"
+            methods.append(Selected(model, tokenizer, rule=rule, name=name, hint=hint, room=room))
         else:
             methods.append(kinds[name](model, tokenizer, name=name, hint=hint, room=room))
     if tuned is not None:

@@ -14,6 +14,13 @@ BASELINES = {
     "no-context": "the model's decoder reads the question alone",
 }
 """What a user might do instead of compressing."""
+SELECTIONS = {
+    "selection": "the base's own KV pairs that its repetition of the text attends to most",
+    "selection-expected": "the base's own KV pairs that later tokens are expected to attend to",
+    "selection-stride": "every so many of the base's own KV pairs",
+    "selection-random": "KV pairs of the base's own by chance",
+}
+"""The base's own KV pairs, as many as the context has positions: named one by one, since each compresses anew."""
 TUNED = "plain-tuned"
 """The row of a decoder that was trained on the plain text."""
 HINT = "Answer in a few words."

@@ -10,7 +10,7 @@ from ..axes import Axis, counts_axis
 from ..plots import CurvePlot, Lines, from_left
 from ..results import Results
 from .questions import BUCKETS, LONGEST
-from .settings import BASELINES, BY, TUNED
+from .settings import BASELINES, BY, SELECTIONS, TUNED
 
 BUCKET_NAMES = [*(name for _, name in BUCKETS), LONGEST]
 
@@ -128,10 +128,11 @@ class QAReport:
         ]
         if self.ceiling:
             notes.append(f"Retained: the score's share of {self.ceiling}'s.")
-        described = [f"{name}: {BASELINES[name]}" for name in methods if name in BASELINES]
+        meanings = BASELINES | SELECTIONS
+        described = [f"{name}: {meanings[name]}" for name in methods if name in meanings]
         if described:
             notes.append("; ".join(described) + ".")
-        if {"plain", "truncated", "bm25"} & set(methods) and settings["hint"]:
+        if {"plain", "truncated", "bm25", *SELECTIONS} & set(methods) and settings["hint"]:
             notes.append(f'The base is told behind each question: "{settings["hint"]}" The others are not.')
         notes.append(
             "Positions: what the decoder reads of the text; held: their keys and values. Compress: once a text; first"

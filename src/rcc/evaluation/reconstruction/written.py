@@ -69,7 +69,7 @@ def compare(
     """
     ids = token_ids(engine.tokenizer, source)[0]
     piece = context.pieces[0][0]
-    digest = piece_of(ids, piece.rate, engine.compressor.config).sha256
+    digest = piece_of(ids, piece.rate, engine.rcc.config).sha256
     truth = _following(ids.tolist(), written.prompt_ids, len(written.ids))
     guess = written.ids[: len(truth)]
     return WrittenBack(
@@ -79,7 +79,7 @@ def compare(
         guess,
         decode(engine.tokenizer, truth),
         decode(engine.tokenizer, guess),
-        teacher_forced(engine.compressor, context, ids, progress=progress),
+        teacher_forced(engine.rcc, context, ids, progress=progress),
         piece.rate,
     )
 

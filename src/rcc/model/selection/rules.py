@@ -1,0 +1,162 @@
+"""Which KV pairs of a chunk stay: a rule is a function of queries and keys that gives each pair a score.
+
+To add a rule, write a function of a :class:`Seen` and put it into :data:`RULES`; it then has a name for
+:class:`rcc.model.selection.selection.Selection`, for `--compressor selection-NAME` and for `rcc eval qa`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..prefix import rotate
+
+BLOCK_ELEMENTS = 1 << 24
+"""Attention weights that are in memory at once, all heads together."""
+FUTURE = 512
+"""Positions after a chunk over which `expected` takes the mean of the rotation: where questions will stand."""
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a rule sees of one layer in one pass; queries and keys are those before rotation.
+
+    Attributes:
+        layer: its number, from 0.
+        chunk: the chunk's number within its text, from 0.
+        queries: [heads, T, head dim] of the tokens of the pass, which are the last T of `keys`.
+        keys: [KV heads, n, head dim] of all that the pass attends to.
+        values: likewise.
+        start: the first of the chunk's pairs among them.
+        stop: the end of those.
+        keep: pairs to keep for each head.
+        cos: [m, rotary dimensions] of positions 0 to m - 1; m is n + :data:`FUTURE`, or the window.
+        sin: likewise.
+        scaling: of the products of queries and keys.
+    """
+
+    layer: int
+    chunk: int
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    start: int
+    stop: int
+    keep: int
+    cos: Tensor
+    sin: Tensor
+    scaling: float
+
+    @property
+    def size(self) -> int:
+        """Pairs of the chunk."""
+        return self.stop - self.start
+
+    def rotated(self, states: Tensor, first: int) -> Tensor:
+        """Rotate states [heads, t, head dim] to the positions from `first` on."""
+        span = slice(first, first + states.shape[1])
+        return rotate(states[None], self.cos[None, span], self.sin[None, span])[0]
+
+
+def highest_attention(seen: Seen) -> Tensor:
+    """Score a pair by the highest attention that any token of the pass pays it (KVzip, arXiv 2505.23416, section 3).
+
+    The attention is the model's own in the pass: a softmax over the header, the chunk and the repetition so far, no
+    earlier chunk. Of the query heads that share a pair, and of all tokens of the pass (those that ask for the
+    repetition too), the highest counts. A block of queries at a time is in memory.
+
+    Returns:
+        [KV heads, chunk] in float32.
+    """
+    heads, tokens, _ = seen.queries.shape
+    n = seen.keys.shape[1]
+    past = n - tokens
+    keys = seen.rotated(seen.keys, 0).transpose(1, 2)
+    queries = seen.rotated(seen.queries, past) * seen.scaling
+    queries = queries.view(keys.shape[0], -1, *queries.shape[1:])  # [KV heads, group, T, head dim]
+    order = torch.arange(n, device=keys.device)
+    highest = keys.new_zeros(keys.shape[0], seen.size, dtype=torch.float32)
+    step = max(1, BLOCK_ELEMENTS // (heads * n))
+    for first in range(0, tokens, step):
+        block = queries[:, :, first : first + step]
+        end = past + first + block.shape[2]
+        products = torch.matmul(block, keys[:, None, :, :end]).float()
+        later = order[:end] > order[past + first : end, None]
+        weights = products.masked_fill_(later, -torch.inf).softmax(-1)
+        highest = torch.maximum(highest, weights[..., seen.start : seen.stop].amax((1, 2)))
+    return highest
+
+
+def expected_attention(seen: Seen) -> Tensor:
+    """Score a pair by the attention that a later token is expected to pay it, times the length of its value.
+
+    Later queries are taken to be normally distributed, with the mean and covariance of the chunk's own, and to stand
+    somewhere in the next :data:`FUTURE` positions: the mean of exp(q·k) is then exp(k·μ + k·Σk / 2). After kvpress's
+    ExpectedAttentionPress (arXiv 2510.00636). It needs no second pass.
+
+    Returns:
+        [KV heads, chunk] in float32.
+    """
+    queries = seen.queries.float()
+    mean = queries.mean(1, keepdim=True)  # [heads, 1, head dim]
+    spread = queries - mean
+    covariance = spread.transpose(1, 2) @ spread / spread.shape[1]
+    ahead = slice(min(seen.stop, len(seen.cos) - 1), seen.stop + FUTURE)
+    cos, sin = (table[ahead].float().mean(0)[None, None] for table in (seen.cos, seen.sin))
+    axes = torch.eye(queries.shape[2], device=queries.device)
+    turn = rotate(axes[None, None], cos, sin)[0]  # [1, head dim, head dim]: the mean rotation, of row vectors
+    mean, covariance = mean @ turn, turn.transpose(1, 2) @ covariance @ turn
+    kv_heads = seen.keys.shape[0]
+    keys = seen.rotated(seen.keys[:, : seen.stop], 0)[:, seen.start :].float() * seen.scaling
+    mean, covariance = (moment.view(kv_heads, -1, *moment.shape[1:]) for moment in (mean, covariance))
+    expected = (keys[:, None] * mean).sum(-1) + ((keys[:, None] @ covariance) * keys[:, None]).sum(-1) / 2
+    weights = expected.softmax(-1).mean(1)
+    lengths: Tensor = seen.values[:, seen.start : seen.stop].float().norm(dim=-1)
+    return weights * lengths
+
+
+def every_nth(seen: Seen) -> Tensor:
+    """Score as many pairs 1 as are to stay, at even distances, the last one among them: a control.
+
+    Returns:
+        [KV heads, chunk].
+    """
+    numbers = torch.arange(1, seen.keep + 1, device=seen.keys.device) * seen.size // seen.keep - 1
+    scores = torch.zeros(seen.keys.shape[0], seen.size, device=seen.keys.device)
+    scores[:, numbers] = 1
+    return scores
+
+
+def by_chance(seen: Seen) -> Tensor:
+    """Score pairs at random, the same whenever a text is read: a control.
+
+    Returns:
+        [KV heads, chunk].
+    """
+    generator = torch.Generator().manual_seed((SEED << 40) + (seen.chunk << 16) + seen.layer)
+    return torch.rand(seen.keys.shape[0], seen.size, generator=generator).to(seen.keys.device)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A way to choose pairs.
+
+    Attributes:
+        score: the higher, the sooner a pair stays.
+        repeats: whether `score` is of a pass in which the model repeats the chunk, instead of that which reads it.
+    """
+
+    score: Callable[[Seen], Tensor]
+    repeats: bool = False
+
+
+RULES = {
+    "repeat": Rule(highest_attention, repeats=True),
+    "expected": Rule(expected_attention),
+    "stride": Rule(every_nth),
+    "random": Rule(by_chance),
+}
