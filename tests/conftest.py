@@ -23,8 +23,8 @@ from rcc import RCCConfig, RCCForCausalLM, SideConfig, checkpoints
 from rcc.cli import app as cli
 from rcc.runtime import allocator
 
-pytest_plugins = ["training_runs", "appended_context"]
-"""Fixtures of whole training runs and of a context, one for all files that look at them."""
+pytest_plugins = ["training_runs", "appended_context", "short_text"]
+"""Fixtures of whole training runs, of a context and of a short text: one for all files that look at them."""
 VOCABULARY = 97
 FAMILIES = ["llama", "gpt_neox"]
 """What the tests run on."""
@@ -313,14 +313,6 @@ def folder(tmp_path: Path) -> Iterator[Path]:
     path.mkdir()
     yield path
     assert list(path.iterdir()) == []
-
-
-def make_home(folder: Path) -> Path:
-    """A home of rcc's own in a folder: the default base is there already, contexts are not."""
-    base = checkpoints.ensure_base("smollm2-135m-instruct")
-    (folder / "bases").mkdir(parents=True)
-    (folder / "bases" / base.name).symlink_to(base)
-    return folder
 
 
 @pytest.fixture(scope="session")

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from command_line import Result
-from conftest import make_home
 from rcc import CompressedContext, Engine, load_tokenizer
+from short_text import make_home
 
 MODEL = Path(__file__).parents[1] / "fixtures" / "56825c2" / "model"
 SHIPPED = "rcc-smollm2-135m"

@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from transformers import PreTrainedTokenizerFast
 
 import reference as ref
-from conftest import make_home
 from rcc import InputError, RCCForCausalLM
 from rcc.evaluation import compare, metrics, results
 from rcc.evaluation.evaluation import evaluate, finish
@@ -28,6 +27,7 @@ from rcc.evaluation.reconstruction.run import ReconstructionEvaluation
 from rcc.evaluation.reconstruction.settings import CONTROLS, ReconstructionSettings
 from rcc.evaluation.reconstruction.table import ReconstructionReport
 from rcc.evaluation.results import Results
+from short_text import make_home
 from word_tokens import word_tokenizer, words
 
 ROOT = Path(__file__).resolve().parents[3]

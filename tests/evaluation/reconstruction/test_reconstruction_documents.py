@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from conftest import make_home
 from rcc import InputError
 from rcc.evaluation.reconstruction.documents import Documents, open_texts
+from short_text import make_home
 from word_tokens import word_tokenizer, words
 
 ROOT = Path(__file__).resolve().parents[3]
