@@ -330,16 +330,8 @@ class CompressedContext:
             raise InputError(f"save needs a context of one text, this one holds {self.batch_size}: save context[i].")
         one = self[0] if self.mask is not None else self
         depth = len(self.blocks.layers)
-        manifest = Manifest(
-            self.model_name,
-            self.fingerprint,
-            self.segment_length,
-            depth,
-            self.pieces[0],
-            self.versions,
-            self.rotated,
-            self.compressor,
-        )
+        made = self.model_name, self.fingerprint, self.segment_length, depth
+        manifest = Manifest(*made, self.pieces[0], self.versions, self.rotated, self.compressor)
         tensors = {}
         for i in range(depth):
             for name, tensor in zip(("keys", "values"), one.layer(i), strict=True):
