@@ -178,7 +178,7 @@ def main() -> None:
 
     torch.set_num_threads(arguments.threads)
     engine = Engine.load(arguments.model, arguments.device)
-    model = engine.compressor
+    model = engine.rcc
     context = make_context(model, arguments.positions)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "context.rcc"
