@@ -117,3 +117,22 @@ def test_packing() -> None:
     del packed["int8_steps"]
     with pytest.raises(ModelError, match="lack their steps"):
         packing.unpack(packed)
+
+
+def test_kept_in_8_bits(command: Call, folder: Path, texts: list[Path], tmp_path: Path) -> None:
+    """`--kv int8` makes a file of about half the keys' and values' bytes, which is asked and appended to as any other;
+    an unknown precision is refused before anything is read."""
+    small, large = tmp_path / "small.rcc", tmp_path / "large.rcc"
+    model = ("--model", folder, "--rate", 1)
+    assert command("compress", *texts, "-o", large, *model, "--kv", "bfloat16")[0] == 0
+    assert command("compress", *texts, "-o", small, *model, "--kv", "int8")[0] == 0
+    sizes = {path: info(command, path) for path in (small, large)}
+    assert (sizes[small]["dtype"], sizes[large]["dtype"]) == ("int8", "bfloat16")
+    assert sizes[small]["bytes"] < 0.55 * sizes[large]["bytes"]
+    code, answer, _ = command("ask", small, WORDS[0], "--model", folder, "--max-new-tokens", 4)
+    assert (code, bool(answer.strip())) == (0, True)
+    more = tmp_path / "more.rcc"
+    assert command("compress", texts[0], "--context", small, "-o", more, *model)[0] == 0
+    assert info(command, more)["source_tokens"] == 85
+    code, _, said = command("compress", *texts, "-o", tmp_path / "no.rcc", *model, "--kv", "int4")
+    assert (code, said) == (2, "rcc: --kv int4 is unknown: use one of bfloat16, float16, float32, int8.\n")

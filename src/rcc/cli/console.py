@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .. import checkpoints
+from ..errors import InputError
 from ..runtime.quiet import quiet_transformers
 from ..runtime.terminal import CONTROL, Console, shown
 
@@ -46,6 +47,22 @@ CompressorName = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+KEPT = ("bfloat16", "float16", "float32", "int8")
+Kept = Annotated[
+    str | None,
+    typer.Option(
+        "--kv",
+        help="Precision of the keys and values that are kept; int8: half of bfloat16's bytes (default: the model's).",
+    ),
+]
+
+
+def check_kept(kv: str | None) -> None:
+    """Refuse a precision that contexts are not kept in, before a model is loaded."""
+    if kv is not None and kv not in KEPT:
+        raise InputError(f"--kv {kv} is unknown: use one of {', '.join(KEPT)}.")
 
 
 def load_engine(

@@ -24,7 +24,9 @@ from .console import (
     Device,
     Dtype,
     Json,
+    Kept,
     Model,
+    check_kept,
     err,
     load_engine,
     out,
@@ -52,12 +54,14 @@ def compress(
     ] = "auto",
     budget: Budget = BUDGET,
     context: Annotated[Path | None, typer.Option(help="A context file to append to (it stays as it is).")] = None,
+    kv: Kept = None,
     device: Device = None,
     dtype: Dtype = None,
     allow_special: AllowSpecial = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the output if it exists.")] = False,
 ) -> None:
     """Compress texts into a context file."""
+    check_kept(kv)
     target = check_output(output, force, [*(s for s in sources if s != "-"), *([context] if context else [])])
     texts = [read_text(source) for source in sources]
     number = parse_rate(rate)
@@ -65,6 +69,8 @@ def compress(
     before = None if context is None else engine.open(context)
     with progress("compressing", 1) as advance:
         result = engine.compress(texts, number, before, budget=budget, progress=advance)
+    if kv is not None:
+        result = result.to(dtype=kv)
     with creating(output):
         result.save(target, replace=force)
     _say_made(output, result)

@@ -14,7 +14,7 @@ from ..documents.plain import read_text
 from ..errors import InputError
 from ..evaluation.example import example_text
 from ..text.counts import parse_choices, parse_count, parse_counts
-from .console import PASSKEY_MODEL, Device, Dtype, Json, Model, load_engine, status
+from .console import PASSKEY_MODEL, Device, Dtype, Json, Kept, Model, check_kept, load_engine, status
 
 if TYPE_CHECKING:
     import numpy as np
@@ -86,9 +86,11 @@ class ReconstructionOptions(EvaluationOptions):
     limit: Annotated[int, typer.Option(min=1, help="Documents of each length.")] = 10
     batch: Annotated[int, typer.Option(min=1, help="Prompts at a time.")] = 16
     seed: Annotated[int, typer.Option(min=0, help="Of the choice of documents and of the shuffled order.")] = 0
+    kv: Kept = None
 
     def evaluation(self) -> Evaluation:
         """Return the reconstruction of documents by a model."""
+        check_kept(self.kv)
         rates, lengths = _counts(self.rates, "--rates"), _counts(self.lengths, "--lengths")
         with status("loading torch and transformers"):
             from ..evaluation.reconstruction.documents import open_texts
@@ -105,6 +107,7 @@ class ReconstructionOptions(EvaluationOptions):
             documents=self.limit,
             batch=self.batch,
             seed=self.seed,
+            kv=self.kv,
         )
         asked.check(model.config)  # before any text is read
         with status("reading the texts"):
@@ -207,9 +210,11 @@ class QAOptions(EvaluationOptions):
     hint: Annotated[str | None, typer.Option(help="What the base is told after a question.")] = None
     limit: Annotated[int | None, typer.Option(min=1, help="Questions of each set.")] = 100
     seed: Annotated[int, typer.Option(min=0, help="Of the choice of questions.")] = 0
+    kv: Kept = None
 
     def evaluation(self) -> Evaluation:
         """Return the questions asked of a model and of what is measured beside it."""
+        check_kept(self.kv)
         rates, pad_to = _counts(self.rates, "--rates"), _count(self.pad_to, "--pad-to")
         with status("loading torch and transformers"):
             from ..evaluation.qa import settings
@@ -235,6 +240,7 @@ class QAOptions(EvaluationOptions):
             max_new_tokens=self.max_new_tokens,
             hint=hint,
             seed=self.seed,
+            kv=self.kv,
         )
         methods = make_methods(
             model,

@@ -106,6 +106,19 @@ def test_contexts_are_asked_as_rcc_ask_does(model: RCCForCausalLM, data: Path) -
     assert len(seconds) == 1  # read once
 
 
+def test_contexts_kept_in_8_bits(model: RCCForCausalLM, data: Path) -> None:
+    """`kv` says how contexts are kept that a question is asked of; a text that is not compressed stays as it is."""
+    methods = qa.make_methods(model, TOKENIZER, ["human"], ["plain"])
+    small, large = answer(model, methods, data, kv="int8"), answer(model, methods, data)
+    for i, (name, text, question, _) in enumerate(FACTS):
+        context = model.compress(token_ids(TOKENIZER, text), rate=4).to(dtype="int8")
+        wanted = answering.ask(model, TOKENIZER, context, prompting.build(question, "human"), 6, do_sample=False)
+        assert small["rcc", "human", f"{name}/{i}"]["written"] == wanted[1]
+        key = next(key for key in large if key[0] == "plain" and key[2] == f"{name}/{i}")
+        assert small[key]["written"] == large[key]["written"]
+    assert qa.QAEvaluation(TOKENIZER, [], methods, QASettings(rates=[4], kv="int8")).settings()["kv"] == "int8"
+
+
 # ---------------------------------------------------------------- the command
 @pytest.fixture(scope="module")
 def tuned(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:

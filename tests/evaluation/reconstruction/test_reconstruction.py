@@ -346,6 +346,24 @@ def test_the_command_on_a_tiny_model(command, folder, data, tmp_path):
     assert [cell["key"] for cell in printed["cells"]] == [
         {"length": 64, "rate": rate, "context": "real"} for rate in (4, 1, 2, 8, 16)
     ]
+    code, out, err = command("eval", "reconstruction", *args, "--controls", "none", "--kv", "int4")
+    assert (code, out, err.count("int4")) == (2, "", 1)
+
+
+@pytest.mark.parametrize("prefix", ["residual", "direct"])
+def test_contexts_kept_in_8_bits(tiny, documents, measuring, prefix):
+    """`kv` says how a context is kept that is continued; the folder notes it."""
+    model = tiny(prefix=prefix)
+    run = measuring(model, rates=[4], controls=[], kv="int8")
+    assert run.settings()["kv"] == "int8"
+    assert "kv" not in measuring(model, rates=[4]).settings()
+    for row in collect(run).rows:
+        key = row["key"]
+        text = torch.tensor(documents[key["document"]][:LENGTH])
+        kept = model.compress(text[None], rate=4).to(dtype="int8")
+        span = text[key["start"] : key["start"] + 10 + TARGET]
+        logits = model(span[None], context=kept).logits[0, 9:-1]
+        assert row["loss"] == pytest.approx(F.cross_entropy(logits, span[10:]).item(), rel=1e-4)
 
 
 def test_the_command_on_the_default_model(tmp_path):

@@ -10,6 +10,7 @@ import hashlib
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -145,6 +146,7 @@ class QAEvaluation:
             "max_new_tokens": self.asked.max_new_tokens,
             "hint": self.asked.hint,
             "seed": self.asked.seed,
+            **({} if self.asked.kv is None else {"kv": self.asked.kv}),
         }
 
     def __len__(self) -> int:
@@ -221,6 +223,8 @@ class QAEvaluation:
         self._held.pop(name, None)  # before the next one is made
         start = time.perf_counter()
         held = method.hold(text, rate, question)
+        if self.asked.kv is not None and method.compresses and held.context is not None:
+            held = replace(held, context=held.context.to(dtype=self.asked.kv))
         seconds = time.perf_counter() - start
         if not method.by_question:
             self._held[name] = (question.context, held, seconds)

@@ -38,6 +38,7 @@ class QASettings:
         max_new_tokens: of an answer, where its set does not say.
         hint: see :data:`HINT`.
         seed: of what is chosen and what stands around it.
+        kv: precision that contexts of the methods that compress are kept in; None: the model's.
     """
 
     rates: Sequence[int]
@@ -46,3 +47,4 @@ class QASettings:
     max_new_tokens: int = 64
     hint: str = HINT
     seed: int = 0
+    kv: str | None = None

@@ -82,6 +82,7 @@ class ReconstructionEvaluation:
             "target_tokens": asked.target_tokens,
             "seed": asked.seed,
             "bleu": metrics.bleu_settings(),
+            **({} if asked.kv is None else {"kv": asked.kv}),
         }
 
     def __len__(self) -> int:
@@ -165,9 +166,9 @@ class ReconstructionEvaluation:
         """Return a document's vectors, where the order of its positions matters to their making, and its context."""
         ids = self.documents[length][number][None]
         if self.model.config.direct:
-            return None, self.model.compress(ids, rate=rate)
+            return None, self.model.compress(ids, rate=rate).to(dtype=self.asked.kv)
         vectors = self.model.encode(ids, rate=rate)
-        return vectors, self.model.prefix(vectors)
+        return vectors, self.model.prefix(vectors).to(dtype=self.asked.kv)
 
     def _context(self, kind: str, length: int, number: int, rate: int | None) -> CompressedContext | None:
         """Return what the decoder is given in place of a document."""

@@ -40,6 +40,7 @@ class ReconstructionSettings:
         documents: at most so many of each length, chosen by `seed`.
         batch: prompts at a time; each needs a copy of its context's keys and values.
         seed: of the choice of documents and of the shuffled order.
+        kv: precision that contexts are kept in; None: the model's.
     """
 
     rates: Sequence[int]
@@ -50,6 +51,7 @@ class ReconstructionSettings:
     documents: int = 10
     batch: int = 16
     seed: int = 0
+    kv: str | None = None
 
     def starts(self, length: int) -> list[int]:
         """Return the tokens at which prompts begin in a text of `length`: evenly spread, as far as the paper's."""
