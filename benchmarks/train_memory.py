@@ -5,7 +5,7 @@
 
 One context of each length, 256 decoder tokens, the default model, each figure in a process of its own: the process's
 peak less what it held once the model was loaded, what torch allocated in a second such step, and what
-`rcc models --plan` and `rcc train --dry-run` estimate: activations, and the gradients beside them. A frozen encoder's
+`rcc plan` and `rcc train --dry-run` estimate: activations, and the gradients beside them. A frozen encoder's
 vectors are computed without gradients, in chunks: what grows with the context is the decoder's prefix, one position for
 every `rate` tokens.
 """

@@ -49,7 +49,7 @@ def test_shapes_and_their_plans(folder: Path) -> None:
 @pytest.mark.parametrize("text", [DEEP, "[]", '{"model_type": 5}', '{"model_type": "llama", "hidden_size": "x"}'])
 def test_the_plan_of_a_malformed_shape_is_refused_in_one_sentence(command: Call, folder: Path, text: str) -> None:
     (folder / "model/decoder/config.json").write_text(text)
-    code, out, said = command("models", "--plan", "model/decoder")
+    code, out, said = command("plan", "model/decoder")
     assert (code, out, said.count("\n")) == (2, "", 1)
     assert "model/decoder/config.json" in said
 

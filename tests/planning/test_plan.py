@@ -25,7 +25,7 @@ from rcc.training.recipe import Recipe
 from rcc.training.settings import build
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs/backbones.md").read_text(encoding="utf-8")
-PLANS = re.findall(r"^```sh\nrcc (models --plan [^\n]+)\n```\n\n```text\n(.*?)^```$", PAGE, re.M | re.S)
+PLANS = re.findall(r"^```sh\nrcc (plan [^\n]+)\n```\n\n```text\n(.*?)^```$", PAGE, re.M | re.S)
 HOW_TO = PAGE[PAGE.index("## Bring your own backbone") : PAGE.index("### What is refused")]
 
 
@@ -116,9 +116,9 @@ def test_plan_is_the_models(settings: dict[str, Any], tmp_path: Path) -> None:
 def test_json(call: Callable[..., str], tmp_path: Path) -> None:
     """The text shows the data's numbers."""
     folder = folder_of(make_backbone("llama"), tmp_path / "base")
-    arguments = ["models", "--plan", folder, "--segment-length", 16, "--rates", "4, 8", "--lora-rank", 2]
+    arguments = ["plan", folder, "--segment-length", 16, "--rates", "4, 8", "--lora-rank", 2]
     data = json.loads(call(*arguments, "--json"))
-    assert data == json.loads(call("models", "--plan", folder / "config.json", *arguments[3:], "--json")) | {
+    assert data == json.loads(call("plan", folder / "config.json", *arguments[2:], "--json")) | {
         "backbone": data["backbone"]
     }
     text = call(*arguments)
@@ -132,6 +132,9 @@ def test_json(call: Callable[..., str], tmp_path: Path) -> None:
     other = json.loads(call(*arguments[:-2], "--full", "--dtype", "float32", "--json"))
     assert other["added"]["encoder"] > 0
     assert other["position_bytes"] == 2 * data["position_bytes"]
+    direct = json.loads(call(*arguments, "--prefix", "direct", "--json"))
+    assert direct["added"]["sink"] == 3 * 48
+    assert "sink" not in data["added"]
 
 
 def test_family_that_is_not_supported(call: Callable[..., str], tmp_path: Path) -> None:
@@ -143,9 +146,9 @@ def test_family_that_is_not_supported(call: Callable[..., str], tmp_path: Path) 
         body.save_pretrained(folder)
         with pytest.raises(ModelError) as loading:
             RCCForCausalLM.from_base(folder)
-        assert call("models", "--plan", folder, refused=True) == f"rcc: {loading.value}\n"
+        assert call("plan", folder, refused=True) == f"rcc: {loading.value}\n"
     (folder / "config.json").write_text('{"model_type": "of tomorrow"}')
-    said = call("models", "--plan", folder, refused=True)
+    said = call("plan", folder, refused=True)
     assert said.startswith("rcc: backbone family 'of tomorrow' is not supported: use one of ")
 
 
@@ -166,30 +169,30 @@ def test_family_that_is_not_supported(call: Callable[..., str], tmp_path: Path) 
 def test_bad_configuration(content: str, words: str, call: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(content)
     for place in (tmp_path, tmp_path / "config.json"):
-        assert words in call("models", "--plan", place, refused=True)
+        assert words in call("plan", place, refused=True)
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("--plan nothing", "'nothing' is neither a known shape (gemma-3-1b,"),
-        ("--plan some/model", "nor could it be fetched from the hub: HF_HUB_OFFLINE is set"),
-        ("--plan ./nothing", "a config.json file nor a folder"),
-        ("--plan rcc-smollm2-135m", "`rcc models` lists what comes with rcc, and its base is smollm2-135m-instruct"),
-        ("--plan tests", "has no config.json"),
-        ("--plan pythia-1.4b --rates 8,7", "rate=7 does not divide the segment of 2048 tokens: use one of 1, 2, 4"),
-        ("--plan pythia-1.4b --rates 8;7", "--rates '8;7' is no whole number"),
-        ("--plan pythia-1.4b --segment-length 4096", "more than the 2048 positions that the encoder can address"),
-        ("--plan pythia-1.4b --full --lora-rank 4", "leave out --lora-rank"),
-        ("--plan pythia-1.4b --dtype int8", "dtype int8 is unknown"),
-        ("--plan pythia-1.4b --encoder nothing", "'nothing' is neither"),
-        ("--rates 8", "--rates is for a plan"),
-        ("--full", "--full is for a plan"),
+        ("nothing", "'nothing' is neither a known shape (gemma-3-1b,"),
+        ("some/model", "nor could it be fetched from the hub: HF_HUB_OFFLINE is set"),
+        ("./nothing", "a config.json file nor a folder"),
+        ("rcc-smollm2-135m", "`rcc models` lists what comes with rcc, and its base is smollm2-135m-instruct"),
+        ("tests", "has no config.json"),
+        ("pythia-1.4b --rates 8,7", "rate=7 does not divide the segment of 2048 tokens: use one of 1, 2, 4"),
+        ("pythia-1.4b --rates 8;7", "--rates '8;7' is no whole number"),
+        ("pythia-1.4b --segment-length 4096", "more than the 2048 positions that the encoder can address"),
+        ("pythia-1.4b --full --lora-rank 4", "leave out --lora-rank"),
+        ("pythia-1.4b --dtype int8", "dtype int8 is unknown"),
+        ("pythia-1.4b --encoder nothing", "'nothing' is neither"),
+        ("pythia-1.4b --prefix sideways", "prefix='sideways' is unknown"),
+        ("pythia-1.4b --prefix direct", "with the sink before it is more than the 2048 positions"),
     ],
 )
 def test_refused(arguments: str, words: str, call: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(Path(__file__).resolve().parents[2])
-    assert words in call("models", *arguments.split(), refused=True)
+    assert words in call("plan", *arguments.split(), refused=True)
 
 
 @pytest.mark.parametrize(("line", "shown"), PLANS, ids=[command.split()[-1] for command, _ in PLANS])

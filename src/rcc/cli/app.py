@@ -11,7 +11,7 @@ from .console import out
 from .contexts import ask, chat, compress, contexts, inspect, join, reconstruct
 from .evaluation import app as evaluation
 from .harness import harness
-from .models import convert_checkpoint, models
+from .models import convert_checkpoint, models, plan
 from .process import run
 from .report import report
 from .training import train
@@ -46,7 +46,20 @@ app.add_typer(evaluation, name="eval")
 evaluation.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
 )(harness)
-for verb in (compress, join, ask, chat, reconstruct, inspect, contexts, train, models, report, convert_checkpoint):
+for verb in (
+    compress,
+    join,
+    ask,
+    chat,
+    reconstruct,
+    inspect,
+    contexts,
+    train,
+    models,
+    plan,
+    report,
+    convert_checkpoint,
+):
     app.command()(verb)
 
 

@@ -17,31 +17,8 @@ if TYPE_CHECKING:
     from ..checkpoints.published import Fate
 
 
-def models(
-    plan: Annotated[
-        str | None,
-        typer.Option(
-            metavar="BACKBONE", help="What it would cost: a config.json, a folder, a hub id or pythia-1.4b, …"
-        ),
-    ] = None,
-    encoder: Annotated[str | None, typer.Option(help="With --plan: another backbone that reads.")] = None,
-    rates: Annotated[str | None, typer.Option(help="With --plan: compression rates (default: 8,32).")] = None,
-    segment_length: Annotated[
-        int | None, typer.Option(min=1, help="With --plan: tokens read at once (default: 2048).")
-    ] = None,
-    lora_rank: Annotated[int | None, typer.Option(min=1, help="With --plan: LoRA's (default: 16).")] = None,
-    full: Annotated[bool, typer.Option("--full", help="With --plan: no LoRA, both sides' own weights learn.")] = False,
-    dtype: Annotated[str | None, typer.Option(help="With --plan: precision (default: bfloat16).")] = None,
-    as_json: Json = False,
-) -> None:
-    """List the models that come with rcc, or plan one on a backbone whose weights need not be here."""
-    if plan is not None:
-        _plan(plan, encoder, rates, segment_length, lora_rank, full, dtype, as_json)
-        return
-    given = {"encoder": encoder, "rates": rates, "segment-length": segment_length, "lora-rank": lora_rank}
-    for name, value in {**given, "full": full or None, "dtype": dtype}.items():
-        if value is not None:
-            raise InputError(f"--{name} is for a plan: name a backbone with --plan.")
+def models(as_json: Json = False) -> None:
+    """List the models that come with rcc."""
     from .. import checkpoints
     from ..config import RCCConfig
 
@@ -78,27 +55,29 @@ def models(
             out.print(f"  {key:16}{value}", markup=False)
 
 
-def _plan(
-    backbone: str,
-    encoder: str | None,
-    rates: str | None,
-    segment_length: int | None,
-    lora_rank: int | None,
-    full: bool,
-    dtype: str | None,
-    as_json: bool,
+def plan(
+    backbone: Annotated[str, typer.Argument(help="A config.json, its folder, a hub id, or pythia-1.4b, llama-3-8b, …")],
+    encoder: Annotated[str | None, typer.Option(help="Another backbone that reads (default: the same).")] = None,
+    prefix: Annotated[str, typer.Option(help="residual, the paper's, or direct.")] = "residual",
+    rates: Annotated[str, typer.Option(help="Compression rates.")] = "8,32",
+    segment_length: Annotated[int, typer.Option(min=1, help="Tokens read at once.")] = 2048,
+    lora_rank: Annotated[int | None, typer.Option(min=1, help="LoRA's (default: 16).")] = None,
+    full: Annotated[bool, typer.Option("--full", help="No LoRA: both sides' own weights learn.")] = False,
+    dtype: Annotated[str, typer.Option(help="Precision of the weights and of the KV cache.")] = "bfloat16",
+    as_json: Json = False,
 ) -> None:
+    """Say what a model on a backbone would cost, whose weights need not be here."""
     if full and lora_rank is not None:
         raise InputError("--full trains all weights, without LoRA: leave out --lora-rank.")
-    numbers = parse_counts("8,32" if rates is None else rates, "--rates")
+    numbers = parse_counts(rates, "--rates")
     with loading():
         from ..planning import plan as planning
         from ..planning import table
         from ..runtime.precision import parse_dtype
     with status("planning"):
-        precision = parse_dtype(dtype or "bfloat16")
+        precision = parse_dtype(dtype)
         assert precision is not None
-        data = planning.plan(backbone, encoder, numbers, segment_length or 2048, lora_rank, full, precision)
+        data = planning.plan(backbone, encoder, numbers, segment_length, lora_rank, full, precision, prefix)
     if as_json:
         print_json(data)
         return

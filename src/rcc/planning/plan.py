@@ -32,6 +32,7 @@ def plan(
     lora_rank: int | None = None,
     full: bool = False,
     dtype: torch.dtype = torch.bfloat16,
+    prefix: str = "residual",
 ) -> dict[str, Any]:
     """Return what an RCC model on a backbone would cost, as plain data; sizes in bytes.
 
@@ -43,6 +44,7 @@ def plan(
         lora_rank: of LoRA on both sides. None: 16, or where an encoder is named, all weights of both sides.
         full: all weights of both sides.
         dtype: of the backbones' weights and of the KV cache.
+        prefix: `"residual"`, the paper's, or `"direct"`.
 
     Raises:
         ModelError: a backbone that is not found or not supported. InputError: settings that cannot be used.
@@ -59,6 +61,7 @@ def plan(
             share_base=encoder_shape is None and not own,
             encoder=adapted,
             decoder=adapted,
+            prefix=prefix,
         )
         side = decoder_shape if encoder_shape is None and own else encoder_shape
         ways[name] = Blueprint(config, decoder_shape, side, dtype)
