@@ -47,7 +47,9 @@ def main() -> None:
         dtype = torch.float32 if kind == "int8" else getattr(torch, kind)
         model = RCCForCausalLM.from_pretrained(name, dtype=dtype, adapters="merged")
         if kind == "int8":
+            made_by = model.fingerprint
             torch.ao.quantization.quantize_dynamic(model.encoder, {torch.nn.Linear}, dtype=torch.qint8, inplace=True)
+            model.record_fingerprint(made_by)
         best = float("inf")
         for _ in range(2):
             start = time.perf_counter()
