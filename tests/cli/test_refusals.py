@@ -163,7 +163,7 @@ def test_bad_model_folder(call: Callable[..., Result], short_text: Path, folder:
     (mine / "model.safetensors").write_bytes(weights)
     call("compress", short_text, "-o", folder / "x.rcc", "--model", mine).refused("SHA-256")
     (mine / "config.json").write_text('{"model_type": "gpt2"}')
-    call("compress", short_text, "-o", folder / "x.rcc", "--model", mine).refused("is not an RCC model")
+    call("compress", short_text, "-o", folder / "x.rcc", "--model", mine).refused("has no rotary positions")
     call("compress", short_text, "-o", folder / "x.rcc", "--model", mine / "config.json").refused("is a file")
 
 
@@ -210,12 +210,12 @@ def test_bad_context(
 
 def test_context_of_a_newer_format(call: Callable[..., Result], compressed_file: Path, tmp_path: Path) -> None:
     newer, data = tmp_path / "newer.rcc", compressed_file.read_bytes()
-    data = data.replace(b'"version":"1"', b'"version":"2"', 1)
+    data = data.replace(b'"version":"1"', b'"version":"3"', 1)
     (old,) = re.findall(rb'"sha256":"([0-9a-f]{64})"', data[:3000])
     blank = data.replace(old, b"0" * 64, 1)
     newer.write_bytes(blank.replace(b"0" * 64, hashlib.sha256(blank).hexdigest().encode(), 1))
     for verb in (["ask", newer, "Who?"], ["inspect", newer]):
-        call(*verb).refused("format version 2", "update rcc")
+        call(*verb).refused("format version 3", "update rcc")
 
 
 def flips(data: bytes) -> Sequence[int]:

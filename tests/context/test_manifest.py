@@ -44,8 +44,8 @@ def test_versions_and_kinds(appended, appended_file, tiny_llama, tokens, tmp_pat
     path = tmp_path / "other"
     rewrite(appended_file, path, None)
     assert same_bits(CompressedContext.load(path, tiny_llama, verify), appended)
-    rewrite(appended_file, path, lambda header: header["__metadata__"].update(version="2"))
-    with pytest.raises(ContextError, match=r"version 2.*update rcc"):
+    rewrite(appended_file, path, lambda header: header["__metadata__"].update(version="3"))
+    with pytest.raises(ContextError, match=r"version 3.*update rcc"):
         CompressedContext.load(path, verify=verify)
     rewrite(appended_file, path, lambda header: header["__metadata__"].update(format="rcc-other"))
     with pytest.raises(ContextError, match=r"rcc-other.*not an rcc context"):

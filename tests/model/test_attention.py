@@ -23,6 +23,9 @@ def test_two_parts_are_the_whole(heads, groups, batch, past, new):
         want = scaled_dot_product_attention(query, *wide, attn_mask=mask, scale=scale).transpose(1, 2)
         got, _ = attention._attend(torch.nn.Module(), query, key, value, attention.AFTER_CACHE, scaling=scale)
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+        exact = [states.double() for states in (query, key, value)]
+        double, _ = attention._attend(torch.nn.Module(), *exact, attention.AFTER_CACHE, scaling=scale)
+        assert double.dtype == torch.float64
         low = [states.bfloat16() for states in (query, key, value)]
         near, _ = attention._attend(torch.nn.Module(), *low, attention.AFTER_CACHE, scaling=scale)
         torch.testing.assert_close(near.float(), want, rtol=0.05, atol=0.05)

@@ -85,8 +85,9 @@ def _attend(
     before, before_sum = flash(folded, key[:, :, :past], value[:, :, :past], 0.0, False, scale=scaling)
     own_keys, own_values = (repeat_kv(states[:, :, past:], group) for states in (key, value))
     own, own_sum = flash(query, own_keys, own_values, 0.0, True, scale=scaling)
-    share = torch.sigmoid(before_sum.reshape(batch, heads, new).float() - own_sum.float())[..., None]
-    joined = torch.lerp(own.float(), before.reshape(batch, heads, new, size).float(), share)
+    exact = torch.promote_types(query.dtype, torch.float32)
+    share = torch.sigmoid(before_sum.reshape(batch, heads, new).to(exact) - own_sum.to(exact))[..., None]
+    joined = torch.lerp(own.to(exact), before.reshape(batch, heads, new, size).to(exact), share)
     return joined.to(query.dtype).transpose(1, 2).contiguous(), None
 
 
