@@ -1,7 +1,7 @@
 """Keys and values in 8 bits: half the bytes of bfloat16 at rest, ordinary ones again when they are used.
 
 A value is a whole number of steps. A step belongs to a channel of a head and to 64 positions in a row: of the groupings
-tried, that one loses least for keys and for values alike, 0.4 to 0.6 % of their size (docs/results.md). A context in 8
+tried, that one loses least for keys and for values alike, 0.2 to 0.7 % of their size (docs/results.md). A context in 8
 bits costs a token of an answer nothing: what a model reads is made of it once, a layer at a time.
 """
 
