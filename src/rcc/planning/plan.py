@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..config import RCCConfig, SideConfig
 from ..model import backbones
@@ -52,19 +52,8 @@ def plan(
     decoder_shape = shapes.find(decoder)
     encoder_shape = None if encoder is None else shapes.find(encoder)
     rank = lora_rank or 16
-    ways = {}
-    for name, own in ((f"LoRA of rank {rank}", 0), ("all weights", 1)):
-        adapted = SideConfig(lora_rank=0 if own else rank)
-        config = RCCConfig(
-            segment_length=segment_length,
-            rates=list(rates),
-            share_base=encoder_shape is None and not own,
-            encoder=adapted,
-            decoder=adapted,
-            prefix=prefix,
-        )
-        side = decoder_shape if encoder_shape is None and own else encoder_shape
-        ways[name] = Blueprint(config, decoder_shape, side, dtype)
+    settings = {"segment_length": segment_length, "rates": list(rates), "prefix": prefix}
+    ways = _ways(decoder_shape, encoder_shape, settings, rank, dtype)
     chosen = list(ways)[full or (encoder_shape is not None and lora_rank is None)]
     models = {name: way.build() for name, way in ways.items()}
     model = models[chosen]
@@ -87,6 +76,22 @@ def plan(
         for tokens, frozen in ((SHORT, []), (LONG, ["encoder"]))
     ]
     return {**data, "training": training}
+
+
+def _ways(
+    decoder: PreTrainedConfig,
+    encoder: PreTrainedConfig | None,
+    settings: dict[str, Any],
+    rank: int,
+    dtype: torch.dtype,
+) -> dict[str, Blueprint]:
+    """Return the model under LoRA of this rank, and the one all of whose weights learn, by what learns."""
+    ways = {}
+    for name, own in ((f"LoRA of rank {rank}", 0), ("all weights", 1)):
+        side = SideConfig(lora_rank=0 if own else rank)
+        config = RCCConfig(share_base=encoder is None and not own, encoder=side, decoder=side, **settings)
+        ways[name] = Blueprint(config, decoder, decoder if encoder is None and own else encoder, dtype)
+    return ways
 
 
 def _about(name: Any, side: PreTrainedModel) -> dict[str, Any]:
