@@ -2,9 +2,10 @@
 
     python benchmarks/compress.py [--model M] [--rate 8] [--lengths 2048,8192,65536] [--threads 2] [--markdown OUT.md]
 
-Each figure comes from a process of its own, which loads the model, runs once to warm up on 2,048 tokens, and then
-`--repeats` times: the fastest counts. Processes of the three kinds take turns. Memory is the process's peak less what
-it held once the model was loaded: weights and libraries are not in it, the KV prefix or cache that results is.
+Each figure comes from a process of its own, which loads the model as the command line does (adapters merged), runs
+once to warm up on 2,048 tokens, and then `--repeats` times: the fastest counts. Processes of the three kinds take
+turns. Memory is the process's peak less what it held once the model was loaded: weights and libraries are not in it,
+the KV prefix or cache that results is.
 
 - compress: `model.compress`, that is the encoder over all segments and the decoder over the prefix.
 - encoder: the encoder alone over the same segments in the same batches, all layers, nothing kept.
@@ -42,11 +43,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, float | None]:
 
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    model = RCCForCausalLM.from_pretrained(arguments.model, device=arguments.device)
+    model = RCCForCausalLM.from_pretrained(arguments.model, device=arguments.device, adapters="merged")
     base: Any = None
     if arguments.kind == "prefill":
         folder = checkpoints.resolve_base(model.config.base["decoder"].source)
-        base = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+        base = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype)
         base.to(model.device)
         if arguments.length > base.config.max_position_embeddings:
             return {"seconds": None, "bytes": None}
@@ -65,6 +66,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, float | None]:
 
     ids = torch.randint(vocabulary, (1, arguments.length), device=model.device)
     cuda = model.device.type == "cuda"
+    assert model.encoder is not None  # which is read when it is first asked for
     for weight in (*model.parameters(), *(base.parameters() if base is not None else ())):
         weight.sum()  # weights are mapped files: read them in, so that they count as held before and not as used
     before = torch.cuda.memory_allocated() if cuda else resident()
