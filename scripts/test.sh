@@ -9,4 +9,4 @@ cd "$(dirname "$0")/.."
 .venv/bin/mypy
 .venv/bin/lint-imports
 export OMP_WAIT_POLICY=passive  # threads that spin while they wait cost minutes where tests share cores
-.venv/bin/pytest -n auto --dist loadfile "$@"
+.venv/bin/pytest -n auto --dist loadfile --no-loadscope-reorder "$@"

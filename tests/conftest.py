@@ -121,6 +121,15 @@ def call(command: Callable[..., tuple[int, str, str]]) -> Callable[..., Result]:
     return lambda *args, stdin=b"": Result(*command(*args, stdin=stdin))
 
 
+LONGEST = ("test_readme.py", "test_write_questions.py", "test_terminal.py", "test_lm_eval.py", "test_small_model.py")
+"""Files that take minutes: begun first, so that no process ends long after the others (scripts/test.sh)."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest files first, the others in their order."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(THREADS)
     os.environ["RCC_MODEL"] = "rcc-smollm2-135m"  # the default is four times as large; test_default_model.py has it
@@ -319,8 +328,3 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 def default_base() -> Path:
     """The default model's base in the usual home: made there the first time, at once afterwards."""
     return checkpoints.ensure_base("smollm2-135m-instruct")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest test first: other processes have the rest of the time for theirs."""
-    items.sort(key=lambda item: item.path.name != "test_readme.py")
