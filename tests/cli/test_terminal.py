@@ -33,7 +33,7 @@ def test_chat_answers_on_a_terminal(compressed_file: Path) -> None:
     chat.wait_for("> ")
     chat.type("Who is the father?\r")
     chat.wait_for(r"\?\r?\n(.|\n)*\n\r?> ")  # whatever it answers
-    # Python misses a Ctrl-C that falls between a prompt and the moment at which readline begins to wait behind it
+    # Python misses a Ctrl-C that falls between a prompt and the moment at which readline begins to wait after it
     assert chat.end("\x03") == 130
     assert "rcc: interrupted." in chat.screen
     assert "Traceback" not in chat.screen

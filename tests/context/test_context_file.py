@@ -52,7 +52,7 @@ def test_save_and_load(appended, appended_file, tiny_llama, tokens, verify, with
 
 def test_full_is_read_and_header_is_mapped(appended, appended_file, tiny_llama, tokens):
     """verify="header" maps the file, allocates nothing for the keys and values, and never writes to it;
-    verify="full" reads them into memory with room behind them."""
+    verify="full" reads them into memory with room after them."""
     before = appended_file.read_bytes()
     full = CompressedContext.load(appended_file, tiny_llama)
     header = CompressedContext.load(appended_file, tiny_llama, verify="header")

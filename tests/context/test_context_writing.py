@@ -15,7 +15,7 @@ from rcc import CompressedContext, FileError
 
 def test_places_that_cannot_be_written(appended, tmp_path):
     """A folder that is missing, a path below a file, a folder in the file's place, a name that is too long, and no
-    name at all: a FileError that names the path, and nothing left behind."""
+    name at all: a FileError that names the path, and no leftovers."""
     folder, plain = tmp_path / "folder", tmp_path / "plain"
     folder.mkdir()
     plain.write_text("x")
@@ -85,7 +85,7 @@ def test_a_full_disk(appended, appended_file, tmp_path, monkeypatch, step, older
 
 
 def test_a_file_system_that_is_full(appended, tmp_path):
-    """A real limit: the process may write files of 2,000 bytes only; nothing is left behind."""
+    """A real limit: the process may write files of 2,000 bytes only; there are no leftovers."""
     import resource
     import signal
 

@@ -18,7 +18,7 @@ from rcc import CompressedContext, CompressedVectors, ContextError, RCCError
 @pytest.mark.parametrize("verify", ["full", "header"])
 def test_truncation(appended_file, tmp_path, verify):
     """A file cut anywhere is refused in both ways of checking: at every byte of the header, then in steps; so is one
-    with more behind it."""
+    with more after it."""
     data = appended_file.read_bytes()
     size = 8 + struct.unpack("<Q", data[:8])[0]
     path = tmp_path / "cut"

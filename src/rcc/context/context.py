@@ -277,11 +277,12 @@ class CompressedContext:
         length = max(map(len, contexts))
         blocks = joining.stack([(c.blocks, c.length) for c in contexts], length, first.device, first.blocks.like.dtype)
         pad = torch.nn.functional.pad
-        mask = torch.cat([pad(c._mask().to(first.device), (length - len(c), 0), value=False) for c in contexts])
+        mask = torch.cat([pad(c.real().to(first.device), (length - len(c), 0), value=False) for c in contexts])
         pieces = tuple(row for c in contexts for row in c.pieces)
         return replace(first, blocks=blocks, length=length, pieces=pieces, mask=None if bool(mask.all()) else mask)
 
-    def _mask(self) -> Tensor:
+    def real(self) -> Tensor:
+        """Return which positions are no gaps, bool [B, n]."""
         if self.mask is not None:
             return self.mask
         return torch.ones(self.batch_size, len(self), dtype=torch.bool, device=self.device)

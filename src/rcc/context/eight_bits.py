@@ -17,6 +17,22 @@ GROUP = 64
 """Positions that share a step."""
 
 
+def to_steps(values: Tensor, dimension: int, least: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Round values to whole steps, of which the largest value has 127.
+
+    Args:
+        values: of any shape, in float32.
+        dimension: along which values share a step.
+        least: the smallest step.
+        dtype: precision of the steps.
+
+    Returns:
+        The numbers of steps, int8 in the values' shape, and the steps, 1 long in that dimension.
+    """
+    steps = (values.abs().amax(dimension, keepdim=True) / 127).clamp(min=least).to(dtype)
+    return (values / steps.float()).round().clamp(-127, 127).to(torch.int8), steps
+
+
 @dataclass(frozen=True)
 class EightBits:
     """Keys, or values, of a layer.
@@ -35,10 +51,8 @@ class EightBits:
         n = values.shape[2]
         groups = -(-n // GROUP)
         padded = torch.nn.functional.pad(values.float(), (0, 0, 0, groups * GROUP - n)).unflatten(2, (groups, GROUP))
-        tiny = torch.finfo(values.dtype).tiny
-        steps = (padded.abs().amax(3) / 127).clamp(min=tiny).to(values.dtype)
-        numbers = (padded / steps.float().unsqueeze(3)).round().clamp(-127, 127).to(torch.int8)
-        return cls(numbers.flatten(2, 3)[:, :, :n].contiguous(), steps)
+        numbers, steps = to_steps(padded, 3, torch.finfo(values.dtype).tiny, values.dtype)
+        return cls(numbers.flatten(2, 3)[:, :, :n].contiguous(), steps.squeeze(3))
 
     def values(self) -> Tensor:
         """Return the values, [B, KV heads, n, head dim]."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..config import RCCConfig
+from ..errors import ModelError
 from . import backbones
 
 
@@ -102,6 +103,13 @@ def encoder_lora_layers(encoder: PreTrainedModel, config: RCCConfig, last_state:
     A direct prefix is made of the inputs of blocks: an encoder's blocks after `last_state` feed nothing, and have none.
     """
     return backbones.linear_names(encoder, last_state if config.direct else None)
+
+
+def check_names(wanted: Collection[str], state: Collection[str]) -> None:
+    """Raise ModelError unless a state has the wanted tensors, by name, and no others."""
+    if difference := sorted(set(wanted) ^ set(state)):
+        word = "lack" if difference[0] in wanted else "have the unknown tensor"
+        raise ModelError(f"the model's weights {word} {difference[0]} ({len(difference)} differences in all).")
 
 
 def lora_scale(config: RCCConfig, rank: int) -> float:

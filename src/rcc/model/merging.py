@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import ModelError
+from . import adapters
 
 reading = threading.Lock()
 """Held while a deferred encoder is read, so that two threads do not read it twice."""
@@ -57,9 +58,7 @@ def merge_lora(body: PreTrainedModel, layers: Iterable[str], lora: Mapping[str, 
         ModelError: a matrix is missing, left over or has another shape.
     """
     wanted = {layer: [layer + end for end in _MATRICES] for layer in layers}
-    if difference := sorted({name for pair in wanted.values() for name in pair} ^ set(lora)):
-        word = "have the unknown tensor" if difference[0] in lora else "lack"
-        raise ModelError(f"the model's weights {word} {difference[0]} ({len(difference)} differences in all).")
+    adapters.check_names({name for pair in wanted.values() for name in pair}, lora)
     for layer, names in wanted.items():
         module = body.get_submodule(layer)
         assert isinstance(module, nn.Linear)

@@ -58,10 +58,11 @@ def open_compressor(
     """
     if compressor is not None and compressor not in COMPRESSORS:
         raise InputError(f"compressor {compressor!r} is unknown: use one of {', '.join(COMPRESSORS)}.")
-    model = _model_of(model, made)
+    manifest = None if made is None else fileformat.read(Path(made), "context", "full")[0]
+    model = _model_of(model, manifest)
     rule, chunk_length = (compressor or "").removeprefix(SELECTION).removeprefix("-") or "repeat", CHUNK_LENGTH
-    if made is not None and compressor != "rcc":
-        its_rule, its_chunk_length = _selection_of(made)
+    if manifest is not None and compressor != "rcc":
+        its_rule, its_chunk_length = _selection_of(manifest)
         chunk_length = its_chunk_length or chunk_length
         if compressor is None and its_rule:
             compressor, rule = SELECTION, its_rule
@@ -85,17 +86,15 @@ def open_compressor(
     return selection, checkpoints.load_tokenizer(folder)
 
 
-def _selection_of(made: str | Path) -> tuple[str, int | None]:
+def _selection_of(manifest: dict[str, Any]) -> tuple[str, int | None]:
     """Return the rule and the chunk's length of the selection that made a context file; of another one "" and None."""
-    manifest = fileformat.read(Path(made), "context", "header")[0]
     kind, _, rule = str(manifest.get("compressor", "rcc")).partition(", rule ")
     length = manifest.get("segment_length")
     return (rule, length if isinstance(length, int) else None) if kind == SELECTION else ("", None)
 
 
-def _model_of(model: str | Path | None, made: str | Path | None) -> str:
-    """Return the model to load: the one that is named, that made a context file, which is checked, or the default."""
-    manifest = None if made is None else fileformat.read(Path(made), "context", "full")[0]
+def _model_of(model: str | Path | None, manifest: dict[str, Any] | None) -> str:
+    """Return the model to load: the one that is named, that made a context file, or the default."""
     if model is not None:
         return str(model)
     if manifest is None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Mapping
 import torch
 from torch import Tensor
 
+from ..context.eight_bits import to_steps
 from ..errors import InputError, ModelError
 
 _NUMBERS, _STEPS = ".int8", "int8_steps"
@@ -39,8 +40,7 @@ def pack(state: Mapping[str, Tensor], parts: Collection[str]) -> dict[str, Tenso
             packed[name] = state[name]
             continue
         values = state[name].detach().float()
-        step = (values.abs().amax(_across(values), keepdim=True) / 127).clamp(min=1e-30).to(torch.bfloat16)
-        packed[name + _NUMBERS] = (values / step.float()).round().clamp(-127, 127).to(torch.int8)
+        packed[name + _NUMBERS], step = to_steps(values, _across(values), 1e-30, torch.bfloat16)
         steps.append(step.flatten())
     return {**packed, _STEPS: torch.cat(steps)} if steps else packed
 

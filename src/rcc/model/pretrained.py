@@ -234,9 +234,7 @@ class RCCPreTrainedModel(nn.Module):
             ModelError: a tensor is missing, left over or has another shape.
         """
         targets = self.own_state_dict()  # parameters are contiguous, so these are they and not copies
-        if difference := sorted(set(targets) ^ set(state)):
-            word = "lack" if difference[0] in targets else "have the unknown tensor"
-            raise ModelError(f"the model's weights {word} {difference[0]} ({len(difference)} differences in all).")
+        adapters.check_names(targets, state)
         with torch.no_grad():
             for name, target in targets.items():
                 if target.shape != state[name].shape:

@@ -287,7 +287,7 @@ class RCCForCausalLM(RCCPreTrainedModel):
 
     def room(self, reserve: int = SPARE) -> int:
         """Return the window's positions for a prefix, beside `reserve` for a question and its answer (at most half)."""
-        return positions.room(self.window, self.prefix_maker.sink_positions, reserve)
+        return positions.room(self.window, self.sink_positions, reserve)
 
     def fitting_rate(
         self,
@@ -320,5 +320,5 @@ class RCCForCausalLM(RCCPreTrainedModel):
             WindowError: they do not.
         """
         held = [0] * len(new) if context is None else context.lengths
-        sink = self.prefix_maker.sink_positions if context is not None or max(new) > 0 else 0
+        sink = self.sink_positions if context is not None or max(new) > 0 else 0
         positions.check_window(self.window, sink, held, new, prompts)

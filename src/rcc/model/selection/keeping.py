@@ -42,16 +42,9 @@ def append(context: CompressedContext, new: CompressedContext) -> CompressedCont
     """Return a context with another of as many texts after it."""
     mask = None
     if context.mask is not None or new.mask is not None:
-        mask = torch.cat([_mask(context), _mask(new)], 1)
+        mask = torch.cat([context.real(), new.real()], 1)
     with context.borrow(len(new), SPARE) as cache:
         for i, layer in enumerate(block_layers(cache)):
             layer.update(*new.layer(i))
         rows = tuple((*row, *more) for row, more in zip(context.pieces, new.pieces, strict=True))
         return context.grown(cache, rows, mask)
-
-
-def _mask(context: CompressedContext) -> Tensor:
-    """Return which of a context's positions are real, bool [B, n]."""
-    if context.mask is not None:
-        return context.mask
-    return torch.ones(context.batch_size, len(context), dtype=torch.bool, device=context.device)
