@@ -35,7 +35,9 @@ def draw(folder, number, plan):
     if folder not in SAMPLES:
         SAMPLES[folder] = Samples(folder)
     g = np.random.default_rng([plan["seed"], number])
-    pick = lambda s: list(s)[int(g.choice(len(s), p=np.array(list(s.values())) / sum(s.values())))]
+    # processes wait for one another at each step: their batches are of one kind, rate and length
+    shape = np.random.default_rng([plan["seed"], number // plan["world"], 1])
+    pick = lambda s: list(s)[int(shape.choice(len(s), p=np.array(list(s.values())) / sum(s.values())))]
     kind, rate, N = pick(plan["mix"]), int(pick(plan["rates"])), int(pick(plan["lengths"]))
     X = 128 if kind == "mode" else min(int(N * plan["decoder"]), 512 if N < 2048 else 1024)
     count = max(1, plan["tokens"] // N)
@@ -165,6 +167,7 @@ def main():
 
     plan = {
         "seed": a.seed,
+        "world": world,
         "mix": a.mix,
         "rates": a.rates,
         "lengths": a.lengths,
