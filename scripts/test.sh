@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [ -x .venv/bin/python ] || python3 -m venv .venv
-.venv/bin/pip install -q --disable-pip-version-check torch==2.13.0 -e '.[dev]'
+.venv/bin/pip install -q --disable-pip-version-check --no-compile torch==2.13.0 -e '.[dev]'  # what is used is compiled then
 .venv/bin/ruff check
 .venv/bin/ruff format --check
 .venv/bin/mypy
