@@ -12,7 +12,7 @@ position that attention can rest on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, Protocol, cast
 
 import torch
@@ -25,7 +25,7 @@ from ..context.cache import SPARE, KVBlocks, block_layers, new_cache
 from ..context.context import CompressedContext
 from . import backbones
 from .decoder import BlockHook, Residuals, hook_arguments
-from .positions import count_real, mask_and_order
+from .positions import count_real
 from .projection import Projections
 
 
@@ -138,29 +138,6 @@ class PrefixMaker(Protocol):
 
 Layers = list[tuple[Tensor, Tensor]]
 """Keys and values of each layer, [B, KV heads, n, head dim]."""
-Chunks = Iterable[tuple[States, Tensor | None]]
-"""States of prefix positions, a batch at a time, and which of them are real, [B, m] (None: all)."""
-
-
-def prefix_pass(maker: PrefixMaker, cache: Cache, mask: Tensor | None, chunks: Chunks) -> Tensor | None:
-    """Append prefix positions to a cache, chunk by chunk.
-
-    Args:
-        maker: of this kind of prefix.
-        cache: layers of [B, KV heads, past, head dim].
-        mask: [B, past], which of its entries are real (None: all).
-        chunks: states of the positions to append.
-
-    Returns:
-        The mask [B, n] of all entries (None: no gaps).
-    """
-    for states, valid in chunks:
-        like = any_state(states)
-        full, order = mask_and_order(cache.get_seq_length(), mask, like.shape[1], valid, like)
-        maker.append(cache, states, full, order)
-        mask = None if full is None else full.bool()
-        del states, valid, like  # before the next batch is read
-    return mask
 
 
 class ResidualPrefix:

@@ -26,7 +26,8 @@ from .arguments import check_forward, check_is_context, check_prompts, rows_of, 
 from .compressor import ReadProgress
 from .encoder import BATCH_TOKENS, batch_tokens_on
 from .losses import with_loss
-from .prefix import Chunks, States, as_cache, prefix_pass, read_with_decoder, sink_layers
+from .prefix import States, as_cache, read_with_decoder, sink_layers
+from .prefix_pass import Chunks, prefix_pass
 from .pretrained import RCCPreTrainedModel
 
 logger = logging.getLogger(__name__)

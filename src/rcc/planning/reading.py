@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache
 from ..context.cache import SPARE, block_layers, new_cache
 from ..model import backbones
 from ..model.encoder import Additions, read_segments
-from ..model.prefix import prefix_pass
+from ..model.prefix_pass import prefix_pass
 from ..model.segments import positions as positions_of
 from .blueprint import Blueprint
 from .live import LiveBytes
