@@ -54,6 +54,9 @@ class RCCForCausalLM(RCCPreTrainedModel):
     ) -> CompressedContext:
         """Compress texts (section 3 of the paper), holding one batch of segments and the KV prefix in memory.
 
+        A residual prefix's states are gathered for passes of the decoder that are worth their call: those of fewer
+        than 512 positions, all texts together, are held beside the batch (18 MB of the small model).
+
         Args:
             input_ids: [B, T] token ids.
             attention_mask: [B, T], 0 at padding, on either side; texts may differ in length.
