@@ -18,9 +18,9 @@ from transformers import PreTrainedTokenizerBase
 
 from . import checkpoints
 from .answers import Answer, AnswerStream, Usage, WrittenText
-from .context import file as fileformat
 from .context.context import CompressedContext
 from .context.information import in_one_line
+from .context.recognition import is_context
 from .context.store import MAX_BYTES, ContextStore
 from .defaults import BUDGET
 from .documents.plain import read_text
@@ -389,10 +389,5 @@ class Engine:
 
 
 # ---------------------------------------------------------------- files
-def is_context(path: str | Path) -> bool:
-    """Return whether a file is a context or is called one: a damaged one should not be taken for a strange text."""
-    return str(path).endswith(".rcc") or (str(path) != "-" and fileformat.is_ours(Path(path), "context"))
-
-
 def _add(progress: Progress, before: int, all_texts: int, done: int, total: int) -> None:
     progress(before + done, all_texts)

@@ -299,7 +299,14 @@ finally:
     assert "torch" not in sys.modules and "transformers" not in sys.modules, "imported"
 """
     seen = {}
-    for args in (["--version"], ["models"], ["--help"], ["compress", "--help"], ["compress", "nothing", "-o", "x.rcc"]):
+    for args in (
+        ["--version"],
+        ["models"],
+        ["--help"],
+        ["compress", "--help"],
+        ["compress", "nothing", "-o", "x.rcc"],
+        ["ask", "x.rcc", "Who?", "--mode", "guess"],
+    ):
         done = subprocess.run(
             [sys.executable, "-c", check, *args], capture_output=True, text=True, env=environment(), timeout=LIMIT
         )
@@ -312,6 +319,8 @@ finally:
     assert all(verb in seen["--help", "--help"].stdout for verb in VERBS)
     assert "--force" in seen["compress", "--help"].stdout
     assert seen["compress", "x.rcc"].returncode == 2
+    assert seen["ask", "guess"].returncode == 2
+    assert "mode" in seen["ask", "guess"].stderr
 
 
 def test_models(call: Callable[..., Result], cli_home: Path) -> None:

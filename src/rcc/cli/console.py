@@ -14,7 +14,7 @@ import typer
 
 from .. import checkpoints
 from ..errors import InputError
-from ..runtime.quiet import quiet_transformers
+from ..runtime.quiet import import_transformers
 from ..runtime.terminal import CONTROL, Console, shown
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def load_engine(
 def loading(message: str = "loading torch and transformers") -> Iterator[Callable[[str], None]]:
     """Show a line while libraries and models are loaded, and nothing that transformers would say."""
     with status(message) as say:
-        quiet_transformers()
+        import_transformers()
         yield say
 
 

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
+from ..context.recognition import is_context
 from ..defaults import BUDGET
 from ..documents.plain import read_text
 from ..errors import InputError
 from ..runtime.terminal import shown
+from ..text import prompting
 from ..text.counts import parse_bytes, parse_rate
 from .console import (
     AllowSpecial,
@@ -107,8 +109,6 @@ def ask(
     as_json: Json = False,
 ) -> None:
     """Ask a context, or a text, one or several questions."""
-    from ..text import prompting
-
     for question in questions:
         prompting.build(question, mode)  # a bad one is refused before a model is loaded
     engine, source = _open(context, model, compressor, rate, budget, device, dtype, allow_special, mode)
@@ -281,8 +281,6 @@ def _open(
     mode: str = "human",
 ) -> tuple[Engine, CompressedContext | str]:
     """Load the engine, and the context in a file or of a text; the text itself where it is read with each question."""
-    from ..engine import is_context
-
     if is_context(path):
         if rate is not None:
             raise InputError(f"--rate is for a text, and {path} is compressed already: leave it out.")

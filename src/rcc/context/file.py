@@ -14,7 +14,6 @@ import json
 import mmap
 import os
 import re
-import stat
 import struct
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -122,20 +121,6 @@ def _put(header: bytes, tensors: Mapping[str, Lazy], put: Callable[[bytes | memo
     for _, _, get in tensors.values():
         # in one expression, so that a tensor is let go before the next one is made
         put(get().detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-
-
-def is_ours(path: Path, kind: str) -> bool:
-    """Return whether a file says of itself that it is an rcc file of this kind; it may still be damaged.
-
-    What can be read only once, such as a pipe, is none, and is not looked into.
-    """
-    try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            return False
-        with open(path, "rb") as file:
-            return f'"format":"rcc-{kind}"'.encode() in file.read(512)
-    except OSError:
-        return False
 
 
 def read(path: Path, kind: str, verify: str) -> tuple[dict[str, Any], dict[str, Tensor], Callable[[], None]]:

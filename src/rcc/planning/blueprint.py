@@ -18,7 +18,7 @@ from ..config import RCCConfig
 from ..context.cache import block_layers, new_cache
 from ..errors import ModelError, RCCError, brief
 from ..model import backbones
-from ..model.prefix import prefix_pass
+from ..model.prefix_pass import prefix_pass
 from ..model.projection import layer_map
 from ..model.rcc import RCCForCausalLM
 

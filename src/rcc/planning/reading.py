@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache
 from ..context.cache import SPARE, block_layers, new_cache
 from ..model import backbones
 from ..model.encoder import Additions, read_segments
-from ..model.prefix import prefix_pass
+from ..model.prefix_pass import prefix_pass
 from ..model.segments import positions as positions_of
 from .blueprint import Blueprint
 from .live import LiveBytes
@@ -40,13 +40,15 @@ class Reading:
         length = min(tokens, config.segment_length)
         each, n = positions_of(length, rate, config), positions_of(tokens, rate, config)
         new = min(n, each * max(1, batch_tokens // config.segment_length))
+        last = min(n, -(-model.prefix_maker.pass_positions // new) * new)  # what is gathered for the last pass
         cache = self._cache(n + SPARE)
         scans = model.encoder.config.model_type in backbones.STATE_SPACE
         width = model.encoder.config.hidden_size
 
-        def chunks() -> Iterator[tuple[dict[int, Tensor], None]]:
-            for batch in self._ends(cache, new, n):
-                segments = -(-batch // each) if batch == new else 0  # where the cache is only made
+        def chunks(positions: int) -> Iterator[tuple[dict[int, Tensor], None]]:
+            for start in range(0, positions, new):
+                batch = min(new, positions - start)
+                segments = -(-batch // each) if positions == last else 0  # where the cache is only made
                 if scans or not segments:
                     torch.empty(34 * width * segments * length, dtype=torch.uint8)
                     states = {k: torch.empty(1, batch, width, dtype=model.dtype) for k in model.projections.states}
@@ -59,7 +61,8 @@ class Reading:
                 del states
 
         with self.live:
-            prefix_pass(model.prefix_maker, cache, None, chunks())
+            for positions in self._ends(cache, last, n):
+                prefix_pass(model.prefix_maker, cache, None, chunks(positions))
         return self.live.peak
 
     @torch.no_grad()

@@ -14,8 +14,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import InputError, ModelError, brief
+from .parts import PromptPart
 from .prompting import END, FOLLOWING, HEADER, SEPARATOR, SYSTEM, TURN, Prompt
-from .tokens import PromptPart
 
 _TEXT, _ANSWER, _NEXT = (f"[[{word} goes here]]" for word in ("text", "answer", "question"))
 _OPTIONS = {"enable_thinking": False, "date_string": "26 Jul 2024"}

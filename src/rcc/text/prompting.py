@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from ..config import RCCConfig
 from ..errors import InputError
-from .tokens import PromptPart
+from .parts import PromptPart
 
 MODES = ("human", "reconstruct", "compress")
 SYSTEM = "You are a helpful assistant."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,22 +11,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import InputError
+from .parts import PromptPart
 
 PIECE, OVERLAP = 200_000, 8_000
 """Characters of a long text that the tokenizer is given at once, and how many of them it was given before."""
-
-
-@dataclass(frozen=True)
-class PromptPart:
-    """A part of a prompt.
-
-    Attributes:
-        text: its characters.
-        given: whether a user, a document or a model wrote it, rather than the chat form.
-    """
-
-    text: str
-    given: bool = False
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, text: str, allow_special: bool = False) -> Tensor:

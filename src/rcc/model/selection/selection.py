@@ -19,8 +19,9 @@ from ...context.pieces import Piece
 from ...errors import InputError, ModelError
 from ...runtime.provenance import libraries
 from ...text.chat import chat_form
+from ...text.parts import PromptPart
 from ...text.prompting import MODES, SEPARATOR, Prompt
-from ...text.tokens import PromptPart, prompt_ids, token_ids
+from ...text.tokens import prompt_ids, token_ids
 from .. import backbones, positions, segments
 from ..arguments import check_is_context, rows_of, to_device
 from ..compressor import ReadProgress

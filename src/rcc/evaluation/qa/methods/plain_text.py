@@ -12,8 +12,9 @@ from transformers import PreTrainedTokenizerBase
 from ....errors import WindowError
 from ....model.rcc import RCCForCausalLM
 from ....text import prompting
+from ....text.parts import PromptPart
 from ....text.prompting import Prompt
-from ....text.tokens import PromptPart, token_ids
+from ....text.tokens import token_ids
 from ...uncompressed import base_decoder, read_plain
 from ..questions import Question
 from . import Held
