@@ -22,10 +22,9 @@ from ..errors import ContextError, InputError
 from ..runtime.provenance import libraries
 from . import backbones, generating, positions, segments
 from . import encoder as encoding
-from .arguments import check_forward, check_is_context, check_prompts, rows_of, to_device
+from .arguments import check_is_context, rows_of, to_device
 from .compressor import ReadProgress
 from .encoder import BATCH_TOKENS, batch_tokens_on
-from .losses import with_loss
 from .prefix import Chunks, States, as_cache, prefix_pass, read_with_decoder, sink_layers
 from .pretrained import RCCPreTrainedModel
 
@@ -222,25 +221,7 @@ class RCCForCausalLM(RCCPreTrainedModel):
         Raises:
             InputError, WindowError, ContextError: as :meth:`compress`.
         """
-        check_forward(kwargs)
-        input_ids, attention_mask = to_device(input_ids, self.device), to_device(attention_mask, self.device)
-        prompts = check_prompts(input_ids, attention_mask, labels, self.decoder_vocabulary)
-        if context is not None:
-            context = generating.check_context(self, context, len(prompts))
-        self.check_window([0] * len(prompts), prompts, context)
-        keep = 0 if logits_to_keep is None else logits_to_keep  # 0 is transformers' word for all
-        arguments = {"input_ids": input_ids, "logits_to_keep": keep, **kwargs}
-        if context is None:
-            mask, order = positions.mask_and_order(0, None, input_ids.shape[1], attention_mask, input_ids)
-            out = self.decoder(attention_mask=mask, position_ids=order, use_cache=False, **arguments)
-            return with_loss(out, labels, logits_to_keep)
-        context = self.as_cache(context)
-        new = input_ids.shape[1]
-        mask, order = positions.mask_and_order(len(context), context.mask, new, attention_mask, input_ids)
-        with torch.no_grad(), context.borrow(new) as cache:
-            arguments[backbones.CACHE] = cache
-            out = self.decoder(attention_mask=mask, position_ids=order, use_cache=True, **arguments)
-        return with_loss(out, labels, logits_to_keep)
+        return generating.forward(self, input_ids, attention_mask, context, labels, logits_to_keep, **kwargs)
 
     @torch.no_grad()
     def generate(
