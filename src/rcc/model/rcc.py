@@ -20,6 +20,7 @@ from ..context.pieces import Piece
 from ..context.vectors import CompressedVectors
 from ..errors import ContextError, InputError
 from ..runtime.provenance import libraries
+from ..text.prompting import MODES
 from . import backbones, generating, positions, segments
 from . import encoder as encoding
 from .arguments import check_is_context, rows_of, to_device
@@ -37,6 +38,9 @@ class RCCForCausalLM(RCCPreTrainedModel):
     Make one with :meth:`from_pretrained` or :meth:`from_base`. `encoder` is a transformers base model, `decoder`
     a causal language model, `projections` the linear maps between them.
     """
+
+    compressor, trained = "", True
+    modes = MODES
 
     # ---------------------------------------------------------------- text → context
     @torch.no_grad()
@@ -248,7 +252,35 @@ class RCCForCausalLM(RCCPreTrainedModel):
         """
         return generating.generate(self, input_ids, attention_mask, context, **kwargs)
 
-    # ---------------------------------------------------------------- checks
+    # ---------------------------------------------------------------- segments, rates and room
+    @property
+    def rates(self) -> list[int]:
+        """The trained rates, the default one first."""
+        return self.config.rates
+
+    @property
+    def segment_length(self) -> int:
+        """Tokens of a segment."""
+        return self.config.segment_length
+
+    @property
+    def has_base(self) -> bool:
+        """Whether the decoder without LoRA is at hand: not where it is merged."""
+        return not (self.merged and self.config.decoder.lora_rank)
+
+    @property
+    def header(self) -> Tensor:
+        """No tokens, [0]: a text that is read as it is stands after nothing, as in training."""
+        return torch.empty(0, dtype=torch.long)
+
+    def split(self, ids: Tensor) -> tuple[Tensor, ...]:
+        """Return the segments of a text of token ids [T], with their padding."""
+        return segments.split(ids, self.config)
+
+    def positions(self, tokens: int, rate: int) -> int:
+        """Return how many positions a text takes."""
+        return segments.positions(tokens, rate, self.config)
+
     def check_rate(self, rate: int | None) -> int:
         """Return the rate to use, the default one for None; warn, once, of one that was not trained.
 
