@@ -51,8 +51,9 @@ class Reading:
     def position_bytes(self) -> int:
         """Return the bytes of a position's keys and values."""
         cache = self._cache(1)
-        ids = torch.zeros(1, 1, dtype=torch.long, device="meta")
-        self.base(input_ids=ids, position_ids=ids, **{backbones.CACHE: cache}, use_cache=True, logits_to_keep=1)
+        with self.live:
+            ids = torch.zeros(1, 1, dtype=torch.long)
+            self.base(input_ids=ids, position_ids=ids, **{backbones.CACHE: cache}, use_cache=True, logits_to_keep=1)
         return sum(tensor.nbytes for layer in block_layers(cache) for tensor in layer.block)
 
     @torch.no_grad()
