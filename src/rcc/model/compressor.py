@@ -80,6 +80,11 @@ class Compressor(Generates, Protocol):
         ...
 
     @property
+    def vocabulary(self) -> int:
+        """Token ids that texts may have."""
+        ...
+
+    @property
     def window(self) -> int:
         """Positions that the decoder can address: prefix, prompt and answer together."""
         ...

@@ -75,17 +75,17 @@ class Job:
 
     def load(self) -> Compressor:
         """Return the model, its weights read from the disk."""
-        model: Compressor
-        if isinstance(self.model, str):
-            model, _ = open_compressor(
-                self.model, self.device, self.dtype, adapters="separate", compressor=self.compressor
-            )
-        else:
-            model = random = self.model.build(self.device)
+        if isinstance(self.model, planning.Blueprint):
+            model = self.model.build(self.device)
             # hashing all the weights would take long, and the seed is the same in every process
-            random.record_fingerprint("random")
-        _read_in(weights(model))
-        return model
+            model.record_fingerprint("random")
+        elif language_model(self.model, self.compressor) is None:  # needs no tokenizer
+            model = RCCForCausalLM.from_pretrained(self.model, device=self.device, dtype=self.dtype)
+        else:
+            selection, _ = open_compressor(self.model, self.device, self.dtype, compressor=self.compressor)
+            _read_in(selection.decoder)
+            return selection
+        return _read_in(model)
 
     def load_base(self) -> PreTrainedModel:
         """Return the decoder's base alone, its weights read from the disk."""

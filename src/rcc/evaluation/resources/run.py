@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from ...config import RCCConfig
 from ...context.cache import SPARE
@@ -32,7 +31,7 @@ from ..results import Case, Key, Results, Skipped
 from . import process
 from .process import Job
 from .settings import BY, ResourcesSettings
-from .subject import Subject, weights
+from .subject import Subject
 from .table import ResourcesReport
 
 
@@ -230,8 +229,7 @@ class ResourcesEvaluation:
     def _ids(self, length: int) -> np.ndarray:
         if self.asked.text is not None:
             return repeat_text(self.asked.text, length, self.subject.model.segment_length)
-        model = weights(self.subject.model)
-        vocabulary = min(module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding))
+        vocabulary = min(self.subject.model.vocabulary, self.subject.model.decoder_vocabulary)
         return np.random.default_rng(length).integers(1, vocabulary, length, dtype=np.int32)
 
     def _measured_row(self, key: Key | Mapping[str, Any]) -> dict[str, Any]:

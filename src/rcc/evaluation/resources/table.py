@@ -48,15 +48,8 @@ class ResourcesReport:
     def _memory(self) -> str:
         paper, measured = self.settings["paper"], self.settings["measured"]
         how = "" if measured else " (computed)"
-        header = [
-            "tokens",
-            "rate",
-            "positions",
-            f"weights + KV, MB{how}",
-            f"{self._compressor}, peak MB{how}",
-            "beyond, MB",
-            "ratio",
-        ]
+        header = ["tokens", "rate", "positions", f"weights + KV, MB{how}"]
+        header += [f"{self._compressor}, peak MB{how}", "beyond, MB", "ratio"]
         header += ["asking, peak MB", "ratio"] if measured else []
         header += [f"file, MB{how}", f"plain, peak MB{how}", *(["paper, RCC", "paper, plain"] if paper else [])]
         rows = []
