@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import InputError
-from ..model.compressor import Compressor
 from .plots import Plot
 from .results import Case, Results
+
+if TYPE_CHECKING:
+    from ..model.compressor import Compressor
 
 Progress = Callable[[int], None]
 """Called with the units of work done so far."""

@@ -20,10 +20,10 @@ from ..errors import InputError, ModelError
 from ..runtime.precision import computing
 from .compressor import Compressor
 from .rcc import RCCForCausalLM
+from .selection.names import SELECTION, rule_of
 from .selection.rules import RULES
 from .selection.selection import CHUNK_LENGTH, Selection
 
-SELECTION = "selection"
 COMPRESSORS = ("rcc", SELECTION, *(f"{SELECTION}-{rule}" for rule in RULES if rule != "repeat"))
 """Ways to compress; `selection` is the rule `repeat`."""
 
@@ -109,17 +109,6 @@ def check_compressor(name: str | None) -> None:
     """Raise InputError unless a name is one of :data:`COMPRESSORS`, or None."""
     if name is not None and name not in COMPRESSORS:
         raise InputError(f"compressor {name!r} is unknown: use one of {', '.join(COMPRESSORS)}.")
-
-
-def rule_of(compressor: str) -> str:
-    """Return the rule of one of :data:`COMPRESSORS` that is a selection."""
-    return compressor.removeprefix(SELECTION).removeprefix("-") or "repeat"
-
-
-def compressor_name(made: str) -> str:
-    """Return which of :data:`COMPRESSORS` a context's file says that it was made by."""
-    rule = made.removeprefix(f"{SELECTION}, rule ")
-    return "rcc" if not made else SELECTION if rule == "repeat" else f"{SELECTION}-{rule}"
 
 
 def _selection_of(manifest: dict[str, Any]) -> tuple[str, int | None]:

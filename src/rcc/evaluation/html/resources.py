@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ...model.opening import compressor_name
+from ...model.selection.names import compressor_name
 from ...text.counts import show_count
 from ..axes import Axis
 from ..resources.settings import PAPER, PAPER_RATE

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from ...data.haystack import POSITIONS, VARIANTS
 from ...errors import InputError
-from ...model.compressor import Compressor
 from ..evaluation import check_lengths
+
+if TYPE_CHECKING:
+    from ...model.compressor import Compressor
 
 BY = ("variant", "rate", "length", "position", "context")
 """The keys that tell cells apart. The context is the `whole` text, or one in which the key's own segments are

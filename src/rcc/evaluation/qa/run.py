@@ -20,8 +20,8 @@ from transformers.generation.streamers import BaseStreamer
 from ...errors import WindowError
 from ...model import answering
 from ...model.compressor import Compressor
-from ...model.opening import compressor_name, rule_of
 from ...model.rcc import RCCForCausalLM
+from ...model.selection.names import compressor_name, rule_of
 from .. import metrics
 from ..evaluation import Progress, model_settings
 from ..results import Case, Results, Skipped

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ...errors import InputError
-from ...model.compressor import Compressor
 from ..evaluation import check_lengths
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
+
+    from ...model.compressor import Compressor
 
 BY = ("reader", "length", "rate")
 """The keys that tell cells apart. The reader is `rcc`, whatever compresses, or `plain`: the same base reading the text

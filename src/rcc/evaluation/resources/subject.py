@@ -15,7 +15,8 @@ from transformers import PreTrainedConfig
 from ... import checkpoints
 from ...config import RCCConfig, SideConfig
 from ...model.compressor import Compressor
-from ...model.opening import SELECTION, check_compressor, language_model, rule_of
+from ...model.opening import check_compressor, language_model
+from ...model.selection.names import SELECTION, rule_of
 from ...model.selection.selection import Selection
 from ...planning import blueprint as planning
 from ...planning import shapes

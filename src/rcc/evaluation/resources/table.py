@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...model import backbones
-from ...model.opening import compressor_name
+from ...model.selection.names import compressor_name
 from ...text.counts import show_count
 from ..axes import Axis, counts_axis
 from ..plots import CurvePlot, Lines, from_left
