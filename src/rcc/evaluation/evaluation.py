@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+from ..errors import InputError
 from .plots import Plot
 from .results import Case, Results
+
+if TYPE_CHECKING:
+    from ..model.compressor import Compressor
 
 Progress = Callable[[int], None]
 """Called with the units of work done so far."""
@@ -81,6 +85,37 @@ class Evaluation(Protocol):
         """Return the figures of what was measured as people read them."""
 
 
+def model_settings(model: Compressor) -> dict[str, Any]:
+    """Return what every sample depends on: the model, its precision and, of a selection, how it chooses."""
+    settings = {"model": model.name, "fingerprint": model.fingerprint}
+    if model.compressor:
+        settings["compressor"] = model.compressor
+    return {**settings, "dtype": str(model.dtype).removeprefix("torch.")}
+
+
+def untrained(model: Compressor, rates: Iterable[int]) -> list[int]:
+    """Return those of some rates that a model was not trained at; none where it was not trained for rcc at all."""
+    return [rate for rate in rates if model.trained and rate not in model.rates]
+
+
+def least_tokens(model: Compressor) -> int:
+    """Return the tokens of a text that is as long as those that a model was trained on: a segment."""
+    return model.segment_length if model.trained else 1
+
+
+def check_lengths(model: Compressor, lengths: Iterable[int]) -> None:
+    """Check that texts of so many tokens are as long as those that a model was trained on.
+
+    Raises:
+        InputError: one is shorter.
+    """
+    shortest = min(lengths, default=0)
+    if shortest < least_tokens(model):
+        raise InputError(
+            f"a length of {shortest:,} tokens is less than one segment: give at least {least_tokens(model):,}."
+        )
+
+
 def evaluate(evaluation: Evaluation, folder: Path | None = None, progress: Progress = ignore) -> Results:
     """Measure all cases that the folder does not hold yet, and note what to know about the figures.
 
@@ -96,6 +131,8 @@ def evaluate(evaluation: Evaluation, folder: Path | None = None, progress: Progr
     with evaluation.measuring(results, progress):
         results.collect(evaluation.cases(), lambda cases: progress(evaluation.work(cases)))
     results.notes += evaluation.notes(results)
+    if compressor := results.settings.get("compressor"):
+        results.notes.append(f"{results.settings['model']} was not trained for rcc. Its contexts: {compressor}.")
     return results
 
 

@@ -14,12 +14,12 @@ from ..context.context import CompressedContext
 from ..context.pieces import Piece
 from ..errors import InputError
 from ..model import backbones
-from ..model.rcc import RCCForCausalLM
+from ..model.compressor import Compressor
 from ..runtime.provenance import libraries
 
 
 @contextlib.contextmanager
-def base_decoder(model: RCCForCausalLM) -> Iterator[None]:
+def base_decoder(model: Compressor) -> Iterator[None]:
     """Take LoRA out of a model's decoder within this context; one whose own weights were trained stays as it is.
 
     Raises:
@@ -27,7 +27,7 @@ def base_decoder(model: RCCForCausalLM) -> Iterator[None]:
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    if model.merged and model.config.decoder.lora_rank:
+    if not model.has_base:
         raise InputError(
             'the decoder\'s adapters are merged: load the model with adapters="separate" to have its base.'
         )
@@ -45,7 +45,7 @@ def base_decoder(model: RCCForCausalLM) -> Iterator[None]:
 
 
 @torch.no_grad()
-def read_plain(model: RCCForCausalLM, ids: Tensor) -> CompressedContext:
+def read_plain(model: Compressor, ids: Tensor) -> CompressedContext:
     """Return a context that is not compressed: keys and values of a text's own tokens, one position each.
 
     Args:
@@ -66,7 +66,7 @@ def read_plain(model: RCCForCausalLM, ids: Tensor) -> CompressedContext:
         len(ids),
         ((Piece(len(ids), len(ids), 1, ""),),),
         model.fingerprint,
-        model.config.name,
-        model.config.segment_length,
+        model.name,
+        model.segment_length,
         libraries(),
     )

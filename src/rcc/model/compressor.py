@@ -1,4 +1,7 @@
-"""Compressor: what makes compressed contexts and answers from them. `RCCForCausalLM` is one, `Selection` another."""
+"""Compressor: what makes compressed contexts and answers from them. `RCCForCausalLM` is one, `Selection` another.
+
+The engine and the evaluations know of models what stands here, and nothing else of most of them.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,13 @@ from ..context.cache import SPARE
 from ..context.context import CompressedContext
 from ..context.pieces import Piece
 from ..text.prompting import Prompt
+from .generating import Generates
 
 ReadProgress = Callable[[int, int], None]
 """Called with tokens read so far and tokens in all."""
 
 
-class Compressor(Protocol):
+class Compressor(Generates, Protocol):
     """Token ids, a rate and an earlier context in; a context out, and what is written after it."""
 
     @property
@@ -26,13 +30,38 @@ class Compressor(Protocol):
         ...
 
     @property
-    def device(self) -> torch.device:
-        """Where it computes, and where its contexts are."""
+    def compressor(self) -> str:
+        """What a context's file calls the way in which it was made; empty: by an RCC model."""
         ...
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Precision that it computes in."""
+    def trained(self) -> bool:
+        """Whether the model was trained for rcc: at certain rates, and to answer shortly."""
+        ...
+
+    @property
+    def has_base(self) -> bool:
+        """Whether the decoder without its adapters is at hand."""
+        ...
+
+    @property
+    def header(self) -> Tensor:
+        """Tokens [h] that a text stands after where it is read as it is: attention rests on the first. May be none."""
+        ...
+
+    @property
+    def modes(self) -> Sequence[str]:
+        """Those of :data:`rcc.text.prompting.MODES` that contexts can be asked in."""
+        ...
+
+    @property
+    def rates(self) -> Sequence[int]:
+        """What `auto` chooses from, and evaluations measure: the trained rates, where it was trained."""
+        ...
+
+    @property
+    def segment_length(self) -> int:
+        """Tokens of a text that are read at once: a segment, or a selection's chunk."""
         ...
 
     @property
@@ -48,6 +77,11 @@ class Compressor(Protocol):
     @property
     def reads_special(self) -> bool:
         """Whether chat marks in texts are always the special tokens that they name."""
+        ...
+
+    @property
+    def vocabulary(self) -> int:
+        """Token ids that texts may have."""
         ...
 
     @property
@@ -83,8 +117,21 @@ class Compressor(Protocol):
         """Return the lowest rate at which texts of these lengths fit; see `RCCForCausalLM.fitting_rate`."""
         ...
 
-    def check_fingerprint(self, fingerprint: str, name: str, what: str = "the context") -> None:
-        """Raise ContextError unless this compressor made it."""
+    def check_rate(self, rate: int | None) -> int:
+        """Return the rate to use, the default one for None.
+
+        Raises:
+            InputError: it cannot be used.
+        """
+        ...
+
+    def positions(self, tokens: int, rate: int) -> int:
+        """Return how many positions a text takes."""
+        ...
+
+    def split(self, ids: Tensor) -> tuple[Tensor, ...]:
+        """Return the segments of a text of token ids [T]."""
+        ...
 
     def piece(self, ids: Tensor, rate: int) -> Piece:
         """Return the record of a text of token ids [T]."""

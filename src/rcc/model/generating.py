@@ -1,4 +1,4 @@
-"""Prompts after a context → tokens: what every compressor's `generate` does, whatever made the context."""
+"""Prompts after a context → logits or tokens: what every compressor does, whatever made the context."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..context.context import CompressedContext
 from ..errors import ContextError, InputError
 from . import backbones, positions
-from .arguments import check_is_context, rows_of, to_device
+from .arguments import check_forward, check_is_context, check_prompts, rows_of, to_device
+from .losses import with_loss
 
 
 class Generates(Protocol):
-    """What :func:`generate` needs of a compressor."""
+    """What :func:`forward` and :func:`generate` need of a compressor."""
 
     decoder: PreTrainedModel
 
@@ -43,6 +45,37 @@ class Generates(Protocol):
     def as_cache(self, context: CompressedContext) -> CompressedContext:
         """Return a context as the decoder's KV cache."""
         ...
+
+
+def forward(
+    model: Generates,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    context: CompressedContext | None = None,
+    labels: Tensor | None = None,
+    logits_to_keep: Tensor | None = None,
+    **kwargs: Any,
+) -> CausalLMOutputWithPast:
+    """Compute the logits of prompts after a context, or of the decoder alone; see :meth:`RCCForCausalLM.forward`."""
+    check_forward(kwargs)
+    input_ids, attention_mask = to_device(input_ids, model.device), to_device(attention_mask, model.device)
+    prompts = check_prompts(input_ids, attention_mask, labels, model.decoder_vocabulary)
+    if context is not None:
+        context = check_context(model, context, len(prompts))
+    model.check_window([0] * len(prompts), prompts, context)
+    keep = 0 if logits_to_keep is None else logits_to_keep  # 0 is transformers' word for all
+    arguments = {"input_ids": input_ids, "logits_to_keep": keep, **kwargs}
+    if context is None:
+        mask, order = positions.mask_and_order(0, None, input_ids.shape[1], attention_mask, input_ids)
+        out = model.decoder(attention_mask=mask, position_ids=order, use_cache=False, **arguments)
+        return with_loss(out, labels, logits_to_keep)
+    context = model.as_cache(context)
+    new = input_ids.shape[1]
+    mask, order = positions.mask_and_order(len(context), context.mask, new, attention_mask, input_ids)
+    with torch.no_grad(), context.borrow(new) as cache:
+        arguments[backbones.CACHE] = cache
+        out = model.decoder(attention_mask=mask, position_ids=order, use_cache=True, **arguments)
+    return with_loss(out, labels, logits_to_keep)
 
 
 @torch.no_grad()

@@ -20,10 +20,10 @@ from ..errors import InputError, ModelError
 from ..runtime.precision import computing
 from .compressor import Compressor
 from .rcc import RCCForCausalLM
+from .selection.names import SELECTION, rule_of
 from .selection.rules import RULES
 from .selection.selection import CHUNK_LENGTH, Selection
 
-SELECTION = "selection"
 COMPRESSORS = ("rcc", SELECTION, *(f"{SELECTION}-{rule}" for rule in RULES if rule != "repeat"))
 """Ways to compress; `selection` is the rule `repeat`."""
 
@@ -56,34 +56,59 @@ def open_compressor(
         InputError: an unknown compressor. ModelError: the model cannot be found, loaded or used so.
         ContextError, FileError: `made` is damaged or cannot be read.
     """
-    if compressor is not None and compressor not in COMPRESSORS:
-        raise InputError(f"compressor {compressor!r} is unknown: use one of {', '.join(COMPRESSORS)}.")
+    check_compressor(compressor)
     manifest = None if made is None else fileformat.read(Path(made), "context", "full")[0]
     model = _model_of(model, manifest)
-    rule, chunk_length = (compressor or "").removeprefix(SELECTION).removeprefix("-") or "repeat", CHUNK_LENGTH
+    rule, chunk_length = rule_of(compressor or SELECTION), CHUNK_LENGTH
     if manifest is not None and compressor != "rcc":
         its_rule, its_chunk_length = _selection_of(manifest)
         chunk_length = its_chunk_length or chunk_length
         if compressor is None and its_rule:
             compressor, rule = SELECTION, its_rule
-    base, folder = _find(model, progress)
-    if base is None and compressor in (None, "rcc"):
+    selected = language_model(model, compressor, progress)
+    if selected is None:
         options: dict[str, Any] = {"device": device, "dtype": dtype, "adapters": adapters, "progress": progress}
         rcc = RCCForCausalLM.from_pretrained(model, **options)
         if dtype is None:
             rcc.to(computing(rcc.dtype, device))
         return rcc, checkpoints.load_tokenizer(model)
-    if compressor == "rcc":
-        raise ModelError(f"{model} was not trained for rcc: leave the compressor open, or name an RCC model.")
-    if base is None:
-        base = RCCConfig.load(folder).base["decoder"].source
-        folder = checkpoints.resolve_base(base, relative_to=folder, progress=progress)
-    name = base if base in checkpoints.BASES or not os.path.isdir(os.path.expanduser(base)) else folder.name
+    name, folder = selected
     if dtype is None:
         stored = checkpoints.load_config(folder)[0].dtype
         dtype = computing(stored, device) if isinstance(stored, torch.dtype) else None
     selection = Selection.from_pretrained(folder, name, rule, chunk_length, device=device, dtype=dtype)
     return selection, checkpoints.load_tokenizer(folder)
+
+
+def language_model(
+    model: str, compressor: str | None, progress: Callable[[str], None] | None = None
+) -> tuple[str, Path] | None:
+    """Return the name and the folder of the language model whose KV pairs are selected; None: an RCC model compresses.
+
+    Args:
+        model: as in :func:`open_compressor`.
+        compressor: likewise.
+        progress: likewise.
+
+    Raises:
+        ModelError: there is no such model, or it was not trained for rcc and is to compress.
+        FileError: a base cannot be fetched.
+    """
+    base, folder = _find(model, progress)
+    if base is None and compressor in (None, "rcc"):
+        return None
+    if compressor == "rcc":
+        raise ModelError(f"{model} was not trained for rcc: leave the compressor open, or name an RCC model.")
+    if base is None:
+        base = RCCConfig.load(folder).base["decoder"].source
+        folder = checkpoints.resolve_base(base, relative_to=folder, progress=progress)
+    return base if base in checkpoints.BASES or not os.path.isdir(os.path.expanduser(base)) else folder.name, folder
+
+
+def check_compressor(name: str | None) -> None:
+    """Raise InputError unless a name is one of :data:`COMPRESSORS`, or None."""
+    if name is not None and name not in COMPRESSORS:
+        raise InputError(f"compressor {name!r} is unknown: use one of {', '.join(COMPRESSORS)}.")
 
 
 def _selection_of(manifest: dict[str, Any]) -> tuple[str, int | None]:

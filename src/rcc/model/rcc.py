@@ -20,12 +20,12 @@ from ..context.pieces import Piece
 from ..context.vectors import CompressedVectors
 from ..errors import ContextError, InputError
 from ..runtime.provenance import libraries
+from ..text.prompting import MODES
 from . import backbones, generating, positions, segments
 from . import encoder as encoding
-from .arguments import check_forward, check_is_context, check_prompts, rows_of, to_device
+from .arguments import check_is_context, rows_of, to_device
 from .compressor import ReadProgress
 from .encoder import BATCH_TOKENS, batch_tokens_on
-from .losses import with_loss
 from .prefix import States, as_cache, read_with_decoder, sink_layers
 from .prefix_pass import Chunks, prefix_pass
 from .pretrained import RCCPreTrainedModel
@@ -39,6 +39,9 @@ class RCCForCausalLM(RCCPreTrainedModel):
     Make one with :meth:`from_pretrained` or :meth:`from_base`. `encoder` is a transformers base model, `decoder`
     a causal language model, `projections` the linear maps between them.
     """
+
+    compressor, trained = "", True
+    modes = MODES
 
     # ---------------------------------------------------------------- text → context
     @torch.no_grad()
@@ -226,25 +229,7 @@ class RCCForCausalLM(RCCPreTrainedModel):
         Raises:
             InputError, WindowError, ContextError: as :meth:`compress`.
         """
-        check_forward(kwargs)
-        input_ids, attention_mask = to_device(input_ids, self.device), to_device(attention_mask, self.device)
-        prompts = check_prompts(input_ids, attention_mask, labels, self.decoder_vocabulary)
-        if context is not None:
-            context = generating.check_context(self, context, len(prompts))
-        self.check_window([0] * len(prompts), prompts, context)
-        keep = 0 if logits_to_keep is None else logits_to_keep  # 0 is transformers' word for all
-        arguments = {"input_ids": input_ids, "logits_to_keep": keep, **kwargs}
-        if context is None:
-            mask, order = positions.mask_and_order(0, None, input_ids.shape[1], attention_mask, input_ids)
-            out = self.decoder(attention_mask=mask, position_ids=order, use_cache=False, **arguments)
-            return with_loss(out, labels, logits_to_keep)
-        context = self.as_cache(context)
-        new = input_ids.shape[1]
-        mask, order = positions.mask_and_order(len(context), context.mask, new, attention_mask, input_ids)
-        with torch.no_grad(), context.borrow(new) as cache:
-            arguments[backbones.CACHE] = cache
-            out = self.decoder(attention_mask=mask, position_ids=order, use_cache=True, **arguments)
-        return with_loss(out, labels, logits_to_keep)
+        return generating.forward(self, input_ids, attention_mask, context, labels, logits_to_keep, **kwargs)
 
     @torch.no_grad()
     def generate(
@@ -271,7 +256,35 @@ class RCCForCausalLM(RCCPreTrainedModel):
         """
         return generating.generate(self, input_ids, attention_mask, context, **kwargs)
 
-    # ---------------------------------------------------------------- checks
+    # ---------------------------------------------------------------- segments, rates and room
+    @property
+    def rates(self) -> list[int]:
+        """The trained rates, the default one first."""
+        return self.config.rates
+
+    @property
+    def segment_length(self) -> int:
+        """Tokens of a segment."""
+        return self.config.segment_length
+
+    @property
+    def has_base(self) -> bool:
+        """Whether the decoder without LoRA is at hand: not where it is merged."""
+        return not (self.merged and self.config.decoder.lora_rank)
+
+    @property
+    def header(self) -> Tensor:
+        """No tokens, [0]: a text that is read as it is stands after nothing, as in training."""
+        return torch.empty(0, dtype=torch.long)
+
+    def split(self, ids: Tensor) -> tuple[Tensor, ...]:
+        """Return the segments of a text of token ids [T], with their padding."""
+        return segments.split(ids, self.config)
+
+    def positions(self, tokens: int, rate: int) -> int:
+        """Return how many positions a text takes."""
+        return segments.positions(tokens, rate, self.config)
+
     def check_rate(self, rate: int | None) -> int:
         """Return the rate to use, the default one for None; warn, once, of one that was not trained.
 

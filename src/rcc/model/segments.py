@@ -53,12 +53,3 @@ def split(ids: Tensor, config: RCCConfig) -> tuple[Tensor, ...]:
         ids = ids.repeat(-(-size // len(ids)))[:size] if len(ids) < size else torch.cat([ids[-missing:], ids])
     parts: tuple[Tensor, ...] = ids.split(size)
     return parts
-
-
-def padding_before(tokens: int, config: RCCConfig) -> int:
-    """Return how many tokens of padding precede a text.
-
-    Its token i is number (padding + i) % segment_length in its segment.
-    """
-    repeats = config.segment_padding == "repeat" and tokens > config.segment_length
-    return -tokens % config.segment_length if repeats else 0

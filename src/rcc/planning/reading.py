@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from ..context.cache import SPARE, block_layers, new_cache
 from ..model import backbones
 from ..model.encoder import Additions, read_segments
 from ..model.prefix_pass import prefix_pass
+from ..model.rcc import RCCForCausalLM
 from ..model.segments import positions as positions_of
 from .blueprint import Blueprint
 from .live import LiveBytes
@@ -26,12 +29,32 @@ class Reading:
     """
 
     def __init__(self, blueprint: Blueprint):
-        self.blueprint, self.model = blueprint, blueprint.build()
+        self.blueprint, self.live = blueprint, LiveBytes()
+
+    @cached_property
+    def model(self) -> RCCForCausalLM:
+        """The RCC model."""
+        model = self.blueprint.build()
+        self.live.adopt(model)
+        return model
+
+    @cached_property
+    def base(self) -> PreTrainedModel:
+        """The decoder's base alone."""
         with torch.device("meta"):
-            self.base = blueprint.build_base().eval()
-        self.live = LiveBytes()
-        for model in (self.model, self.base):
-            self.live.adopt(model)
+            base = self.blueprint.build_base()
+        base.eval()
+        self.live.adopt(base)
+        return base
+
+    @torch.no_grad()
+    def position_bytes(self) -> int:
+        """Return the bytes of a position's keys and values."""
+        cache = self._cache(1)
+        with self.live:
+            ids = torch.zeros(1, 1, dtype=torch.long)
+            self.base(input_ids=ids, position_ids=ids, **{backbones.CACHE: cache}, use_cache=True, logits_to_keep=1)
+        return sum(tensor.nbytes for layer in block_layers(cache) for tensor in layer.block)
 
     @torch.no_grad()
     def compress(self, tokens: int, rate: int, batch_tokens: int) -> int:

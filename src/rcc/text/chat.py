@@ -38,13 +38,12 @@ class ChatForm:
     following: str
     ends: tuple[str, ...]
 
-    def prompt(self, question: str, history: Sequence[tuple[str, str]] = (), hint: str = "") -> Prompt:
+    def prompt(self, question: str, history: Sequence[tuple[str, str]] = ()) -> Prompt:
         """Return the prompt for a question about a text that stands after the header.
 
         Args:
             question: what to ask.
             history: earlier questions and answers.
-            hint: what the model is told after the question.
 
         Raises:
             InputError: an empty question.
@@ -55,8 +54,13 @@ class ChatForm:
         for earlier, answer in history:
             parts += [PromptPart(earlier, True), PromptPart(self.turn), PromptPart(answer, True)]
             parts.append(PromptPart(self.following))
-        asked = " ".join(part for part in (question.strip(), hint) if part)
-        return Prompt("human", "", (*parts, PromptPart(asked, True), PromptPart(self.turn)), marks=self.ends)
+        parts += [PromptPart(question.strip(), True), PromptPart(self.turn)]
+        return Prompt("human", "", tuple(parts), marks=self.ends)
+
+    def first(self, question: str) -> Prompt:
+        """Return the prompt for a question that a chat begins with."""
+        parts = (PromptPart(self.header), PromptPart(question.strip(), True), PromptPart(self.turn))
+        return Prompt("human", "", parts, marks=self.ends)
 
 
 CHATML = ChatForm(HEADER, TURN, END + FOLLOWING, (END,))

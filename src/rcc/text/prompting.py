@@ -61,6 +61,11 @@ class Prompt:
         return instruction.split(END)[0].strip(), answer.split(END)[0].strip() if turn else ""
 
 
+def with_hint(question: str, hint: str) -> str:
+    """Return a question with a hint on how to answer it after it, if there is one."""
+    return " ".join(part for part in (question.strip(), hint) if part)
+
+
 def build(question: str, mode: str, history: Sequence[tuple[str, str]] = ()) -> Prompt:
     """Make the prompt for a question; `history` holds earlier questions and answers of a chat (`human` mode).
 

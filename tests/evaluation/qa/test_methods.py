@@ -40,7 +40,9 @@ def test_a_selection_at_1x_is_plain_text(name: str) -> None:
     for method in (plain, chosen):
         with method.decoder():
             held = method.hold(text, 1, question)
-            answers.append(answering.ask(model, tokenizer, held.context, method.prompt(question), 6, do_sample=False))
+            answers.append(
+                answering.ask(method.model, tokenizer, held.context, method.prompt(question), 6, do_sample=False)
+            )
             assert held.positions == len(text)
     assert answers[0] == answers[1]
     assert chosen.hold(text, 4, question).positions == -(-len(text) // 4)

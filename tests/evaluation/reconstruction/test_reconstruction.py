@@ -286,7 +286,7 @@ def test_an_untrained_rate_is_said_once(fresh, measuring, caplog):
     assert [note for note in found.notes if "not trained" in note] == [
         "rcc was not trained at 2×, only at 4×, 8×: expect little of it."
     ]
-    assert "| 2× (untrained) |" in ReconstructionReport(found, model.config).table()
+    assert "| 2× (untrained) |" in ReconstructionReport(found, model).table()
 
 
 # ---------------------------------------------------------------- the command
@@ -307,7 +307,7 @@ def test_refusals(command, folder, data, tmp_path, monkeypatch):
         (["--data", data, "--field", "body"], "no row with a field 'body'"),
         (["--data", tmp_path / "short.txt"], "no text has 512 tokens, the longest has 2"),
         ([*good, "--lengths", "64,1k"], "no text has 1,024 tokens"),
-        ([*good, "--lengths", "15"], "15 tokens is below one segment", "at least 16"),
+        ([*good, "--lengths", "15"], "15 tokens is less than one segment", "at least 16"),
         ([*good, "--lengths", "16"], "of 16 tokens none is left"),
         ([*good, "--lengths", "many"], "--lengths 'many'"),
         ([*good, "--rates", "5"], "rate=5 does not divide the segment of 16 tokens"),

@@ -26,7 +26,7 @@ from rcc.evaluation.resources import process as resources_process
 from rcc.evaluation.resources import run as resources
 from rcc.evaluation.resources.process import Job
 from rcc.evaluation.resources.settings import ResourcesSettings
-from rcc.evaluation.resources.subject import Subject, trained
+from rcc.evaluation.resources.subject import Subject, loadable
 from rcc.evaluation.resources.table import ResourcesReport
 from rcc.planning import blueprint as planning
 from rcc.planning.reading import Reading
@@ -227,7 +227,7 @@ def test_a_shape_is_measured_with_random_weights(pretend: list[Job]) -> None:
 def test_cells_that_do_not_fit(folder: Path, pretend: list[Job]) -> None:
     """A prefix that is too long says so; by default the lowest trained rate that fits is used; plain reading beyond
     the window is extrapolated, and marked."""
-    subject = trained(str(folder))
+    subject = loadable(str(folder))
     found = measured(subject, [64, 2048, 2**15], question_tokens=8)
     keys = [(r["key"]["reader"], r["key"]["length"], r["key"].get("rate"), r.get("source")) for r in found.rows]
     assert keys == [
@@ -279,7 +279,7 @@ def test_real_text(folder: Path, pretend: list[Job], monkeypatch: pytest.MonkeyP
         return measure(job)
 
     monkeypatch.setattr(resources_process, "measure", look)
-    found = measured(trained(str(folder)), [256], text=ids, plain=False)
+    found = measured(loadable(str(folder)), [256], text=ids, plain=False)
     assert (seen[0] == resources.repeat_text(ids, 256, 16)).all()
     assert "the given text" in found.notes[1]
 
@@ -290,7 +290,7 @@ REFUSALS = {
     "unknown encoder": (["--shape", "pythia-1.4b", "--encoder", "pythia-9b"], "is neither a known shape"),
     "unknown model": (["--model", "nothing"], "is neither a shipped model"),
     "no length": (["--lengths", "2k,,4k"], "is no whole number above 0"),
-    "too short": (["--shape", "pythia-1.4b", "--lengths", "1k"], "less than a segment of 2,048"),
+    "too short": (["--shape", "pythia-1.4b", "--lengths", "1k"], "less than one segment"),
     "a rate": (["--shape", "pythia-1.4b", "--rates", "7"], "does not divide the segment"),
     "a model's rate": (["--rates", "7"], "does not divide the segment"),
     "no rate": (["--rates", "8,x"], "is no whole number above 0"),
@@ -315,7 +315,7 @@ def test_refusals(args: list[str], words: str, call: Callable[..., tuple[int, st
 
 
 def test_refusals_of_the_function(folder: Path, tmp_path: Path) -> None:
-    subject = trained(str(folder))
+    subject = loadable(str(folder))
     with pytest.raises(InputError, match="question_tokens must be at least 1"):
         measured(subject, [256], question_tokens=0)
     (tmp_path / "notes.txt").write_text("mine")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from ...model.selection.names import compressor_name
 from ...text.counts import show_count
 from ..axes import Axis
 from ..resources.settings import PAPER, PAPER_RATE
@@ -26,6 +27,8 @@ def resources(runs: list[Finished], samples: SampleLists) -> Iterator[ChartGroup
     for run in runs:
         axis = lengths_axis({cell["key"]["length"] for cell in run.cells if "rate" in cell["key"]})
         rates = numbered(sorted({cell["key"]["rate"] for cell in run.cells if "rate" in cell["key"]}))
+        made = run.data["settings"].get("compressor")
+        compressor = compressor_name(made) if made else "RCC"
         sources = {name_of(row["key"]): row.get("source", "") for row in run.rows}
         points: dict[str, list[tuple[Look, Point]]] = {"peak": [], "first": [], "compress": [], "ask": []}
         for key, cell, link in samples.cells(run):
@@ -33,7 +36,7 @@ def resources(runs: list[Finished], samples: SampleLists) -> Iterator[ChartGroup
             condition = joined(f"{show_count(key['length'])} tokens", source, between=", ")
             of = Look("plain", None, 0, 1)
             if "rate" in key:
-                of = Look(f"RCC {key['rate']}×", rates[key["rate"]] % 8)
+                of = Look(f"{compressor} {key['rate']}×", rates[key["rate"]] % 8)
                 if "kv_bytes" in cell and "weights_bytes" in cell:
                     floor = Look(f"floor {key['rate']}×", of.colour, 2, 3, soft=True)
                     least = {**cell["kv_bytes"], "mean": cell["kv_bytes"]["mean"] + cell["weights_bytes"]["mean"]}

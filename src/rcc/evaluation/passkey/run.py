@@ -20,13 +20,13 @@ from transformers import PreTrainedTokenizerBase
 
 from ...data.haystack import VARIANTS, Text, is_right, make_text, prose_sentences
 from ...errors import InputError, WindowError
-from ...model import segments as segmenting
+from ...model.compressor import Compressor
 from ...model.encoder import BATCH_TOKENS, remembering
 from ...model.rcc import RCCForCausalLM
 from ...runtime import memory
 from ...text.counts import show_count
 from ...text.tokens import decode, token_ids
-from ..evaluation import Progress, ignore
+from ..evaluation import Progress, ignore, model_settings, untrained
 from ..results import Case, Key, Results, Skipped
 from .settings import BY, PasskeySettings
 from .table import PasskeyReport
@@ -45,8 +45,8 @@ class PasskeyEvaluation:
     kind, by, cluster = "passkey", BY, None
     verb, unit = "reading", "tokens"
 
-    def __init__(self, model: RCCForCausalLM, tokenizer: PreTrainedTokenizerBase, asked: PasskeySettings):
-        asked.check(model.config)
+    def __init__(self, model: Compressor, tokenizer: PreTrainedTokenizerBase, asked: PasskeySettings):
+        asked.check(model)
         self.model, self.tokenizer, self.asked = model, tokenizer, asked
         self._progress: Progress = ignore
         prose = any(VARIANTS[variant].prose for variant in asked.variants)
@@ -59,9 +59,7 @@ class PasskeyEvaluation:
         """Return all that a sample depends on beside its key, and what was asked for."""
         asked = self.asked
         return {
-            "model": self.model.config.name,
-            "fingerprint": self.model.fingerprint,
-            "dtype": str(self.model.dtype).removeprefix("torch."),
+            **model_settings(self.model),
             "device": self.model.device.type,
             "lengths": sorted(asked.lengths),
             "rates": list(asked.rates),
@@ -112,7 +110,8 @@ class PasskeyEvaluation:
 
     def notes(self, results: Results) -> list[str]:
         """Return what to know about the figures, each thing once."""
-        return self.report(results).notes(self.model.config.rates)
+        rates = sorted({row["key"]["rate"] for row in results.rows if "skipped" not in row})
+        return self.report(results).notes(untrained(self.model, rates), self.model.rates)
 
     def report(self, results: Results) -> PasskeyReport:
         """Return the figures as a table and heat maps."""
@@ -125,7 +124,7 @@ class PasskeyEvaluation:
         try:
             return self.model.fitting_rate([length])
         except WindowError:
-            return max(self.model.config.rates)  # its cell will say so
+            return max(self.model.rates)  # its cell will say so
 
     # ---------------------------------------------------------------- one sample
     def encode(self, text: str) -> np.ndarray:
@@ -140,11 +139,11 @@ class PasskeyEvaluation:
 
     def _segments(self, text: Text) -> tuple[torch.Tensor, ...]:
         """Return the positions of the tokens of each segment that the model cuts a text into."""
-        return segmenting.split(torch.arange(len(text.ids)), self.model.config)
+        return self.model.split(torch.arange(len(text.ids)))
 
     def _check_window(self, length: int, rate: int, rest: int) -> None:
-        positions = segmenting.positions(length, rate, self.model.config)
-        if positions + rest > self.model.window:
+        positions = self.model.positions(length, rate)
+        if self.model.sink_positions + positions + rest > self.model.window:
             raise Skipped(
                 f"{show_count(length)} tokens at {rate}× take {positions:,} positions, with the question and the answer"
                 f" more than the decoder's window of {self.model.window:,}"
@@ -178,10 +177,10 @@ class PasskeyEvaluation:
             "text": {
                 "tokens": len(ids),
                 "key_at": list(text.key_at),
-                "segments": len(segmenting.split(torch.from_numpy(ids), model.config)),
+                "segments": len(model.split(torch.from_numpy(ids))),
                 "positions": len(context),
             },
-            "segments_read": sum(segments),
+            **({"segments_read": sum(segments)} if model.trained else {}),
             "seconds": round(seconds, 3),
             **({} if peak is None else {"peak_mb": round(peak, 1)}),
         }
@@ -210,9 +209,12 @@ def _prose_ids(tokenizer: PreTrainedTokenizerBase, texts: Mapping[str, str], len
 
 
 @contextlib.contextmanager
-def counted_segments(model: RCCForCausalLM) -> Iterator[list[int]]:
-    """Count the segments that each pass of the encoder takes."""
+def counted_segments(model: Compressor) -> Iterator[list[int]]:
+    """Count the segments that each pass of the encoder takes; a model without one reads every segment."""
     counts: list[int] = []
+    if not isinstance(model, RCCForCausalLM):
+        yield counts
+        return
 
     def count(module: Any, args: Any, inputs: dict[str, Any]) -> None:
         counts.append(len(next(iter(inputs.values()))))  # input_ids or inputs_embeds

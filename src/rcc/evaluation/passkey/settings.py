@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from ...config import RCCConfig
 from ...data.haystack import POSITIONS, VARIANTS
 from ...errors import InputError
+from ..evaluation import check_lengths
+
+if TYPE_CHECKING:
+    from ...model.compressor import Compressor
 
 BY = ("variant", "rate", "length", "position", "context")
 """The keys that tell cells apart. The context is the `whole` text, or one in which the key's own segments are
@@ -20,7 +24,7 @@ class PasskeySettings:
 
     Args:
         lengths: tokens of a text.
-        rates: none: for each length the lowest trained one at which the prefix fits.
+        rates: none: for each length the lowest of the model's at which the prefix fits.
         keys: samples of a cell: a variant, rate, length and position.
         controls: of those, how many are asked again with the key's own segments replaced.
         positions: any of :data:`rcc.data.haystack.POSITIONS`.
@@ -60,17 +64,15 @@ class PasskeySettings:
             if number < least:
                 raise InputError(f"{what} must be at least {least}, not {number}.")
 
-    def check(self, config: RCCConfig) -> None:
-        """Check that a model of this configuration can be asked so.
+    def check(self, model: Compressor) -> None:
+        """Check that a model can be asked so.
 
         Raises:
             InputError: it cannot.
         """
         for rate in self.rates:
-            config.check_rate(rate)
-        shortest, segment = min(self.lengths, default=0), config.segment_length
-        if shortest < segment:
-            raise InputError(f"a length of {shortest:,} tokens is less than one segment: give at least {segment:,}.")
+            model.check_rate(rate)
+        check_lengths(model, self.lengths)
 
     @property
     def counts(self) -> dict[str, int]:

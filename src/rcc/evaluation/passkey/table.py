@@ -66,8 +66,9 @@ class PasskeyReport:
         line.append(f"{np.mean([row['seconds'] for row in made]):.2f}")
         peaks = [row["peak_mb"] for row in made if "peak_mb" in row]
         line.append(f"{max(peaks):,.0f}" if peaks else "–")
-        most = max(made, key=lambda row: row["segments_read"])
-        return [*line, f"{most['segments_read']:,} of {most['text']['segments']:,}"]
+        most = max(made, key=lambda row: row.get("segments_read", 0))
+        read = f"{most['segments_read']:,} of {most['text']['segments']:,}" if "segments_read" in most else "–"
+        return [*line, read]
 
     def plots(self) -> dict[str, HeatPlot]:
         """Return heat maps of accuracy by length and position, one a variant, by file name."""
@@ -86,21 +87,21 @@ class PasskeyReport:
             )
         return made
 
-    def notes(self, trained: Sequence[int]) -> list[str]:
+    def notes(self, untrained: Sequence[int], trained: Sequence[int]) -> list[str]:
         """Return what to know about the figures, each thing once.
 
         Args:
-            trained: the rates that the model was trained at.
+            untrained: the rates of what was measured that the model was not trained at.
+            trained: those that it was.
         """
         settings, rows = self.measured.settings, self.measured.rows
-        seen = [(row["key"]["variant"], row["key"]["rate"]) for row in rows if "skipped" not in row]
         notes = list(dict.fromkeys(f"Not measured: {row['skipped']}." for row in rows if "skipped" in row))
         notes += [
             f"{settings['model']} was not trained at {rate}×, only at {', '.join(f'{r}×' for r in trained)}:"
             " expect little there."
-            for rate in sorted({rate for _, rate in seen} - set(trained))
+            for rate in untrained
         ]
-        if any(not VARIANTS[variant].prose for variant, _ in seen):
+        if any("segments_read" in row and not VARIANTS[row["key"]["variant"]].prose for row in rows):
             notes.append(
                 "Segments read: a segment's vectors depend on nothing but its tokens, so those that repeat (filler)"
                 " were read once; the context is the same up to rounding."

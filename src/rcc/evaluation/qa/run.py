@@ -14,16 +14,16 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 from ...errors import WindowError
 from ...model import answering
+from ...model.compressor import Compressor
 from ...model.rcc import RCCForCausalLM
-from ...planning import blueprint as planning
+from ...model.selection.names import compressor_name, rule_of
 from .. import metrics
-from ..evaluation import Progress
+from ..evaluation import Progress, model_settings
 from ..results import Case, Results, Skipped
 from . import longbench
 from .methods import Held, Method
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 
 def make_methods(
-    model: RCCForCausalLM,
+    model: Compressor,
     tokenizer: PreTrainedTokenizerBase,
     modes: Sequence[str],
     baselines: Sequence[str],
@@ -62,20 +62,20 @@ def make_methods(
         baselines: any of :data:`rcc.evaluation.qa.settings.BASELINES` and `SELECTIONS`.
         tuned: a model whose decoder learnt to answer from plain text.
         beside: other RCC models by name, with the same tokenizer.
-        hint: what a base is told after each question.
+        hint: what a model that was not trained for rcc is told after each question.
         room: positions that plain text leaves for a question and its answer.
     """
-    methods: list[Method] = [Compressed(model, tokenizer, mode) for mode in modes]
+    own = compressor_name(model.compressor)
+    methods: list[Method] = [Compressed(model, tokenizer, mode, own, hint) for mode in modes]
     for name, other in (beside or {}).items():
         methods += [Compressed(other, tokenizer, mode, name) for mode in modes]
     kinds = {"truncated": Truncated, "bm25": Retrieved, "plain": PlainText}
     for name in baselines:
         if name == "no-context":
-            methods.append(NoContext(model))
-        elif name in SELECTIONS:
-            rule = name.removeprefix("selection").removeprefix("-") or "repeat"
-            methods.append(Selected(model, tokenizer, rule=rule, name=name, hint=hint, room=room))
-        else:
+            methods.append(NoContext(model, tokenizer, hint))
+        elif name in SELECTIONS and name != own:
+            methods.append(Selected(model, tokenizer, rule=rule_of(name), name=name, hint=hint))
+        elif name in kinds:
             methods.append(kinds[name](model, tokenizer, name=name, hint=hint, room=room))
     if tuned is not None:
         methods.append(PlainText(tuned, tokenizer, name=TUNED, tuned=True, room=room))
@@ -127,7 +127,6 @@ class QAEvaluation:
         self.text = Texts(questions, tokenizer, asked.pad_to, asked.seed)
         self.data_sha256 = digest(questions)
         self._held: dict[tuple[str, int], tuple[str, Held, float]] = {}
-        self._position_bytes: dict[int, int] = {}
 
     def settings(self) -> dict[str, Any]:
         """Return all that a sample depends on beside its key.
@@ -136,10 +135,8 @@ class QAEvaluation:
         """
         main = self.methods[0].model
         return {
-            "model": main.config.name,
-            "fingerprint": main.fingerprint,
-            "dtype": str(main.dtype).removeprefix("torch."),
-            "trained_rates": main.config.rates,
+            **model_settings(main),
+            "trained_rates": list(main.rates),
             "data": self.source,
             "data_sha256": self.data_sha256,
             "pad_to": self.asked.pad_to,
@@ -208,7 +205,7 @@ class QAEvaluation:
             **figures,
             "context_tokens": len(text),
             "positions": held.positions,
-            "bytes": held.positions * self._bytes(method.model),
+            "bytes": held.bytes,
             "cut": float(held.cut),
             "compress_seconds": 0.0 if method.by_question else seconds,
             "first_token_seconds": clock.first + (seconds if method.by_question else 0.0),
@@ -229,12 +226,6 @@ class QAEvaluation:
         if not method.by_question:
             self._held[name] = (question.context, held, seconds)
         return held, seconds
-
-    def _bytes(self, model: RCCForCausalLM) -> int:
-        if id(model) not in self._position_bytes:
-            with torch.no_grad():
-                self._position_bytes[id(model)] = planning.position_bytes(model)
-        return self._position_bytes[id(model)]
 
 
 def key_of(question: Question, method: str, mode: str, rate: int, tokens: int) -> dict[str, Any]:

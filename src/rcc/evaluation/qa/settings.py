@@ -23,8 +23,8 @@ SELECTIONS = {
 """The base's own KV pairs, as many as the context has positions: named one by one, since each compresses anew."""
 TUNED = "plain-tuned"
 """The row of a decoder that was trained on the plain text."""
-HINT = "Answer in a few words."
-"""What a base that was not trained to answer shortly is told after each question."""
+HINT = "Answer in as few words as possible."
+"""What a model that was not trained to answer shortly is told after each question."""
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,12 @@ from torch import Tensor
 
 from ...context.context import CompressedContext
 from ...context.vectors import CompressedVectors
-from ...model import answering, segments
+from ...model import answering
+from ...model.compressor import Compressor
 from ...model.rcc import RCCForCausalLM
 from ...text.tokens import decode
 from .. import metrics
-from ..evaluation import Progress
+from ..evaluation import Progress, model_settings, untrained
 from ..results import Case, Results, Skipped
 from ..uncompressed import base_decoder, read_plain
 from .documents import Documents
@@ -54,27 +55,25 @@ class ReconstructionEvaluation:
 
     def __init__(
         self,
-        model: RCCForCausalLM,
+        model: Compressor,
         tokenizer: PreTrainedTokenizerBase,
         corpora: Sequence[Corpus],
         asked: ReconstructionSettings,
     ):
-        asked.check(model.config)
+        asked.check(model)
         self.model, self.tokenizer, self.corpora, self.asked = model, tokenizer, corpora, asked
         self.documents = {length: Documents(corpora, length, asked.seed) for length in asked.lengths}
         # a document's context is also the wrong one of the document before it
-        self._compressed = lru_cache(2 * len(asked.rates))(self._compress)
+        self._compressed = lru_cache(2 * len(asked.rates))(self._contexts)
 
     def settings(self) -> dict[str, Any]:
         """Return all that a sample depends on beside its key. Rates, lengths and documents can be added to a folder."""
-        config, asked = self.model.config, self.asked
+        asked = self.asked
         digest = hashlib.sha256()
         for corpus in self.corpora:
             digest.update(np.ascontiguousarray(corpus.hashes).tobytes())
         return {
-            "model": config.name,
-            "fingerprint": self.model.fingerprint,
-            "dtype": str(self.model.dtype).removeprefix("torch."),
+            **model_settings(self.model),
             "data": [Path(corpus.source.path).name for corpus in self.corpora],
             "data_sha256": digest.hexdigest(),
             "prompts": asked.prompts,
@@ -99,7 +98,7 @@ class ReconstructionEvaluation:
 
     def notes(self, results: Results) -> list[str]:
         """Return what to know about the figures, all of which is known before anything is measured."""
-        config, asked = self.model.config, self.asked
+        model, asked = self.model, self.asked
         notes = [
             f"Prompts of {PROMPT} tokens; written greedily. BLEU-4: mean over samples of sacrebleu's"
             f" {metrics.bleu_settings()}. Exact: share of the tokens written that stand at their place; run: tokens"
@@ -108,10 +107,9 @@ class ReconstructionEvaluation:
         ]
         if asked.controls:
             notes.append("Contexts: " + "; ".join(f"{kind}: {CONTROLS[kind]}" for kind in asked.controls) + ".")
-        for rate in asked.rates:
-            if rate not in config.rates:
-                trained = ", ".join(f"{r}×" for r in config.rates)
-                notes.append(f"{config.name} was not trained at {rate}×, only at {trained}: expect little of it.")
+        for rate in untrained(model, asked.rates):
+            trained = ", ".join(f"{r}×" for r in model.rates)
+            notes.append(f"{model.name} was not trained at {rate}×, only at {trained}: expect little of it.")
         for length, documents in self.documents.items():
             if documents.too_short:
                 count = documents.too_short + len(documents)
@@ -120,7 +118,7 @@ class ReconstructionEvaluation:
 
     def report(self, results: Results) -> ReconstructionReport:
         """Return the figures as tables and plots."""
-        return ReconstructionReport(results, self.model.config)
+        return ReconstructionReport(results, self.model)
 
     # ---------------------------------------------------------------- what is measured
     def cases(self) -> Iterator[Case]:
@@ -147,14 +145,16 @@ class ReconstructionEvaluation:
 
     def _impossible(self, kind: str, length: int, rate: int | None) -> str | None:
         """Say why a control cannot be made, or a context not be read at this length and rate; None: it can."""
+        model = self.model
         positions = length if kind == "plain-text" else 0
         if rate is not None:
-            positions = segments.positions(length, rate, self.model.config)
+            positions = model.positions(length, rate)
+        before = model.sink_positions + (len(model.header) if rate is None else 0)
         tokens = max(end - start for start, end in self.asked.spans(length))
-        if positions + tokens > self.model.window:
+        if before + positions + tokens > model.window:
             return (
                 f"{positions:,} positions of context and {tokens:,} tokens of prompt and answer are more than the"
-                f" decoder's window of {self.model.window:,}"
+                f" decoder's window of {model.window:,}"
             )
         if kind == "shuffled" and positions == 1:
             return "one vector has no order"
@@ -162,27 +162,31 @@ class ReconstructionEvaluation:
             return "there is no other document"
         return None
 
-    def _compress(self, length: int, number: int, rate: int) -> tuple[CompressedVectors | None, CompressedContext]:
+    def _contexts(self, length: int, number: int, rate: int) -> tuple[CompressedVectors | None, CompressedContext]:
         """Return a document's vectors, where the order of its positions matters to their making, and its context."""
-        ids = self.documents[length][number][None]
-        if self.model.config.direct:
-            return None, self.model.compress(ids, rate=rate).to(dtype=self.asked.kv)
-        vectors = self.model.encode(ids, rate=rate)
-        return vectors, self.model.prefix(vectors).to(dtype=self.asked.kv)
+        model, ids = self.model, self.documents[length][number][None]
+        if isinstance(model, RCCForCausalLM) and not model.config.direct:
+            vectors = model.encode(ids, rate=rate)
+            return vectors, model.prefix(vectors).to(dtype=self.asked.kv)
+        return None, model.compress(ids, rate=rate).to(dtype=self.asked.kv)
 
     def _context(self, kind: str, length: int, number: int, rate: int | None) -> CompressedContext | None:
         """Return what the decoder is given in place of a document."""
+        header = self.model.header
         if kind == "plain-text":
-            return read_plain(self.model, self.documents[length][number])
+            return read_plain(self.model, torch.cat([header, self.documents[length][number]]))
         if rate is None:
-            return None
+            return read_plain(self.model, header) if len(header) else None
         if kind == "wrong":
             number = self.documents[length].another(number)
         vectors, context = self._compressed(length, number, rate)
         if kind != "shuffled":
             return context
         order = another_order(len(context), self.asked.seed)
-        return context.take(order) if vectors is None else reordered(self.model, vectors, order)
+        if vectors is None:
+            return context.take(order)
+        assert isinstance(self.model, RCCForCausalLM)
+        return reordered(self.model, vectors, order)
 
     def _measure(self, length: int, number: int, rate: int | None, kinds: list[str]) -> dict[tuple[str, int], Figures]:
         """Return figures by kind of context and start of the prompt."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ...config import RCCConfig
 from ...errors import InputError
+from ...model.compressor import Compressor
+from ..evaluation import check_lengths
 from .teacher_forcing import PROMPT
 
 PAPER_LENGTH, PAPER_LAST_START, PAPER_TARGET = 2048, 1200, 500
@@ -63,19 +64,16 @@ class ReconstructionSettings:
         target = self.target_tokens or min(PAPER_TARGET, round(PAPER_TARGET * length / PAPER_LENGTH))
         return [(start, min(start + PROMPT + target, length)) for start in self.starts(length)]
 
-    def check(self, config: RCCConfig) -> None:
-        """Check that a model of this configuration can be asked so.
+    def check(self, model: Compressor) -> None:
+        """Check that a model can be asked so.
 
         Raises:
             InputError: it cannot.
         """
         for rate in self.rates:
-            config.check_rate(rate)
+            model.check_rate(rate)
+        check_lengths(model, self.lengths)
         for length in self.lengths:
-            if length < config.segment_length:
-                raise InputError(
-                    f"a length of {length} tokens is below one segment: use at least {config.segment_length}."
-                )
             starts = self.starts(length)
             if length <= starts[-1] + PROMPT:
                 raise InputError(

@@ -7,11 +7,12 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import torch
 
-from ...config import RCCConfig
-from ...model import segments
+from ...model.compressor import Compressor
 from .. import results
 from ..axes import Axis, counts_axis
+from ..evaluation import untrained
 from ..plots import CurvePlot, HeatPlot, Lines, Plot
 from ..results import Interval, Results
 from .settings import BY, CONTROLS, REAL
@@ -21,27 +22,36 @@ PARTS = 8
 """Parts of a segment whose accuracy is told apart."""
 
 
-def by_place(rows: Sequence[dict[str, Any]], length: int, rate: int, config: RCCConfig) -> dict[str, list[Any]]:
+def padding_before(model: Compressor, length: int) -> int:
+    """Return the tokens of padding before a text of so many, in its first segment."""
+    if length <= model.segment_length:  # what fills the one segment stands after it
+        return 0
+    return sum(map(len, model.split(torch.arange(length)))) - length
+
+
+def by_place(
+    rows: Sequence[dict[str, Any]], length: int, rate: int, segment: int, padding: int = 0
+) -> dict[str, list[Any]]:
     """Return the real context's teacher-forced accuracy by the place of the token in its segment and in its group.
 
     Args:
         rows: samples, of any lengths, rates and contexts.
         length: tokens of a document, of the rows to take.
         rate: of the rows to take.
-        config: says how a document is cut into segments.
+        segment: tokens of a segment.
+        padding: tokens before the document in its first one.
 
     Returns:
         `segment`: by eighths of the segment; `group`: by place in the group of `rate` tokens, of which the last one's
         state is kept. Intervals, None where there is no token.
     """
-    lead, segment = segments.padding_before(length, config), config.segment_length
     offsets, right, documents = [], [], []  # in the segment; whether predicted right; of which document
     for row in rows:
         key = row["key"]
         if "skipped" in row or (key["length"], key.get("rate"), key["context"]) != (length, rate, REAL):
             continue
         recalled = row["recalled"]
-        offsets.append((lead + key["start"] + PROMPT + np.arange(len(recalled))) % segment)
+        offsets.append((padding + key["start"] + PROMPT + np.arange(len(recalled))) % segment)
         right.append(np.array([c == "1" for c in recalled], float))
         documents.append(np.full(len(recalled), key["document"]))
     parts = min(PARTS, segment)
@@ -61,17 +71,17 @@ class ReconstructionReport:
 
     Args:
         measured: with samples of :meth:`rcc.evaluation.reconstruction.run.ReconstructionEvaluation.cases`.
-        config: of the model that they were made with.
+        model: that they were made with.
     """
 
-    def __init__(self, measured: Results, config: RCCConfig):
-        self.measured, self.config = measured, config
+    def __init__(self, measured: Results, model: Compressor):
+        self.measured, self.model = measured, model
         self.cells = sorted(measured.cells(BY), key=_rank)
         self.by_start = sorted(measured.cells((*BY, "start")), key=_rank)
         self.lengths = list(dict.fromkeys(cell["key"]["length"] for cell in self.cells))
         self.rates = sorted({cell["key"]["rate"] for cell in self.cells if "rate" in cell["key"]})
         self.by_place = {
-            (length, rate): by_place(measured.rows, length, rate, config)
+            (length, rate): by_place(measured.rows, length, rate, model.segment_length, padding_before(model, length))
             for length in self.lengths
             for rate in self.rates
         }
@@ -92,7 +102,7 @@ class ReconstructionReport:
 
     def _edges(self) -> list[tuple[int, int]]:
         """Return the first and the last place of each part of a segment."""
-        segment = self.config.segment_length
+        segment = self.model.segment_length
         parts = min(PARTS, segment)
         edges = [-(-i * segment // parts) for i in range(parts + 1)]
         return [(low, high - 1) for low, high in pairwise(edges)]
@@ -136,7 +146,7 @@ class ReconstructionReport:
         return text
 
     def _rate(self, rate: int) -> str:
-        return f"{rate}×" if rate in self.config.rates else f"{rate}× (untrained)"
+        return f"{rate}× (untrained)" if untrained(self.model, [rate]) else f"{rate}×"
 
     # ---------------------------------------------------------------- plots
     def plots(self) -> dict[str, Plot]:

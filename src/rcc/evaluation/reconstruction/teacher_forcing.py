@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ...context.context import CompressedContext
 from ...errors import InputError
-from ...model.rcc import RCCForCausalLM
+from ...model import generating
+from ...model.compressor import Compressor
 
 PROMPT = 10
 """Tokens of a span that the decoder is given before it continues it (section 4.1 of the paper)."""
@@ -38,7 +39,7 @@ class Recovery:
 
 @torch.no_grad()
 def predictions(
-    model: RCCForCausalLM, context: CompressedContext | None, spans: Sequence[Tensor]
+    model: Compressor, context: CompressedContext | None, spans: Sequence[Tensor]
 ) -> list[tuple[Tensor, Tensor]]:
     """Predict every token of spans after their first :data:`PROMPT`, from the context and the true tokens before it.
 
@@ -54,7 +55,8 @@ def predictions(
     ids = torch.nn.utils.rnn.pad_sequence(list(spans), batch_first=True).to(model.device)
     predicting = torch.arange(PROMPT - 1, ids.shape[1] - 1, device=model.device)
     # causal: what pads a shorter span on the right cannot reach what is measured
-    logits = model(ids, context=context, logits_to_keep=predicting).logits
+    logits = generating.forward(model, ids, context=context, logits_to_keep=predicting).logits
+    assert logits is not None
     predicted = []
     for row, span in zip(logits, spans, strict=True):  # one by one, as float32 logits are large
         truth = span[PROMPT:].to(model.device)
@@ -65,7 +67,7 @@ def predictions(
 
 
 def teacher_forced(
-    model: RCCForCausalLM,
+    model: Compressor,
     context: CompressedContext,
     ids: Tensor,
     span: int = 256,

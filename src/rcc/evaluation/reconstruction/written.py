@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from ...answers import WrittenText
 from ...context.context import CompressedContext
 from ...engine import Engine
-from ...model.segments import piece_of
 from ...text.tokens import decode, token_ids
 from .teacher_forcing import PROMPT as PROMPT_TOKENS
 from .teacher_forcing import Recovery, teacher_forced
@@ -69,7 +68,7 @@ def compare(
     """
     ids = token_ids(engine.tokenizer, source)[0]
     piece = context.pieces[0][0]
-    digest = piece_of(ids, piece.rate, engine.rcc.config).sha256
+    digest = engine.compressor.piece(ids, piece.rate).sha256
     truth = _following(ids.tolist(), written.prompt_ids, len(written.ids))
     guess = written.ids[: len(truth)]
     return WrittenBack(
@@ -79,7 +78,7 @@ def compare(
         guess,
         decode(engine.tokenizer, truth),
         decode(engine.tokenizer, guess),
-        teacher_forced(engine.rcc, context, ids, progress=progress),
+        teacher_forced(engine.compressor, context, ids, progress=progress),
         piece.rate,
     )
 

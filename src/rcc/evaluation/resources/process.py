@@ -28,10 +28,13 @@ from ...context.cache import BlockLayer, block_layers
 from ...context.context import CompressedContext
 from ...errors import RCCError
 from ...model import backbones
+from ...model.compressor import Compressor
+from ...model.opening import language_model, open_compressor
 from ...model.rcc import RCCForCausalLM
 from ...planning import blueprint as planning
 from ...runtime import allocator, memory
 from ..results import Skipped
+from .subject import weights
 
 T = TypeVar("T")
 Module = TypeVar("Module", bound=nn.Module)
@@ -43,13 +46,14 @@ class Job:
 
     Attributes:
         task: a name in :data:`TASKS`.
-        model: a trained model's name or folder, or the blueprint to make one of with random weights.
+        model: a model's name or folder, or the blueprint to make an RCC model of with random weights.
         text: an .npy file of token ids, of which the first `length` are read and the first `question` asked.
         context: the file to save the context to, or to load it from.
         rate: that a text is compressed at.
         device: where to measure.
-        dtype: of a trained model; None: as it is stored.
+        dtype: of a model that is loaded.
         batch_tokens: that are read at once; None: what `compress` decides.
+        compressor: see :func:`rcc.model.opening.open_compressor`.
     """
 
     task: str
@@ -62,27 +66,36 @@ class Job:
     device: str
     dtype: torch.dtype | None
     batch_tokens: int | None
+    compressor: str | None = None
 
     def ids(self, count: int) -> Tensor:
         """Return the first tokens of the text, [1, count]."""
         ids = np.load(self.text, mmap_mode="r")[:count].astype(np.int64)
         return torch.from_numpy(ids)[None].to(self.device)
 
-    def load(self) -> RCCForCausalLM:
+    def load(self) -> Compressor:
         """Return the model, its weights read from the disk."""
-        if isinstance(self.model, str):
-            model = RCCForCausalLM.from_pretrained(self.model, device=self.device, dtype=self.dtype)
-        else:
+        if isinstance(self.model, planning.Blueprint):
             model = self.model.build(self.device)
             # hashing all the weights would take long, and the seed is the same in every process
             model.record_fingerprint("random")
+        elif language_model(self.model, self.compressor) is None:  # needs no tokenizer
+            model = RCCForCausalLM.from_pretrained(self.model, device=self.device, dtype=self.dtype)
+        else:
+            selection, _ = open_compressor(self.model, self.device, self.dtype, compressor=self.compressor)
+            _read_in(selection.decoder)
+            return selection
         return _read_in(model)
 
     def load_base(self) -> PreTrainedModel:
         """Return the decoder's base alone, its weights read from the disk."""
         if isinstance(self.model, str):
-            folder = checkpoints.resolve_model(self.model)
-            base = checkpoints.resolve_base(RCCConfig.load(folder).base["decoder"].source, relative_to=folder)
+            selected = language_model(self.model, self.compressor)
+            if selected is not None:
+                base = selected[1]
+            else:
+                folder = checkpoints.resolve_model(self.model)
+                base = checkpoints.resolve_base(RCCConfig.load(folder).base["decoder"].source, relative_to=folder)
             backbone = checkpoints.load_backbone(base, head=True, dtype=self.dtype or "auto")
             backbone.to(self.device)  # type: ignore[arg-type]  # transformers' wrapper hides its types
         else:
@@ -102,7 +115,7 @@ def compress(job: Job) -> dict[str, Any]:
     saving, _ = _timed(job, lambda: context.save(job.context))
     return {
         "positions": len(context),
-        "weights_bytes": planning.stored_bytes(model),
+        "weights_bytes": planning.stored_bytes(weights(model)),
         "kv_bytes": context.nbytes,
         "file_bytes": job.context.stat().st_size,
         **{f"compress_{name}": value for name, value in peak.items()},

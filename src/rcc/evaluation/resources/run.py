@@ -22,7 +22,7 @@ import torch
 from ...config import RCCConfig
 from ...context.cache import SPARE
 from ...errors import WindowError
-from ...model import backbones, segments
+from ...model import segments
 from ...model.encoder import BATCH_TOKENS, batch_tokens_on
 from ...planning import blueprint as planning
 from ...runtime import memory
@@ -46,7 +46,7 @@ class ResourcesEvaluation:
     verb, unit = "measuring", "cells"
 
     def __init__(self, subject: Subject, asked: ResourcesSettings):
-        asked.check(subject.blueprint.config)
+        asked.check(subject.model)
         self.subject, self.asked = subject, asked
         self.batch_tokens = asked.batch_tokens or self._default_batch_tokens()
         self._results: Results | None = None
@@ -59,8 +59,9 @@ class ResourcesEvaluation:
         return {
             "model": subject.name,
             "fingerprint": subject.fingerprint,
+            **({"compressor": subject.model.compressor} if subject.model.compressor else {}),
             **subject.digests(),
-            "segment_length": subject.blueprint.config.segment_length,
+            "segment_length": subject.model.segment_length,
             **({"prefix": "direct"} if subject.blueprint.config.direct else {}),
             "window": subject.model.window,
             "dtype": str(subject.blueprint.dtype).removeprefix("torch."),
@@ -105,9 +106,9 @@ class ResourcesEvaluation:
         return batch_tokens_on(torch.device(self.asked.device)) if self.asked.measured else BATCH_TOKENS
 
     def _rates(self, length: int) -> list[int]:
-        own = self.subject.blueprint.config.rates
+        own = self.subject.model.rates
         if self.subject.fingerprint is None:
-            return own
+            return list(own)
         try:
             return [self.subject.model.fitting_rate([length], reserve=max(SPARE, self.asked.question_tokens + 1))]
         except WindowError:
@@ -126,9 +127,8 @@ class ResourcesEvaluation:
 
     def notes(self, results: Results) -> list[str]:
         """Return what to know about the figures."""
-        shares_base = self.subject.blueprint.encoder is None
-        encoder_type = self.subject.model.encoder.config.model_type
-        return self.report(results).notes(shares_base, encoder_type)
+        encoder = self.subject.blueprint.encoder or self.subject.blueprint.decoder
+        return self.report(results).notes(self.subject.sides, encoder.model_type)
 
     def report(self, results: Results) -> ResourcesReport:
         """Return the figures as tables and a plot."""
@@ -137,11 +137,11 @@ class ResourcesEvaluation:
     # ---------------------------------------------------------------- one cell
     def _rcc(self, length: int, rate: int) -> dict[str, Any]:
         subject, question = self.subject, self.asked.question_tokens
-        n = subject.positions(length, rate)
-        beyond = n + question + 1 > subject.model.window
+        n = subject.model.positions(length, rate)
+        beyond = subject.model.sink_positions + n + question + 1 > subject.model.window
         if beyond and subject.fingerprint is not None:
             raise Skipped(f"{n:,} positions and a question do not fit the decoder's window of {subject.model.window:,}")
-        weights, kv = planning.stored_bytes(subject.model), n * subject.position_bytes
+        weights, kv = subject.weights_bytes, n * subject.position_bytes
         if not self.asked.measured:
             peak = weights + subject.reading.compress(length, rate, self.batch_tokens)
             row: dict[str, Any] = {"positions": n, "weights_bytes": weights, "kv_bytes": kv, "file_bytes": kv}
@@ -204,7 +204,7 @@ class ResourcesEvaluation:
         made: str | planning.Blueprint = subject.name
         if subject.fingerprint is None:
             shape = copy.deepcopy(subject.blueprint.decoder)
-            positions = length if task == "plain" else subject.positions(length, rate)
+            positions = length if task == "plain" else subject.model.positions(length, rate)
             needed = positions + asked.question_tokens + SPARE
             shape.max_position_embeddings = max(shape.max_position_embeddings, needed)
             made = replace(subject.blueprint, decoder=shape)
@@ -213,14 +213,23 @@ class ResourcesEvaluation:
         if not text.exists():
             np.save(text, self._ids(max(length, asked.question_tokens)))
         return Job(
-            task, made, text, context, length, rate, asked.question_tokens, asked.device, asked.dtype, self.batch_tokens
+            task,
+            made,
+            text,
+            context,
+            length,
+            rate,
+            asked.question_tokens,
+            asked.device,
+            subject.blueprint.dtype,
+            self.batch_tokens,
+            subject.compressor,
         )
 
     def _ids(self, length: int) -> np.ndarray:
         if self.asked.text is not None:
-            return repeat_text(self.asked.text, length, self.subject.blueprint.config.segment_length)
-        sides = self.subject.model.encoder, self.subject.model.decoder
-        vocabulary = min(backbones.embeddings(side).num_embeddings for side in sides)
+            return repeat_text(self.asked.text, length, self.subject.model.segment_length)
+        vocabulary = min(self.subject.model.vocabulary, self.subject.model.decoder_vocabulary)
         return np.random.default_rng(length).integers(1, vocabulary, length, dtype=np.int32)
 
     def _measured_row(self, key: Key | Mapping[str, Any]) -> dict[str, Any]:

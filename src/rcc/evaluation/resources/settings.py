@@ -6,16 +6,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ...config import RCCConfig
 from ...errors import InputError
+from ..evaluation import check_lengths
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from ...model.compressor import Compressor
+
 BY = ("reader", "length", "rate")
-"""The keys that tell cells apart. The reader is `rcc`, or `plain`: the same base reading the text as it is, without a
-rate."""
+"""The keys that tell cells apart. The reader is `rcc`, whatever compresses, or `plain`: the same base reading the text
+as it is, without a rate."""
 PAPER_RATE = 32
 PAPER = {
     "rcc": {
@@ -59,18 +61,15 @@ class ResourcesSettings:
     text: np.ndarray | None = None
     limit: int | None = None
 
-    def check(self, config: RCCConfig) -> None:
-        """Check that a model of this configuration can be measured so.
+    def check(self, model: Compressor) -> None:
+        """Check that a model can be measured so.
 
         Raises:
             InputError: it cannot.
         """
-        segment = config.segment_length
-        if not self.sizes or self.sizes[0] < segment:
-            shortest = min(self.lengths, default=0)
-            raise InputError(f"a length of {shortest:,} tokens is less than a segment of {segment:,}.")
+        check_lengths(model, self.sizes)
         for rate in self.rates:
-            config.check_rate(rate)
+            model.check_rate(rate)
         if self.question_tokens < 1:
             raise InputError(f"question_tokens must be at least 1, not {self.question_tokens}.")
 

@@ -1,4 +1,4 @@
-"""What resources are measured or computed of: a trained model, or the shape of one."""
+"""What resources are measured or computed of: a model, or the shape of one."""
 
 from __future__ import annotations
 
@@ -6,14 +6,18 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import PreTrainedConfig
 
 from ... import checkpoints
 from ...config import RCCConfig, SideConfig
-from ...model import segments
-from ...model.rcc import RCCForCausalLM
+from ...model.compressor import Compressor
+from ...model.opening import check_compressor, language_model
+from ...model.selection.names import SELECTION, rule_of
+from ...model.selection.selection import Selection
 from ...planning import blueprint as planning
 from ...planning import shapes
 from ...planning.reading import Reading
@@ -27,19 +31,37 @@ class Subject:
     """A model, or the shape of one.
 
     Attributes:
-        name: of a trained model, by which it can be loaded, or of a shape.
-        blueprint: what it is made of.
-        fingerprint: of a trained model; None: a shape.
+        name: of a model, by which it can be loaded, or of a shape.
+        blueprint: what it is made of; of a selection only the decoder counts.
+        fingerprint: of a model; None: a shape.
+        selection: without storage, where the model is one.
+        compressor: by which it is loaded; see :func:`rcc.model.opening.open_compressor`.
+        tokenizer: by which a model's tokenizer can be loaded.
     """
 
     name: str
     blueprint: planning.Blueprint
     fingerprint: str | None = None
+    selection: Selection | None = None
+    compressor: str | None = None
+    tokenizer: str | Path = ""
 
     @cached_property
-    def model(self) -> RCCForCausalLM:
+    def model(self) -> Compressor:
         """The model without storage."""
-        return self.blueprint.build()
+        return self.selection or self.blueprint.build()
+
+    @cached_property
+    def weights_bytes(self) -> int:
+        """Bytes of all weights, shared ones once."""
+        return planning.stored_bytes(weights(self.model))
+
+    @property
+    def sides(self) -> str:
+        """What it is made of, in a few words."""
+        if self.selection is not None:
+            return "pairs of the model's own"
+        return "one base under LoRA" if self.blueprint.encoder is None else "an encoder and a decoder of their own"
 
     @cached_property
     def reading(self) -> Reading:
@@ -49,11 +71,7 @@ class Subject:
     @cached_property
     def position_bytes(self) -> int:
         """Bytes of one position's keys and values."""
-        return planning.position_bytes(self.model)
-
-    def positions(self, tokens: int, rate: int) -> int:
-        """Return the positions of a text of so many tokens."""
-        return segments.positions(tokens, rate, self.blueprint.config)
+        return self.reading.position_bytes()
 
     def digests(self) -> dict[str, str | None]:
         """Return the SHA-256 of both sides' shapes; None for a side that has none of its own."""
@@ -65,15 +83,40 @@ class Subject:
         plan, known = self.blueprint, shapes.find("pythia-1.4b").to_dict()
         sides = plan.decoder, plan.encoder
         papers = plan.config.segment_length == 2048 and not plan.config.direct
+        papers = papers and self.selection is None
         return papers and all(s is not None and s.to_dict() == known for s in sides)
 
 
-def trained(name: str, dtype: torch.dtype | None = None) -> Subject:
-    """Return a trained model as a subject, by what its folder and its bases' say.
+def weights(model: Compressor) -> nn.Module:
+    """Return the module that holds all weights of a model."""
+    return model if isinstance(model, nn.Module) else model.decoder
+
+
+def loadable(name: str, dtype: torch.dtype | None = None, compressor: str | None = None) -> Subject:
+    """Return a model as a subject, by what its folder and its bases' say.
+
+    Args:
+        name: of an RCC model, or of any language model.
+        dtype: to compute in; None: as stored.
+        compressor: see :func:`rcc.model.opening.open_compressor`.
 
     Raises:
-        ModelError: there is no such model or base. FileError: a base cannot be fetched.
+        InputError: an unknown compressor. ModelError: there is no such model or base.
+        FileError: a base cannot be fetched.
     """
+    check_compressor(compressor)
+    selected = language_model(name, compressor)
+    if selected is not None:
+        own, folder = selected
+        shape = checkpoints.load_config(folder)[0]
+        blueprint = planning.Blueprint(
+            RCCConfig(), shape, None, dtype or getattr(shape, "dtype", None) or torch.float32
+        )
+        with torch.device("meta"):
+            decoder = blueprint.build_base()
+        tokenizer, rule = checkpoints.load_tokenizer(folder), rule_of(compressor or SELECTION)
+        selection = Selection(decoder, tokenizer, own, rule, weights_sha256=checkpoints.weights_sha256(folder))
+        return Subject(name, blueprint, selection.fingerprint, selection, compressor, folder)
     folder = checkpoints.resolve_model(name)
     config = RCCConfig.load(folder)
     sides = {
@@ -82,7 +125,7 @@ def trained(name: str, dtype: torch.dtype | None = None) -> Subject:
     }
     stored = dtype or getattr(sides["decoder"], "dtype", None) or torch.float32
     blueprint = planning.Blueprint(config, sides["decoder"], sides.get("encoder"), stored)
-    return Subject(name, blueprint, config.fingerprint)
+    return Subject(name, blueprint, config.fingerprint, tokenizer=name)
 
 
 def shaped(

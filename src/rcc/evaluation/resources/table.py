@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...model import backbones
+from ...model.selection.names import compressor_name
 from ...text.counts import show_count
 from ..axes import Axis, counts_axis
 from ..plots import CurvePlot, Lines, from_left
@@ -31,6 +32,11 @@ class ResourcesReport:
         """Return no further figures."""
         return {}
 
+    @property
+    def _compressor(self) -> str:
+        made = self.settings.get("compressor")
+        return compressor_name(made) if made else "RCC"
+
     # ---------------------------------------------------------------- tables
     def table(self) -> str:
         """Return memory by length and rate and, where it was measured, time, as Markdown."""
@@ -42,7 +48,8 @@ class ResourcesReport:
     def _memory(self) -> str:
         paper, measured = self.settings["paper"], self.settings["measured"]
         how = "" if measured else " (computed)"
-        header = ["tokens", "rate", "positions", f"weights + KV, MB{how}", f"RCC, peak MB{how}", "beyond, MB", "ratio"]
+        header = ["tokens", "rate", "positions", f"weights + KV, MB{how}"]
+        header += [f"{self._compressor}, peak MB{how}", "beyond, MB", "ratio"]
         header += ["asking, peak MB", "ratio"] if measured else []
         header += [f"file, MB{how}", f"plain, peak MB{how}", *(["paper, RCC", "paper, plain"] if paper else [])]
         rows = []
@@ -125,7 +132,9 @@ class ResourcesReport:
             plain = reader == "plain"
             peak = _value(cell, "plain_peak_bytes" if plain else "compress_peak_bytes")
             if peak is not None:
-                lines.setdefault("plain" if plain else f"RCC {rate}×", []).append((length, _point(peak / 1e6)))
+                lines.setdefault("plain" if plain else f"{self._compressor} {rate}×", []).append(
+                    (length, _point(peak / 1e6))
+                )
         if self.settings["paper"]:
             for reader, name in (("rcc", "paper, RCC 32×"), ("plain", "paper, plain")):
                 lines[name] = [(length, _point(mb)) for length, mb in PAPER[reader].items() if length]
@@ -136,18 +145,15 @@ class ResourcesReport:
         return {"memory.png": CurvePlot(from_left(lines), tokens, Axis("peak, MB", log=True), title)}
 
     # ---------------------------------------------------------------- notes
-    def notes(self, shares_base: bool, encoder_type: str) -> list[str]:
+    def notes(self, sides: str, encoder_type: str) -> list[str]:
         """Return what to know about the figures.
 
         Args:
-            shares_base: whether both sides have one base.
+            sides: what the model is made of.
             encoder_type: the encoder's model type, as transformers has it.
         """
         s, rows = self.settings, self.results.rows
-        copies = "one base under LoRA" if shares_base else "an encoder and a decoder of their own"
-        facts = (
-            f"{s['dtype']}, {copies}, segments of {s['segment_length']:,} tokens, {s['batch_tokens']:,} read at once"
-        )
+        facts = f"{s['dtype']}, {sides}, segments of {s['segment_length']:,} tokens, {s['batch_tokens']:,} read at once"
         notes = self._measured(facts) if s["measured"] else self._computed(facts, encoder_type)
         if any(row.get("source") == "extrapolated" for row in rows):
             notes.append(

@@ -67,6 +67,9 @@ class Selection:
         ModelError: a model that cannot be read so.
     """
 
+    trained, has_base = False, True
+    modes, rates = ("human",), AUTO_RATES
+
     def __init__(
         self,
         decoder: PreTrainedModel,
@@ -88,13 +91,13 @@ class Selection:
         window_by_position(backbones.body(decoder))
         self.stored_dtype = stored_dtype or decoder.dtype
         self.chat = chat_form(tokenizer)
-        self.header = token_ids(tokenizer, self.chat.header, allow_special=True)[0].to(self.device)
+        self.header = token_ids(tokenizer, self.chat.header, allow_special=True)[0]
         asking = [PromptPart(f"{SEPARATOR}{REPEAT}"), PromptPart(self.chat.turn)]
-        self.asking = prompt_ids(tokenizer, asking, allow_special=True)[0].to(self.device)
+        self.asking = prompt_ids(tokenizer, asking, allow_special=True)[0]
         readable = (self.window - len(self.header) - len(self.asking)) // 2
         if readable < SHORTEST_CHUNK:
             raise ModelError(f"the window of {name}, {self.window} positions, is too small to read a text in chunks.")
-        self.chunk_length = min(chunk_length, readable)
+        self.chunk_length = self.segment_length = min(chunk_length, readable)
         self._weights_sha256, self._fingerprint = weights_sha256, ""
 
     @classmethod
@@ -234,7 +237,7 @@ class Selection:
             cache = new_cache(len(header), len(self.header) + piece.positions + min(len(row), self.chunk_length))
             for layer, (keys, values) in zip(block_layers(cache), header, strict=True):
                 layer.update(keys, values)
-            for number, chunk in enumerate(row.split(self.chunk_length)):
+            for number, chunk in enumerate(self.split(row)):
                 self._read_chunk(chunk, number, rate, cache)
                 done += len(chunk)
                 if progress is not None:
@@ -246,7 +249,7 @@ class Selection:
     def _read_header(self) -> Layers:
         """Keys, before rotation, and values of the header, [1, KV heads, header, head dim] in each layer."""
         cache = new_cache(self.decoder.config.num_hidden_layers, len(self.header))
-        self.reader.read(self.header, cache, 0)
+        self.reader.read(self.header.to(self.device), cache, 0)
         return [layer.entries for layer in block_layers(cache)]
 
     def _read_chunk(self, chunk: Tensor, number: int, rate: int, cache: Cache) -> None:
@@ -265,7 +268,7 @@ class Selection:
             return
         if rule.repeats:
             self.reader.read(chunk, cache, header)
-            repetition = torch.cat([self.asking, chunk])
+            repetition = torch.cat([self.asking.to(chunk.device), chunk])
             span = {"start": header, "stop": header + len(chunk)}
             self.reader.read(repetition, beside(cache, header, start), header, watch=watch, **span, **settings)
         else:
@@ -345,6 +348,11 @@ class Selection:
         """Return how many positions a text takes."""
         chunks, rest = divmod(tokens, self.chunk_length)
         return chunks * -(-self.chunk_length // rate) + -(-rest // rate)
+
+    def split(self, ids: Tensor) -> tuple[Tensor, ...]:
+        """Return the chunks of a text of token ids [T]."""
+        chunks: tuple[Tensor, ...] = ids.split(self.chunk_length)
+        return chunks
 
     def piece(self, ids: Tensor, rate: int) -> Piece:
         """Return the record of a text of token ids [T]."""

@@ -14,7 +14,7 @@ from typing import Protocol
 from torch import Tensor
 
 from ....context.context import CompressedContext
-from ....model.rcc import RCCForCausalLM
+from ....model.compressor import Compressor
 from ....text.prompting import Prompt
 from ..questions import Question
 
@@ -33,6 +33,11 @@ class Held:
     positions: int
     cut: bool = False
 
+    @property
+    def bytes(self) -> int:
+        """Bytes of the keys and values of these positions."""
+        return 0 if self.context is None else self.context.nbytes * self.positions // len(self.context)
+
 
 class Method(Protocol):
     """One way to answer questions about a text.
@@ -49,7 +54,7 @@ class Method(Protocol):
     mode: str
     compresses: bool
     by_question: bool
-    model: RCCForCausalLM
+    model: Compressor
 
     def hold(self, text: Tensor, rate: int, question: Question) -> Held:
         """Read a text.

@@ -10,10 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ....errors import WindowError
-from ....model.rcc import RCCForCausalLM
-from ....text import prompting
-from ....text.parts import PromptPart
-from ....text.prompting import Prompt
+from ....model.compressor import Compressor
+from ....text.chat import CHATML, chat_form
+from ....text.prompting import Prompt, with_hint
 from ....text.tokens import token_ids
 from ...uncompressed import base_decoder, read_plain
 from ..questions import Question
@@ -35,7 +34,7 @@ class PlainText:
 
     def __init__(
         self,
-        model: RCCForCausalLM,
+        model: Compressor,
         tokenizer: PreTrainedTokenizerBase,
         *,
         name: str = "plain",
@@ -44,7 +43,8 @@ class PlainText:
         room: int = 512,
     ):
         self.model, self.name, self.tuned, self.hint = model, name, tuned, hint
-        self.header = token_ids(tokenizer, prompting.HEADER, allow_special=True)[0]
+        self.chat = CHATML if tuned else chat_form(tokenizer)
+        self.header = token_ids(tokenizer, self.chat.header, allow_special=True)[0]
         self.room = model.window - len(self.header) - room
 
     def hold(self, text: Tensor, rate: int, question: Question) -> Held:
@@ -56,17 +56,11 @@ class PlainText:
 
     def prompt(self, question: Question) -> Prompt:
         """Put the question after the text in the same message."""
-        return Prompt("human", "", (PromptPart(question_after_text(question, self.hint)),))
+        return self.chat.prompt(with_hint(question.question, self.hint))
 
     def decoder(self) -> AbstractContextManager[None]:
         """Take the base without LoRA, unless the decoder learnt to read plain text."""
         return contextlib.nullcontext() if self.tuned else base_decoder(self.model)
-
-
-def question_after_text(question: Question, hint: str) -> str:
-    """Return what comes after a text that began with the chat's header: question, hint, and the answer's beginning."""
-    asked = " ".join(part for part in (question.question.strip(), hint) if part)
-    return f"{prompting.SEPARATOR}{asked}{prompting.TURN}"
 
 
 def ends(text: Tensor, most: int) -> Tensor:

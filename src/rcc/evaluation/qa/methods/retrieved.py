@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ....model.rcc import RCCForCausalLM
+from ....model.compressor import Compressor
 from ....text.tokens import decode
 from ..questions import Question
 from . import Held
@@ -28,7 +28,7 @@ class Retrieved(PlainText):
     compresses = True
     by_question = True
 
-    def __init__(self, model: RCCForCausalLM, tokenizer: PreTrainedTokenizerBase, **options: Any):
+    def __init__(self, model: Compressor, tokenizer: PreTrainedTokenizerBase, **options: Any):
         super().__init__(model, tokenizer, **options)
         self.tokenizer = tokenizer
 
