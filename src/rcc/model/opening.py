@@ -41,8 +41,8 @@ def open_compressor(
     """Load a model and its tokenizer.
 
     Args:
-        model: a shipped model's name, a base's, a folder, or a hub id; None: the one that made the context `made`, or
-            without that :func:`rcc.defaults.default_model`.
+        model: a shipped model's name, a base's, a folder, a GGUF file, or a hub id; None: the one that made the context
+            `made`, or without that :func:`rcc.defaults.default_model`.
         device: to compute on.
         dtype: to compute in; None: as stored, or float32 on a CPU without bfloat16.
         adapters: of an RCC model, see :meth:`RCCForCausalLM.from_pretrained`.
@@ -78,12 +78,9 @@ def open_compressor(
     if base is None:
         base = RCCConfig.load(folder).base["decoder"].source
         folder = checkpoints.resolve_base(base, relative_to=folder, progress=progress)
-    name = base if base in checkpoints.BASES or not os.path.isdir(os.path.expanduser(base)) else folder.name
-    if dtype is None:
-        stored = checkpoints.load_config(folder)[0].dtype
-        dtype = computing(stored, device) if isinstance(stored, torch.dtype) else None
+    name = base if base in checkpoints.BASES or not os.path.exists(os.path.expanduser(base)) else folder.name
     selection = Selection.from_pretrained(folder, name, rule, chunk_length, device=device, dtype=dtype)
-    return selection, checkpoints.load_tokenizer(folder)
+    return selection, selection.tokenizer
 
 
 def _selection_of(manifest: dict[str, Any]) -> tuple[str, int | None]:
@@ -106,9 +103,11 @@ def _model_of(model: str | Path | None, manifest: dict[str, Any] | None) -> str:
 
 
 def _find(model: str | Path, progress: Callable[[str], None] | None) -> tuple[str | None, Path]:
-    """Return the name of a language model that is none of rcc's, or None; and the folder."""
+    """Return the name of a language model that is none of rcc's, or None; and the folder, or GGUF file."""
     if str(model) in checkpoints.BASES:
         return str(model), checkpoints.resolve_base(model, progress=progress)
+    if checkpoints.is_gguf(file := Path(model).expanduser()):
+        return str(model), file
     folder = checkpoints.resolve_model(model)
     settings: Any = None
     with suppress(OSError, ValueError, RecursionError):  # of which RCCConfig tells

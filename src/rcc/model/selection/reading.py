@@ -39,7 +39,7 @@ class Reader:
     """
 
     def __init__(self, body: PreTrainedModel):
-        shared = {id(p): p for p in body.parameters()}
+        shared = {id(tensor): tensor for tensor in (*body.parameters(), *body.buffers())}
         self.body = copy.deepcopy(body, memo=shared)
         self.body.config._attn_implementation = _ATTENTION
         self.sliding = backbones.sliding_layers(body.config)

@@ -17,6 +17,7 @@ from ...context.cache import SPARE, KVBlocks, block_layers, new_cache
 from ...context.context import CompressedContext
 from ...context.pieces import Piece
 from ...errors import InputError, ModelError
+from ...runtime.precision import computing
 from ...runtime.provenance import libraries
 from ...text.chat import chat_form
 from ...text.prompting import MODES, SEPARATOR, Prompt
@@ -82,7 +83,7 @@ class Selection:
         if not isinstance(chunk_length, int) or chunk_length < 1:
             raise InputError(f"chunk_length must be a positive whole number, not {chunk_length!r}.")
         check_family(decoder.config)
-        self.decoder, self.name, self.rule = decoder.eval(), name, rule
+        self.decoder, self.tokenizer, self.name, self.rule = decoder.eval(), tokenizer, name, rule
         self.reader = Reader(backbones.body(decoder))
         window_by_position(backbones.body(decoder))
         self.stored_dtype = stored_dtype or decoder.dtype
@@ -108,15 +109,15 @@ class Selection:
         dtype: torch.dtype | None = None,
         **settings: Any,
     ) -> Selection:
-        """Load a causal language model's folder, as transformers writes it.
+        """Load a causal language model's folder, as transformers writes it, or a GGUF file.
 
         Args:
-            folder: the model's.
+            folder: the model's. Quantized weights stay so where transformers has them so; those of a GGUF file do not.
             name: what contexts and messages call the model.
             rule: as in :class:`Selection`.
             chunk_length: likewise.
             device: to compute on; None: where transformers loads it.
-            dtype: to compute in; None: as stored.
+            dtype: to compute in; None: as stored, or float32 on a CPU without bfloat16.
             **settings: go to transformers' `from_pretrained`.
 
         Raises:
@@ -124,10 +125,14 @@ class Selection:
         """
         config, _ = checkpoints.load_config(folder)
         check_family(config)
-        decoder = checkpoints.load_backbone(folder, True, dtype=dtype or "auto", **settings)
-        if device is not None:
+        stored = config.dtype if isinstance(config.dtype, torch.dtype) else None
+        if dtype is None and stored is not None:
+            dtype = computing(stored, device or "cpu")
+        if device is not None and getattr(config, "quantization_config", None):
+            settings.setdefault("device_map", {"": device})  # some quantized weights cannot move once they are loaded
+        decoder = checkpoints.load_backbone(folder, True, config, dtype=dtype or "auto", **settings)
+        if device is not None and "device_map" not in settings:
             decoder.to(device)
-        stored = config.dtype if isinstance(config.dtype, torch.dtype) else decoder.dtype
         digest = checkpoints.weights_sha256(folder)
         tokenizer = checkpoints.load_tokenizer(folder)
         return cls(decoder, tokenizer, name, rule, chunk_length, weights_sha256=digest, stored_dtype=stored)
