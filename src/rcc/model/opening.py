@@ -23,6 +23,8 @@ from .rcc import RCCForCausalLM
 from .selection.rules import RULES
 from .selection.selection import CHUNK_LENGTH, Selection
 
+ALL_GPUS = "auto"
+"""The device that stands for all GPUs of the machine."""
 SELECTION = "selection"
 COMPRESSORS = ("rcc", SELECTION, *(f"{SELECTION}-{rule}" for rule in RULES if rule != "repeat"))
 """Ways to compress; `selection` is the rule `repeat`."""
@@ -43,7 +45,7 @@ def open_compressor(
     Args:
         model: a shipped model's name, a base's, a folder, a GGUF file, or a hub id; None: the one that made the context
             `made`, or without that :func:`rcc.defaults.default_model`.
-        device: to compute on.
+        device: to compute on; :data:`ALL_GPUS`: accelerate spreads a language model over them.
         dtype: to compute in; None: as stored, or float32 on a CPU without bfloat16.
         adapters: of an RCC model, see :meth:`RCCForCausalLM.from_pretrained`.
         compressor: one of :data:`COMPRESSORS`; None: the one that made the context `made`, or else, by the folder, an
@@ -53,7 +55,8 @@ def open_compressor(
         progress: is told what is being done where that takes long.
 
     Raises:
-        InputError: an unknown compressor. ModelError: the model cannot be found, loaded or used so.
+        InputError: an unknown compressor, or all GPUs for an RCC model.
+        ModelError: the model cannot be found, loaded or used so.
         ContextError, FileError: `made` is damaged or cannot be read.
     """
     if compressor is not None and compressor not in COMPRESSORS:
@@ -68,6 +71,8 @@ def open_compressor(
             compressor, rule = SELECTION, its_rule
     base, folder = _find(model, progress)
     if base is None and compressor in (None, "rcc"):
+        if device == ALL_GPUS:
+            raise InputError(f"device {device} is for selections, and {model} is an RCC model: name one device.")
         options: dict[str, Any] = {"device": device, "dtype": dtype, "adapters": adapters, "progress": progress}
         rcc = RCCForCausalLM.from_pretrained(model, **options)
         if dtype is None:
@@ -79,7 +84,8 @@ def open_compressor(
         base = RCCConfig.load(folder).base["decoder"].source
         folder = checkpoints.resolve_base(base, relative_to=folder, progress=progress)
     name = base if base in checkpoints.BASES or not os.path.exists(os.path.expanduser(base)) else folder.name
-    selection = Selection.from_pretrained(folder, name, rule, chunk_length, device=device, dtype=dtype)
+    where: dict[str, Any] = {"device_map": "auto"} if device == ALL_GPUS else {"device": device}
+    selection = Selection.from_pretrained(folder, name, rule, chunk_length, dtype=dtype, **where)
     return selection, selection.tokenizer
 
 

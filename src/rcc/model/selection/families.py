@@ -1,8 +1,8 @@
-"""Which language models' KV pairs can be selected, and of which not."""
+"""Which language models' KV pairs can be selected, and of which not: by their family, and by where they are."""
 
 from __future__ import annotations
 
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...errors import ModelError
 from .. import backbones
@@ -22,3 +22,12 @@ def check_family(config: PreTrainedConfig) -> None:
     if family not in backbones.BLOCKS and not getattr(config, "rope_parameters", None):
         raise ModelError(f"{family!r} has no rotary positions, so what is kept cannot be moved: use another model.")
     backbones.check_family(config, "decoder")
+
+
+def check_devices(decoder: PreTrainedModel) -> None:
+    """Raise ModelError where accelerate left some of a model's weights outside the devices that compute."""
+    devices = set(map(str, getattr(decoder, "hf_device_map", {}).values()))
+    if len(devices) > 1 and devices & {"cpu", "disk"}:
+        raise ModelError(
+            f"{decoder.name_or_path} does not fit into the GPUs' memory: use more of them or quantized weights."
+        )

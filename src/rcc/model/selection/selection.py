@@ -28,7 +28,7 @@ from ..compressor import ReadProgress
 from ..decoder import window_by_position
 from ..generating import check_context, check_maker, generate
 from ..prefix import Layers, as_cache
-from .families import check_family
+from .families import check_devices, check_family
 from .keeping import append, keep_best
 from .reading import Reader, beside
 from .rules import RULES, Seen
@@ -118,21 +118,22 @@ class Selection:
             chunk_length: likewise.
             device: to compute on; None: where transformers loads it.
             dtype: to compute in; None: as stored, or float32 on a CPU without bfloat16.
-            **settings: go to transformers' `from_pretrained`.
+            **settings: go to transformers' `from_pretrained`; with a `device_map` its layers may be on several devices.
 
         Raises:
-            ModelError: the folder cannot be loaded, or its model cannot be read so.
+            ModelError: the folder cannot be loaded, its model cannot be read so, or is too large for the GPUs.
         """
         config, _ = checkpoints.load_config(folder)
         check_family(config)
         stored = config.dtype if isinstance(config.dtype, torch.dtype) else None
         if dtype is None and stored is not None:
-            dtype = computing(stored, device or "cpu")
+            dtype = computing(stored, device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if device is not None and getattr(config, "quantization_config", None):
             settings.setdefault("device_map", {"": device})  # some quantized weights cannot move once they are loaded
         decoder = checkpoints.load_backbone(folder, True, config, dtype=dtype or "auto", **settings)
         if device is not None and "device_map" not in settings:
             decoder.to(device)
+        check_devices(decoder)
         digest = checkpoints.weights_sha256(folder)
         tokenizer = checkpoints.load_tokenizer(folder)
         return cls(decoder, tokenizer, name, rule, chunk_length, weights_sha256=digest, stored_dtype=stored)
