@@ -17,7 +17,6 @@ from ...context.cache import SPARE, KVBlocks, block_layers, new_cache
 from ...context.context import CompressedContext
 from ...context.pieces import Piece
 from ...errors import InputError, ModelError
-from ...runtime.precision import computing
 from ...runtime.provenance import libraries
 from ...text.chat import chat_form
 from ...text.prompting import MODES, SEPARATOR, Prompt
@@ -28,7 +27,7 @@ from ..compressor import ReadProgress
 from ..decoder import window_by_position
 from ..generating import check_context, check_maker, generate
 from ..prefix import Layers, as_cache
-from .families import check_devices, check_family
+from .families import check_family, load_decoder
 from .keeping import append, keep_best
 from .reading import Reader, beside
 from .rules import RULES, Seen
@@ -123,17 +122,7 @@ class Selection:
         Raises:
             ModelError: the folder cannot be loaded, its model cannot be read so, or is too large for the GPUs.
         """
-        config, _ = checkpoints.load_config(folder)
-        check_family(config)
-        stored = config.dtype if isinstance(config.dtype, torch.dtype) else None
-        if dtype is None and stored is not None:
-            dtype = computing(stored, device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if device is not None and getattr(config, "quantization_config", None):
-            settings.setdefault("device_map", {"": device})  # some quantized weights cannot move once they are loaded
-        decoder = checkpoints.load_backbone(folder, True, config, dtype=dtype or "auto", **settings)
-        if device is not None and "device_map" not in settings:
-            decoder.to(device)
-        check_devices(decoder)
+        decoder, stored = load_decoder(folder, device, dtype, **settings)
         digest = checkpoints.weights_sha256(folder)
         tokenizer = checkpoints.load_tokenizer(folder)
         return cls(decoder, tokenizer, name, rule, chunk_length, weights_sha256=digest, stored_dtype=stored)
