@@ -27,7 +27,7 @@ from .documents.plain import read_text
 from .errors import InputError, ModelError
 from .model.answering import NEVER, Pieces, generate, write
 from .model.compressor import Compressor
-from .model.opening import open_compressor
+from .model.opening import ALL_GPUS, open_compressor
 from .model.rcc import RCCForCausalLM
 from .runtime.precision import parse_device, parse_dtype
 from .text.prompting import Prompt
@@ -84,9 +84,9 @@ class Engine:
         """Load a model.
 
         Args:
-            model: a shipped model's name, a folder, or a hub id, of an RCC model or of any language model; None: the
-                one that made the context `made`, or without that :func:`default_model`.
-            device: cpu, cuda, …; None: a GPU if there is one.
+            model: a shipped model's name, a folder, or a hub id, of an RCC model or of any language model, or a GGUF
+                file; None: the one that made the context `made`, or without that :func:`default_model`.
+            device: cpu, cuda, …; auto: all GPUs, for a selection alone; None: a GPU if there is one.
             dtype: bfloat16, float16 or float32; None: as stored, or float32 on a CPU without bfloat16.
             store: where contexts of texts are kept; None: nowhere.
             allow_special: whether chat marks in texts and questions are special tokens, as in :class:`Engine`.
@@ -101,7 +101,7 @@ class Engine:
             ModelError: the model cannot be found or loaded.
             ContextError, FileError: `made` is damaged or cannot be read.
         """
-        target, precision = parse_device(device), parse_dtype(dtype)
+        target, precision = device if device == ALL_GPUS else parse_device(device), parse_dtype(dtype)
         opened = open_compressor(
             model, target, precision, adapters=adapters, compressor=compressor, made=made, progress=progress
         )

@@ -7,6 +7,7 @@ An rcc model is a small folder that names a *base*, the language model whose wei
 from ..runtime.home import home
 from .ahead import hash_ahead
 from .bases import BASES, Base, HubFile, Part
+from .gguf_models import is_gguf
 from .hashing import add_tensor, read_tensor, weights_sha256
 from .loading import check_depth, load_backbone, load_config, read_weights
 from .making import ensure_base
@@ -24,6 +25,7 @@ __all__ = [
     "has_tokenizer",
     "hash_ahead",
     "home",
+    "is_gguf",
     "load_backbone",
     "load_config",
     "load_tokenizer",

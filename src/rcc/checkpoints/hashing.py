@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import FileError, ModelError, brief
+from .gguf_models import is_gguf
 
 if TYPE_CHECKING:  # torch takes seconds to import: each function imports what it needs
     from torch import Tensor
@@ -47,12 +48,15 @@ def weights_sha256(folder: Path) -> str:
 
     Of every tensor, in name order: its name, type and shape, and its bytes. So the same weights have the same hash
     in however many files, and whatever library wrote them. Where :func:`begin_sha256` has begun, its result is taken.
+    Of a GGUF file it is the hash of the file.
 
     Raises:
         ModelError: the folder has no such file, or one is damaged.
         FileError: one cannot be read.
     """
     folder = Path(folder)
+    if is_gguf(folder):
+        return file_sha256(folder)
     with _lock:
         stamp, begun = _begun.pop(folder.absolute(), (None, None))
     return _weights_sha256(folder) if begun is None or stamp != _stamp(folder) else begun.result()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError, ModelError, RCCError, brief
+from .gguf_models import is_gguf, load_gguf, source
 from .hashing import weight_files
 
 if TYPE_CHECKING:  # transformers takes seconds to import: each function imports what it needs
@@ -45,17 +46,20 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def load_backbone(folder: Path, head: bool, **settings: Any) -> PreTrainedModel:
+def load_backbone(folder: Path, head: bool, config: PreTrainedConfig | None = None, **settings: Any) -> PreTrainedModel:
     """Load a backbone's folder with transformers: its configuration, and the weights that are hashed.
 
     Args:
-        folder: with config.json and `*.safetensors`; nothing else in it is read but a generation_config.json.
+        folder: with config.json and `*.safetensors`; nothing else in it is read but a generation_config.json. Or a GGUF
+            file.
         head: with the language model's head, as a decoder has it.
+        config: what :func:`load_config` read of it; None: it is read here.
         **settings: go to transformers' `from_pretrained`.
 
     Raises:
         InputError: a setting that would look elsewhere than in the folder.
-        ModelError: the folder describes no model that transformers knows, or its weights do not fit.
+        ModelError: the folder describes no model that transformers knows, its weights do not fit, or they are quantized
+            and the library for that is missing.
     """
     for name in ELSEWHERE:
         if settings.pop(name, None):
@@ -64,22 +68,33 @@ def load_backbone(folder: Path, head: bool, **settings: Any) -> PreTrainedModel:
 
     try:
         # of the model, not of its configuration
-        own = {name: settings.pop(name) for name in ("dtype", "attn_implementation") if name in settings}
-        config, settings = load_config(folder, own.get("attn_implementation"), **settings)
+        own: dict[str, Any] = {
+            name: settings.pop(name) for name in ("dtype", "attn_implementation") if name in settings
+        }
+        if config is None:
+            config, settings = load_config(folder, own.get("attn_implementation"), **settings)
         config.transformers_weights = None  # the name of a file that would be loaded instead
         mapping = (AutoModelForCausalLM if head else AutoModel)._model_mapping
         if type(config) not in mapping:
             raise ModelError(f"{folder} cannot be used: transformers has no language model {config.model_type!r}.")
         kinds: Any = mapping[type(config)]
         kind = kinds[0] if isinstance(kinds, (list, tuple)) else kinds
-        model: PreTrainedModel = kind.from_pretrained(
-            None, config=config, state_dict=read_weights(folder), trust_remote_code=False, **own, **settings
-        )
+        settings = {"config": config, **own, **settings}
+        model: PreTrainedModel
+        if is_gguf(folder):
+            model = load_gguf(kind, folder, **settings)
+        else:
+            model = kind.from_pretrained(None, state_dict=read_weights(folder), trust_remote_code=False, **settings)
+        # where transformers dequantizes, its model's configuration says nothing of it any more
+        if getattr(model.config, "quantization_config", None) and getattr(model, "hf_quantizer", None) is None:
+            raise ModelError(f"{folder} is quantized in a way that transformers does not know: get it in bfloat16.")
         model.name_or_path = config._name_or_path = str(folder)
         if model.can_generate() and (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     except RCCError:
         raise
+    except ImportError as error:
+        raise ModelError(f"{folder} needs a library that is not installed ({brief(error)}).") from error
     except Exception as error:  # transformers has its own for each way to be wrong
         raise ModelError(f"{folder} cannot be loaded as a language model ({brief(error)}).") from error
     return model
@@ -99,7 +114,7 @@ def load_config(folder: Path, attention: str | None = None, **settings: Any) -> 
     """Read a backbone's configuration.
 
     Args:
-        folder: where config.json is.
+        folder: where config.json is; or a GGUF file, whose weights then count as stored in bfloat16.
         attention: that the caller chose, which takes the place of the configuration's.
         **settings: take the place of those in the file.
 
@@ -109,21 +124,29 @@ def load_config(folder: Path, attention: str | None = None, **settings: Any) -> 
     Raises:
         ModelError: it cannot be read, or names a kernel, which is code, for its attention.
     """
+    import torch
     from transformers import AutoConfig
 
+    gguf = is_gguf(folder)
+    file = folder if gguf else folder / "config.json"
     raw: Any = None
     with contextlib.suppress(OSError, ValueError, RecursionError):  # of which transformers tells
-        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        raw = None if gguf else json.loads(file.read_text(encoding="utf-8"))
     if isinstance(raw, dict):
-        check_depth(raw, folder / "config.json")
+        check_depth(raw, file)
     try:
-        config, rest = AutoConfig.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False, return_unused_kwargs=True, **settings
-        )
+        with source(folder) as (place, more):
+            config, rest = AutoConfig.from_pretrained(
+                place, local_files_only=True, trust_remote_code=False, return_unused_kwargs=True, **more, **settings
+            )
     except RecursionError:
-        raise ModelError(f"{folder / 'config.json'} is nested too deep: get it again.") from None
+        raise ModelError(f"{file} is nested too deep: get it again.") from None
     except Exception as error:  # OSError, ValueError, and what a value of the wrong type runs into
-        raise ModelError(f"{folder / 'config.json'} cannot be read ({brief(error)}): get it again.") from error
+        raise ModelError(f"{file} cannot be read ({brief(error)}): get it again.") from error
+    if gguf:
+        check_depth(config.to_dict(), file)
+        config.dtype = torch.bfloat16  # as a base's GGUF file is dequantized
+        rest.pop("gguf_file", None)
     if attention is None and "/" in str(getattr(config, "_attn_implementation", "")):
-        raise ModelError(f"{folder / 'config.json'} names code for its attention, which is not run: take it out.")
+        raise ModelError(f"{file} names code for its attention, which is not run: take it out.")
     return config, rest

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from ..config import RCCConfig
 from ..errors import ModelError, brief
 from .bases import BASES
+from .gguf_models import is_gguf, source
 from .hashing import weight_files
 from .making import ensure_base
 
@@ -123,17 +124,17 @@ def _complete(folder: Path, weights: bool) -> Path:
 
 # ---------------------------------------------------------------- tokenizer
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a model or base: the one in its folder, or else in its base's.
+    """Return the tokenizer of a model or base: the one in its folder or GGUF file, or else in its base's.
 
     Args:
-        name: as for :func:`resolve_model`.
+        name: as for :func:`resolve_model`; or a GGUF file.
 
     Raises:
         ModelError: there is none, or it cannot be loaded.
     """
-    folder = resolve_model(name, weights=False)
+    folder = Path(name) if is_gguf(name) else resolve_model(name, weights=False)
     # asked first: for a folder without one transformers goes on to the hub, or makes an empty tokenizer
-    if not has_tokenizer(folder):
+    if not is_gguf(folder) and not has_tokenizer(folder):
         base = None
         with suppress(ModelError):  # a plain base has no configuration of ours
             base = RCCConfig.load(folder).base.get("decoder")
@@ -143,7 +144,8 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with source(folder) as (place, more):
+            return AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=False, **more)
     except Exception as error:  # OSError, ValueError, and plain Exception from the Rust side
         raise ModelError(f"the tokenizer in {folder} cannot be loaded ({brief(error)}).") from error
 

@@ -29,7 +29,12 @@ Model = Annotated[str | None, typer.Option("--model", help="A shipped model (`rc
 Budget = Annotated[
     int, typer.Option(min=1, help="Positions that --rate auto lets a context take, if a trained rate allows it.")
 ]
-Device = Annotated[str | None, typer.Option(help="Where to compute: cpu, cuda, … (default: a GPU if there is one).")]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        help="Where to compute: cpu, cuda, …; auto: all GPUs, for selections (default: a GPU if there is one)."
+    ),
+]
 Dtype = Annotated[
     str | None,
     typer.Option(help="bfloat16, float16, float32 (default: as stored; float32 on a CPU without bfloat16)."),

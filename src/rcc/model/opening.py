@@ -24,6 +24,8 @@ from .selection.names import SELECTION, rule_of
 from .selection.rules import RULES
 from .selection.selection import CHUNK_LENGTH, Selection
 
+ALL_GPUS = "auto"
+"""The device that stands for all GPUs of the machine."""
 COMPRESSORS = ("rcc", SELECTION, *(f"{SELECTION}-{rule}" for rule in RULES if rule != "repeat"))
 """Ways to compress; `selection` is the rule `repeat`."""
 
@@ -41,9 +43,9 @@ def open_compressor(
     """Load a model and its tokenizer.
 
     Args:
-        model: a shipped model's name, a base's, a folder, or a hub id; None: the one that made the context `made`, or
-            without that :func:`rcc.defaults.default_model`.
-        device: to compute on.
+        model: a shipped model's name, a base's, a folder, a GGUF file, or a hub id; None: the one that made the context
+            `made`, or without that :func:`rcc.defaults.default_model`.
+        device: to compute on; :data:`ALL_GPUS`: accelerate spreads a language model over them.
         dtype: to compute in; None: as stored, or float32 on a CPU without bfloat16.
         adapters: of an RCC model, see :meth:`RCCForCausalLM.from_pretrained`.
         compressor: one of :data:`COMPRESSORS`; None: the one that made the context `made`, or else, by the folder, an
@@ -53,7 +55,8 @@ def open_compressor(
         progress: is told what is being done where that takes long.
 
     Raises:
-        InputError: an unknown compressor. ModelError: the model cannot be found, loaded or used so.
+        InputError: an unknown compressor, or all GPUs for an RCC model.
+        ModelError: the model cannot be found, loaded or used so.
         ContextError, FileError: `made` is damaged or cannot be read.
     """
     check_compressor(compressor)
@@ -67,17 +70,17 @@ def open_compressor(
             compressor, rule = SELECTION, its_rule
     selected = language_model(model, compressor, progress)
     if selected is None:
+        if device == ALL_GPUS:
+            raise InputError(f"device {device} is for selections, and {model} is an RCC model: name one device.")
         options: dict[str, Any] = {"device": device, "dtype": dtype, "adapters": adapters, "progress": progress}
         rcc = RCCForCausalLM.from_pretrained(model, **options)
         if dtype is None:
             rcc.to(computing(rcc.dtype, device))
         return rcc, checkpoints.load_tokenizer(model)
     name, folder = selected
-    if dtype is None:
-        stored = checkpoints.load_config(folder)[0].dtype
-        dtype = computing(stored, device) if isinstance(stored, torch.dtype) else None
-    selection = Selection.from_pretrained(folder, name, rule, chunk_length, device=device, dtype=dtype)
-    return selection, checkpoints.load_tokenizer(folder)
+    where: dict[str, Any] = {"device_map": "auto"} if device == ALL_GPUS else {"device": device}
+    selection = Selection.from_pretrained(folder, name, rule, chunk_length, dtype=dtype, **where)
+    return selection, selection.tokenizer
 
 
 def language_model(
@@ -102,7 +105,7 @@ def language_model(
     if base is None:
         base = RCCConfig.load(folder).base["decoder"].source
         folder = checkpoints.resolve_base(base, relative_to=folder, progress=progress)
-    return base if base in checkpoints.BASES or not os.path.isdir(os.path.expanduser(base)) else folder.name, folder
+    return base if base in checkpoints.BASES or not os.path.exists(os.path.expanduser(base)) else folder.name, folder
 
 
 def check_compressor(name: str | None) -> None:
@@ -131,9 +134,11 @@ def _model_of(model: str | Path | None, manifest: dict[str, Any] | None) -> str:
 
 
 def _find(model: str | Path, progress: Callable[[str], None] | None) -> tuple[str | None, Path]:
-    """Return the name of a language model that is none of rcc's, or None; and the folder."""
+    """Return the name of a language model that is none of rcc's, or None; and the folder, or GGUF file."""
     if str(model) in checkpoints.BASES:
         return str(model), checkpoints.resolve_base(model, progress=progress)
+    if checkpoints.is_gguf(file := Path(model).expanduser()):
+        return str(model), file
     folder = checkpoints.resolve_model(model)
     settings: Any = None
     with suppress(OSError, ValueError, RecursionError):  # of which RCCConfig tells

@@ -304,9 +304,11 @@ def as_cache(body: PreTrainedModel, firsts: Callable[[], Layers], context: Compr
     for i, (cos, sin) in enumerate(backbones.rotary(body, order)):
         blocks = []
         for entries, first in zip(context.layer(i), first_layers[i], strict=True):
-            block = entries.new_empty(*entries.shape[:2], n + SPARE, entries.shape[-1])
+            shape = (*entries.shape[:2], n + SPARE, entries.shape[-1])
+            block = entries.new_empty(shape, device=first.device)  # where the layer computes
             block[:, :, :m], block[:, :, m:n] = first, entries
             blocks.append(block)
+        cos, sin = cos.to(blocks[0].device), sin.to(blocks[0].device)
         blocks[0][:, :, :n] = rotate(blocks[0][:, :, :n], cos, sin)
         layers.append((blocks[0], blocks[1]))
         context.blocks.release()

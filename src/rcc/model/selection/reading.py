@@ -39,7 +39,7 @@ class Reader:
     """
 
     def __init__(self, body: PreTrainedModel):
-        shared = {id(p): p for p in body.parameters()}
+        shared = {id(tensor): tensor for tensor in (*body.parameters(), *body.buffers())}
         self.body = copy.deepcopy(body, memo=shared)
         self.body.config._attn_implementation = _ATTENTION
         self.sliding = backbones.sliding_layers(body.config)
@@ -102,7 +102,7 @@ class _Pass:
         if left_out > 0:
             first = self.header
             keys, values = (torch.cat([t[:, :, :first], t[:, :, first + left_out :]], 2) for t in (keys, values))
-        cos, sin = self.tables[layer]
+        cos, sin = (table.to(keys.device) for table in self.tables[layer])
         if self.watch is not None:
             moved = {k: v - max(0, left_out) * (k in ("start", "stop")) for k, v in self.seen.items()}
             pairs = {"queries": queries[0], "keys": keys[0], "values": values[0], "cos": cos[0], "sin": sin[0]}

@@ -28,7 +28,7 @@ from ..compressor import ReadProgress
 from ..decoder import window_by_position
 from ..generating import check_context, check_maker, generate
 from ..prefix import Layers, as_cache
-from .families import check_family
+from .families import check_family, load_decoder
 from .keeping import append, keep_best
 from .reading import Reader, beside
 from .rules import RULES, Seen
@@ -86,7 +86,7 @@ class Selection:
         if not isinstance(chunk_length, int) or chunk_length < 1:
             raise InputError(f"chunk_length must be a positive whole number, not {chunk_length!r}.")
         check_family(decoder.config)
-        self.decoder, self.name, self.rule = decoder.eval(), name, rule
+        self.decoder, self.tokenizer, self.name, self.rule = decoder.eval(), tokenizer, name, rule
         self.reader = Reader(backbones.body(decoder))
         window_by_position(backbones.body(decoder))
         self.stored_dtype = stored_dtype or decoder.dtype
@@ -112,26 +112,21 @@ class Selection:
         dtype: torch.dtype | None = None,
         **settings: Any,
     ) -> Selection:
-        """Load a causal language model's folder, as transformers writes it.
+        """Load a causal language model's folder, as transformers writes it, or a GGUF file.
 
         Args:
-            folder: the model's.
+            folder: the model's. Quantized weights stay so where transformers has them so; those of a GGUF file do not.
             name: what contexts and messages call the model.
             rule: as in :class:`Selection`.
             chunk_length: likewise.
             device: to compute on; None: where transformers loads it.
-            dtype: to compute in; None: as stored.
-            **settings: go to transformers' `from_pretrained`.
+            dtype: to compute in; None: as stored, or float32 on a CPU without bfloat16.
+            **settings: go to transformers' `from_pretrained`; with a `device_map` its layers may be on several devices.
 
         Raises:
-            ModelError: the folder cannot be loaded, or its model cannot be read so.
+            ModelError: the folder cannot be loaded, its model cannot be read so, or is too large for the GPUs.
         """
-        config, _ = checkpoints.load_config(folder)
-        check_family(config)
-        decoder = checkpoints.load_backbone(folder, True, dtype=dtype or "auto", **settings)
-        if device is not None:
-            decoder.to(device)
-        stored = config.dtype if isinstance(config.dtype, torch.dtype) else decoder.dtype
+        decoder, stored = load_decoder(folder, device, dtype, **settings)
         digest = checkpoints.weights_sha256(folder)
         tokenizer = checkpoints.load_tokenizer(folder)
         return cls(decoder, tokenizer, name, rule, chunk_length, weights_sha256=digest, stored_dtype=stored)
