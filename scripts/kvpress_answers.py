@@ -300,7 +300,8 @@ def answer(model: Any, request: dict[str, Any], max_new_tokens: int, stop: Colle
     with contextlib.nullcontext() if press is None else press(model):
         model.model(input_ids=context, past_key_values=cache)
     pruned = _now(model)
-    held = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    layers: list[Any] = cache.layers
+    held = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
     positions = {tensor.shape[2] for tensor in held}
     if press is not None and positions != {keep}:
         raise ValueError(f"{request['press']} kept {sorted(positions)} positions instead of {keep}")

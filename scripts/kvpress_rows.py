@@ -81,7 +81,7 @@ def add(arguments: argparse.Namespace) -> None:
             raise Skipped(answer["error"])
         positions = answer["positions"] - len(header)
         return {
-            **qa.score(question, tokenizer.decode(answer["tokens"]).strip()),
+            **qa.score(question, str(tokenizer.decode(answer["tokens"])).strip()),
             "context_tokens": tokens,
             "positions": positions,
             "bytes": answer["bytes"] // answer["positions"] * positions,

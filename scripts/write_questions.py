@@ -106,7 +106,8 @@ def write(arguments: argparse.Namespace) -> None:
     @torch.no_grad()
     def ask(picked: list[tuple[str, str]]) -> list[str]:
         ids = encode([(passage, ASK.format(answer=answer)) for passage, answer in picked])
-        wrote = writer.decoder.generate(
+        decoder: Any = writer.decoder
+        wrote = decoder.generate(
             **ids, max_new_tokens=40, do_sample=False, eos_token_id=end, pad_token_id=end, use_cache=True
         )
         return [
@@ -124,7 +125,7 @@ def write(arguments: argparse.Namespace) -> None:
         n = targets.input_ids.shape[1]
         logits = writer.decoder(input_ids=ids, attention_mask=mask, position_ids=order, logits_to_keep=n + 1).logits
         right = (logits[:, :-1].argmax(-1) == targets.input_ids) | (targets.attention_mask == 0)
-        return right.all(1).tolist()
+        return [bool(row) for row in right.all(1)]
 
     progress = arguments.out.with_suffix(".done")  # contexts read so far
     done = int(progress.read_text()) if progress.exists() else 0

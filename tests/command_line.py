@@ -55,7 +55,7 @@ def process(*args: Any, stdin: bytes = b"", **env: str) -> Result:
 class Terminal:
     """`rcc …` on a terminal of 100 columns."""
 
-    def __init__(self, *args: Any):
+    def __init__(self, *args: Any) -> None:
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
             os.environ.clear()

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import pytest
 import torch
@@ -137,6 +137,10 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 
 
+MakeBackbone = Callable[..., PreTrainedModel]
+"""The fixture `backbone`: :func:`make_backbone`."""
+
+
 def make_backbone(
     family: str, layers: int = 3, hidden: int = 48, seed: int = 0, attn: str = "sdpa", window: int = 512, **more: Any
 ) -> PreTrainedModel:
@@ -186,6 +190,10 @@ def randomise(model: RCCForCausalLM, seed: int = 0) -> RCCForCausalLM:
     return model
 
 
+MakeModel = Callable[..., RCCForCausalLM]
+"""The fixtures `tiny` and `fresh`: :func:`make_model`."""
+
+
 def make_model(
     family: str = "llama",
     *,
@@ -225,20 +233,26 @@ def make_model(
 
 
 @pytest.fixture(scope="session")
-def tiny() -> Callable[..., RCCForCausalLM]:
+def tiny() -> MakeModel:
     """`make_model`, one model for the same arguments: not to be changed."""
     return functools.cache(make_model)
 
 
 @pytest.fixture(scope="session")
-def fresh() -> Callable[..., RCCForCausalLM]:
+def fresh() -> MakeModel:
     """`make_model`: a model to be changed."""
     return make_model
 
 
 @pytest.fixture(scope="session")
-def backbone() -> Callable[..., PreTrainedModel]:
+def backbone() -> MakeBackbone:
     return make_backbone
+
+
+class MakeTokens(Protocol):
+    """The fixture `tokens`: :func:`tokens`."""
+
+    def __call__(self, length: int, seed: int = 0) -> list[int]: ...
 
 
 def tokens(length: int, seed: int = 0) -> list[int]:
@@ -248,16 +262,17 @@ def tokens(length: int, seed: int = 0) -> list[int]:
 
 
 @pytest.fixture(scope="session", name="tokens")
-def tokens_fixture() -> Callable[..., list[int]]:
+def tokens_fixture() -> MakeTokens:
     return tokens
 
 
 class Expected:
     """The reference computation with a model's weights and settings."""
 
-    def __init__(self, model: RCCForCausalLM):
+    def __init__(self, model: RCCForCausalLM) -> None:
         config = model.config
-        self.weights = model.encoder, model.decoder, [p.weight for p in model.projections]
+        projections: list[torch.Tensor] = [p.get_parameter("weight") for p in model.projections]
+        self.weights = model.encoder, model.decoder, projections
         self.rate = config.rates[0]
         self.settings = {
             "segment": config.segment_length,
@@ -287,9 +302,19 @@ class Expected:
         return ref.beam_search(new, beams, *self.weights, texts, prompt, **self._settings(None))
 
 
+MakeExpected = Callable[[RCCForCausalLM], Expected]
+"""The fixture `expected`."""
+
+
 @pytest.fixture(scope="session")
-def expected() -> Callable[[RCCForCausalLM], Expected]:
+def expected() -> MakeExpected:
     return Expected
+
+
+class MakeBatch(Protocol):
+    """The fixture `batch`: :func:`batch`."""
+
+    def __call__(self, rows: list[list[int]], side: str = "right") -> tuple[torch.Tensor, torch.Tensor | None]: ...
 
 
 def batch(rows: list[list[int]], side: str = "right") -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -303,7 +328,7 @@ def batch(rows: list[list[int]], side: str = "right") -> tuple[torch.Tensor, tor
 
 
 @pytest.fixture(scope="session", name="batch")
-def batch_fixture() -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
+def batch_fixture() -> MakeBatch:
     return batch
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from reference import padded
 
-CONFIG = {  # as transformers 4 wrote it in 2024
+CONFIG: dict[str, Any] = {  # as transformers 4 wrote it in 2024
     "architectures": ["GPTNeoXForCausalLM"],
     "attention_dropout": 0.0,
     "bos_token_id": None,
@@ -132,7 +132,7 @@ class Published:
 
     def __init__(
         self, config: dict[str, Any], tensors: dict[str, Tensor], segment: int, rate: int, padding: str = "repeat"
-    ):
+    ) -> None:
         self.config, self.segment, self.rate, self.padding = config, segment, rate, padding
         self.t = {name: tensor.double() for name, tensor in tensors.items() if tensor.is_floating_point()}
         self.encoder = "mamba" if any(".mamba." in name for name in tensors) else "rcc_encoder"

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from fractions import Fraction
 from math import ceil, floor
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def padded(ids: list[int], segment: int, padding: str) -> list[int]:
@@ -28,7 +29,7 @@ def padded(ids: list[int], segment: int, padding: str) -> list[int]:
     return filled[len(filled) - missing :] + filled
 
 
-def all_states(encoder: nn.Module, inputs: Tensor) -> list[Tensor]:
+def all_states(encoder: Any, inputs: Tensor) -> list[Tensor]:
     """[T, H] each: the embeddings [T, H] that are given, each block's output, the last one behind the final norm."""
     states = encoder(inputs_embeds=inputs[None], output_hidden_states=True).hidden_states
     if encoder.config.model_type in (
@@ -40,7 +41,7 @@ def all_states(encoder: nn.Module, inputs: Tensor) -> list[Tensor]:
 
 
 def compressed_vectors(
-    encoder: nn.Module,
+    encoder: Any,
     ids: list[int],
     segment: int,
     rate: int,
@@ -81,11 +82,12 @@ def decoder_inputs(vectors: Tensor, depth: int, layer_map: str = "duplicate", st
         if layer_map == "duplicate":
             reads.append(vectors[:, high])
         else:
-            reads.append(sum(vectors[:, k] for k in range(low, high + 1)) / (high - low + 1))
+            total: Any = sum(vectors[:, k] for k in range(low, high + 1))
+            reads.append(total / (high - low + 1))
     return reads
 
 
-def rotary(config, kind: str, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rotary(config: Any, kind: str, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin, [1, length, rotary dimensions], of positions 0 … length - 1, in layers of a kind."""
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     settings = config.rope_parameters.get(kind, config.rope_parameters)
@@ -100,7 +102,7 @@ def rotary(config, kind: str, length: int, dtype: torch.dtype) -> tuple[Tensor, 
     return table.cos().to(dtype), table.sin().to(dtype)
 
 
-def direct_terms(model, ids: list[int], rate: int) -> list[Tensor]:
+def direct_terms(model: Any, ids: list[int], rate: int) -> list[Tensor]:
     """What enters each decoder block at the prefix positions of one text of a direct prefix, [n, H] each.
 
     Every segment is read after the sink token, whose own states are dropped; at rate 1 the decoder reads the whole text
@@ -128,7 +130,7 @@ def direct_terms(model, ids: list[int], rate: int) -> list[Tensor]:
     return [read @ matrix.T for read, matrix in zip(reads, maps, strict=False)]
 
 
-def run_blocks(decoder: nn.Module, fixed: list[Tensor], rest: Tensor) -> tuple[list[Tensor], Tensor]:
+def run_blocks(decoder: Any, fixed: list[Tensor], rest: Tensor) -> tuple[list[Tensor], Tensor]:
     """Run a decoder's blocks over [fixed; rest], where the first positions enter each block as `fixed` says.
 
     Args:
@@ -161,7 +163,7 @@ def run_blocks(decoder: nn.Module, fixed: list[Tensor], rest: Tensor) -> tuple[l
     return entered, rest
 
 
-def direct(model, texts: list[list[int]], rates: list[int], prompt: list[int]) -> Tensor:
+def direct(model: Any, texts: list[list[int]], rates: list[int], prompt: list[int]) -> Tensor:
     """Logits [Q, V] of a prompt behind the direct prefix of some texts, one after the other, each read on its own."""
     terms = [direct_terms(model, ids, rate) for ids, rate in zip(texts, rates, strict=True)]
     fixed = [torch.cat([model.sink[i][None], *(term[i] for term in terms)]) for i in range(len(model.sink))]
@@ -171,7 +173,7 @@ def direct(model, texts: list[list[int]], rates: list[int], prompt: list[int]) -
     return model.decoder.lm_head(norm(run_blocks(model.decoder, fixed, embeds)[1]))
 
 
-def decode(decoder: nn.Module, projections: list[Tensor], reads: list[Tensor], prompt: list[int]) -> Tensor:
+def decode(decoder: Any, projections: list[Tensor], reads: list[Tensor], prompt: list[int]) -> Tensor:
     """Logits [Q, V] of a prompt behind the prefix that `reads` make; [1, n + Q] in one go."""
     family = decoder.config.model_type
     body = decoder.gpt_neox if family == "gpt_neox" else decoder.model
@@ -207,8 +209,8 @@ def decode(decoder: nn.Module, projections: list[Tensor], reads: list[Tensor], p
 
 @torch.no_grad()
 def reference(
-    encoder: nn.Module,
-    decoder: nn.Module,
+    encoder: Any,
+    decoder: Any,
     projections: list[Tensor],
     texts: list[list[int]],
     prompt: list[int],
@@ -239,7 +241,7 @@ def reference(
     return decode(decoder, projections, reads, prompt), vectors
 
 
-def greedy(new: int, *args, **kwargs) -> list[int]:
+def greedy(new: int, *args: Any, **kwargs: Any) -> list[int]:
     """`new` tokens behind the prompt, everything computed anew for each."""
     encoder, decoder, projections, texts, prompt = args
     out: list[int] = []
@@ -249,7 +251,7 @@ def greedy(new: int, *args, **kwargs) -> list[int]:
     return out
 
 
-def beam_search(new: int, beams: int, *args, **kwargs) -> list[list[int]]:
+def beam_search(new: int, beams: int, *args: Any, **kwargs: Any) -> list[list[int]]:
     """The `beams` most likely continuations that beam search finds, best first, without an end token."""
     encoder, decoder, projections, texts, prompt = args
     found: list[tuple[float, list[int]]] = [(0.0, [])]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from rcc.model.answering import ask
 from rcc.text import prompting
 from rcc.text.tokens import token_ids
 
-TOKENIZER = rcc.load_tokenizer("rcc-smollm2-135m")
+TOKENIZER: Any = rcc.load_tokenizer("rcc-smollm2-135m")
 TEXT = "the cat sat on the mat . " * 12
 QUESTION = "where is the cat ?"
 
@@ -24,7 +25,7 @@ QUESTION = "where is the cat ?"
 @pytest.fixture(scope="module")
 def engine() -> Engine:
     base = make_backbone("llama", layers=2, window=2048, vocab_size=len(TOKENIZER), eos_token_id=2)
-    settings = {"share_base": True, "encoder": SideConfig(4), "decoder": SideConfig(4), "name": "tiny"}
+    settings: dict[str, Any] = {"share_base": True, "encoder": SideConfig(4), "decoder": SideConfig(4), "name": "tiny"}
     model = RCCForCausalLM.from_base(base, config=RCCConfig(segment_length=16, rates=[4, 2, 8], **settings))
     return Engine(randomise(model), TOKENIZER)
 
@@ -35,13 +36,14 @@ def test_compress_is_the_models_own_on_the_texts_tokens(engine: Engine) -> None:
     theirs = engine.compressor.compress(token_ids(TOKENIZER, one), rate=4)
     theirs = engine.compressor.compress(token_ids(TOKENIZER, two), rate=4, context=theirs)
     assert ours.pieces == theirs.pieces
-    for i in range(engine.compressor.decoder.config.num_hidden_layers):
+    for i in range(len(ours.blocks.layers)):
         for a, b in zip(ours.layer(i), theirs.layer(i), strict=True):
             assert torch.equal(a, b)
 
 
 def test_auto_takes_the_lowest_rate_within_the_budget(engine: Engine) -> None:
     tokens = token_ids(TOKENIZER, TEXT).shape[1]
+    assert isinstance(engine.compressor, RCCForCausalLM)
     low, high = min(engine.compressor.config.rates), max(engine.compressor.config.rates)
     assert engine.compress(TEXT).rate == low
     assert engine.compress(TEXT, budget=-(-tokens // high)).rate == high

@@ -53,7 +53,8 @@ def sha256(data: bytes) -> str:
 
 def manifest(raw: bytes) -> dict[str, Any]:
     size = int.from_bytes(raw[:8], "little")
-    return json.loads(json.loads(raw[8 : 8 + size])["__metadata__"]["rcc"])
+    made: dict[str, Any] = json.loads(json.loads(raw[8 : 8 + size])["__metadata__"]["rcc"])
+    return made
 
 
 # ---------------------------------------------------------------- models and contexts

@@ -222,7 +222,7 @@ def _child(arguments: list[str], log: str, env: dict[str, str], faults: Sequence
 class Process:
     """`rcc …` in a process of its own; what it says goes to `log`.err."""
 
-    def __init__(self, arguments: Sequence[Any], log: Path, faults: Sequence[Fault] = (), **env: str):
+    def __init__(self, arguments: Sequence[Any], log: Path, faults: Sequence[Fault] = (), **env: str) -> None:
         self.log = log
         keep = {k: os.environ[k] for k in ("RCC_HOME", "HF_HUB_OFFLINE")} | {"OMP_WAIT_POLICY": "passive"}
         self.process = _forks.Process(target=_child, args=([*map(os.fspath, arguments)], str(log), keep | env, faults))
@@ -323,7 +323,7 @@ def note_rates(path: str) -> None:
             file.write(json.dumps({g["name"]: g["lr"] for g in self.optimizer.param_groups}) + "\n")
         return real(self, *args)
 
-    StageTrainer.training_step = noted  # type: ignore[method-assign]
+    StageTrainer.training_step = noted  # type: ignore[method-assign, assignment]
 
 
 def kill_after(seconds: float) -> None:

@@ -13,6 +13,7 @@ import argparse
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 SMOOTH = 25
 """Steps that a point of a curve is the mean of."""
@@ -20,12 +21,12 @@ AROUND = 110
 """Steps that the losses of all kinds are fitted to."""
 
 
-def steps(run: Path) -> list[dict]:
+def steps(run: Path) -> list[dict[str, Any]]:
     rows = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     return [row for row in rows if "loss" in row]
 
 
-def fitted(rows: list[dict]) -> dict[str, list[float]]:
+def fitted(rows: list[dict[str, Any]]) -> dict[str, list[float]]:
     """The loss of each kind (task/rate) of batches around every step: NaN where it has too few of them."""
     import numpy as np
 
@@ -42,7 +43,7 @@ def fitted(rows: list[dict]) -> dict[str, list[float]]:
     return dict(zip(kinds, curves.tolist(), strict=True))
 
 
-def draw_kinds(chains: list[list[str]], runs: dict[str, list[dict]], kinds: list[str], output: Path) -> None:
+def draw_kinds(chains: list[list[str]], runs: dict[str, list[dict[str, Any]]], kinds: list[str], output: Path) -> None:
     """A panel a kind; a line a chain of runs, by their names."""
     from matplotlib import pyplot
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from rcc import RCCForCausalLM, SideConfig
+from rcc import RCCConfig, RCCForCausalLM, SideConfig
 from rcc.text.counts import parse_counts
 
 
@@ -37,6 +37,7 @@ def main() -> None:
         segment_length=arguments.segment or old.segment_length,
         rates=parse_counts(arguments.rates, "--rates") if arguments.rates else old.rates,
     )
+    ranks = {"encoder": arguments.encoder, "decoder": arguments.decoder}
     torch.manual_seed(0)
     state, resized = model.own_state_dict(), {}
     kept = whole = 0.0
@@ -47,7 +48,7 @@ def main() -> None:
             resized[name] = a
             continue
         side, other = name.split(".")[0], name.replace(".lora_A.", ".lora_B.")
-        rank = config.sides[side].lora_rank
+        rank = ranks[side]
         # LoRA adds alpha / rank · B A, of which the factor may change with the rank
         b = _factor(old, side) / _factor(config, side) * state[other]
         if rank >= len(a):
@@ -67,8 +68,9 @@ def main() -> None:
     print(f"{arguments.out}: {1 - kept / whole if whole else 0:.1%} of the energy of what was cut is lost")
 
 
-def _factor(config, side: str) -> float:
+def _factor(config: RCCConfig, side: str) -> float:
     rank = config.sides[side].lora_rank
+    assert rank is not None  # a model with weights has decided it
     return (config.lora_alpha or rank) / rank
 
 

@@ -138,7 +138,7 @@ def test_padding_by_hand(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
     """What the encoder reads, written out: the published rule without the two faults of the authors' code."""
     convert(save(tmp_path / "theirs", CONFIG, tensors), tmp_path / "ours", segment_length=4, rate=2)
     model = RCCForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32)
-    table = model.encoder.get_input_embeddings().weight
+    table: Any = model.encoder.get_input_embeddings().weight
     cases = {
         (7,): [7, 7, 7, 7],
         (7, 8): [7, 8, 7, 8],
@@ -161,7 +161,8 @@ def test_folder(tmp_path: Path, variant: str) -> None:
     ours = tmp_path / "ours"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["ours", "theirs"]
     assert sorted(p.name for p in ours.iterdir()) == ["config.json", "decoder", "encoder", "model.safetensors"]
-    for side, auto in (("decoder", AutoModelForCausalLM), ("encoder", AutoModel)):
+    autos: dict[str, Any] = {"decoder": AutoModelForCausalLM, "encoder": AutoModel}
+    for side, auto in autos.items():
         _, loading = auto.from_pretrained(ours / side, output_loading_info=True)
         assert not any(loading[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), loading
         with safe_open(ours / side / "model.safetensors", framework="pt") as file:
@@ -292,7 +293,9 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def asked(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tensor], Callable]:
+def asked(
+    tokenizer: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Tensor], Callable[..., str]]:
     """A converted folder with a tokenizer, its tensors, and text → ids by the tokenizer's file itself."""
     folder = tmp_path_factory.mktemp("asked")
     config = CONFIG | {"vocab_size": 300, "num_hidden_layers": 2}

@@ -157,7 +157,7 @@ def test_a_closed_terminal_leaves_nothing(folder: Path, text: Path, tmp_path: Pa
         "file._put = put; app.main()"
     )
     (tmp_path / "o").mkdir()
-    arguments = ["compress", text, "-o", tmp_path / "o" / "x.rcc", "--model", folder]
+    arguments: list[str | Path] = ["compress", text, "-o", tmp_path / "o" / "x.rcc", "--model", folder]
     process = subprocess.Popen([sys.executable, "-c", hold, *arguments], stdout=subprocess.PIPE)
     assert process.stdout is not None
     assert process.stdout.readline() == b"writing\n"

@@ -6,6 +6,7 @@ import itertools
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ from rcc.data.haystack import (
 from rcc.model import segments
 from rcc.text.tokens import token_ids
 
-TOKENIZER = rcc.load_tokenizer("rcc-smollm2-135m")
+TOKENIZER: Any = rcc.load_tokenizer("rcc-smollm2-135m")
 BOOK = Path(__file__).resolve().parents[2] / "examples/simple-susan.txt"
 TOKENS = 1500
 

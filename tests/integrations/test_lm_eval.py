@@ -31,10 +31,10 @@ from rcc.integrations.requests import Parts
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = "rcc-smollm2-135m"
-TOKENIZER = rcc.load_tokenizer(MODEL)
+TOKENIZER: Any = rcc.load_tokenizer(MODEL)
 WORDS = (ROOT / "examples/simple-susan.txt").read_text(encoding="utf-8").split()[100:]
 SEGMENT, RATE, TEXT, LEAST = 16, 4, 12, 8
-OPTIONS = {"rate": RATE, "text_tokens": TEXT, "min_context": LEAST, "device": "cpu"}
+OPTIONS: dict[str, Any] = {"rate": RATE, "text_tokens": TEXT, "min_context": LEAST, "device": "cpu"}
 SHORT, LONG = " ".join(WORDS[:6]), " ".join(WORDS[20:70])
 
 
@@ -45,7 +45,7 @@ def backbone(seed: int, window: int = 8192) -> PreTrainedModel:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random model with LoRA on a base, and the default model's tokenizer."""
-    settings = {"share_base": True, "encoder": SideConfig(4), "decoder": SideConfig(4), "name": "tiny"}
+    settings: dict[str, Any] = {"share_base": True, "encoder": SideConfig(4), "decoder": SideConfig(4), "name": "tiny"}
     config = RCCConfig(segment_length=SEGMENT, rates=[RATE, 8], **settings)
     return save(RCCForCausalLM.from_base(backbone(1), config=config), tmp_path_factory.mktemp("harness"))
 
@@ -118,7 +118,7 @@ def test_a_prompt_is_cut_at_a_mark(lm: Callable[..., RCCLM]) -> None:
 # ---------------------------------------------------------------- log-likelihoods
 def test_a_short_prompt_is_scored_as_the_base_does(tmp_path: Path) -> None:
     """Where the decoder has no LoRA, it is the base, number by number: also of an empty prompt, and in a batch."""
-    settings = {"share_base": False, "encoder": SideConfig(0), "decoder": SideConfig(0)}
+    settings: dict[str, Any] = {"share_base": False, "encoder": SideConfig(0), "decoder": SideConfig(0)}
     base = backbone(3)
     own = RCCForCausalLM.from_base(backbone(4), base, RCCConfig(segment_length=SEGMENT, rates=[RATE], **settings))
     lm = RCCLM(save(own, tmp_path), batch_size=3, **OPTIONS)
@@ -161,9 +161,9 @@ def test_a_long_prompt_is_scored_behind_its_compressed_head(
             right = behind(model, tokens[:-TEXT], tokens[-TEXT:], ids(answer))
         assert score == pytest.approx(right, abs=1e-4)
         assert not greedy
-    tokens, answer = ids(LONG), ids(" a")
-    logits = expected(model).logits([tokens[:-TEXT]], tokens[-TEXT:] + answer, RATE)
-    right = logits[-2].double().log_softmax(-1)[answer[0]].item()
+    tokens, one = ids(LONG), ids(" a")
+    logits = expected(model).logits([tokens[:-TEXT]], tokens[-TEXT:] + one, RATE)
+    right = logits[-2].double().log_softmax(-1)[one[0]].item()
     assert found[pairs.index((LONG, " a"))][0] == pytest.approx(right, abs=1e-3)
 
 
@@ -285,9 +285,9 @@ def test_the_human_mode_asks_as_rcc_does(lm: Callable[..., RCCLM], model: RCCFor
     harness = lm(mode="human", split_at="Question:")
     context = model.compress(torch.tensor([ids(f"{LONG} ")]), rate=RATE)
     form = prompting.build(question, "human")
-    right = answering.ask(model, TOKENIZER, context, form, 6, do_sample=False)[1]
+    written = answering.ask(model, TOKENIZER, context, form, 6, do_sample=False)[1]
     (found,) = harness.generate_until(asked((prompt, {"until": ["\n\n"], "max_gen_toks": 6})), disable_tqdm=True)
-    assert found.split("\n\n")[0].strip() == right.split("\n\n")[0].strip()
+    assert found.split("\n\n")[0].strip() == written.split("\n\n")[0].strip()
     (score,) = harness.loglikelihood(asked((prompt, " A girl")), disable_tqdm=True)
     asking = token_ids(TOKENIZER, form.decoder_text, allow_special=True)[0].tolist()
     right = behind(model, ids(f"{LONG} "), asking, ids("A girl"))
@@ -418,7 +418,7 @@ def test_the_command(
     """lm-eval's own, offline: local tasks of both kinds, whose answers are those of the model in this process, and
     RULER's first needle, at its own length."""
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"text": " ".join(WORDS[i : i + 50]), "question": "Who?", "answers": ["Susan", "a lamb"], "label": i % 2}
         for i in range(3)
     ]

@@ -69,7 +69,7 @@ def test_activations(way: tuple[int, list[str], bool, torch.dtype, str]) -> None
     batch = Batch(4, 256, 8, 96)
     found = activations(Blueprint(config, shape, None if lora else shape, dtype, attention), batch, frozen)
     sides = [AutoModelForCausalLM.from_config(shape, dtype=dtype) for _ in range(1 if lora else 2)]
-    model = RCCForCausalLM.from_base(*sides, config=config)
+    model = RCCForCausalLM.from_base(sides[0], None if lora else sides[1], config)
     freeze(model, frozen, dtype)
     if recompute:
         model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -80,13 +80,13 @@ def test_plan_is_the_models(settings: dict[str, Any], tmp_path: Path) -> None:
     settings = dict(settings)
     lower = make_backbone("gpt_neox")
     upper = make_backbone(*settings.pop("encoder")) if "encoder" in settings else None
-    sides = [folder_of(lower, tmp_path / "lower"), upper and folder_of(upper, tmp_path / "upper")]
+    sides = folder_of(lower, tmp_path / "lower"), None if upper is None else folder_of(upper, tmp_path / "upper")
     data = planning.plan(*sides, rates=[4, 8], segment_length=16, dtype=torch.float32, **settings)
 
     rank = settings.get("lora_rank", 0 if settings.get("full") or upper is not None else 16)
     config = RCCConfig(segment_length=16, rates=[4, 8], encoder=SideConfig(rank), decoder=SideConfig(rank))
-    named = [lower] if upper is None and not settings.get("full") else [upper or lower, lower]
-    model = RCCForCausalLM.from_base(*named, config=config)
+    shared = upper is None and not settings.get("full")
+    model = RCCForCausalLM.from_base(upper or lower, None if shared else lower, config)
     assert data["parameters"] == sum(p.numel() for p in model.parameters())
     assert data["parameters"] == data["backbone"]["parameters"] + sum(data["added"].values())
     assert data["backbone"]["parameters"] == sum(p.numel() for p in lower.parameters())

@@ -55,8 +55,7 @@ def test_texts_from_stored_vectors_are_real_texts(script: Any, folder: Path) -> 
             size = n * PART + len(hidden)  # what is beyond n segments is left away
             places = np.linspace(0, 1, size // min(map(len, filler)), endpoint=False)
             texts = [haystack.hide(opening, [(place, hidden)], filler, size)[0][: n * PART] for place in places]
-            texts = torch.from_numpy(np.stack(texts))
-            real = model.encode(texts, rate=PART).states[:, :, model.projections.states]
+            real = model.encode(torch.from_numpy(np.stack(texts)), rate=PART).states[:, :, model.projections.states]
             for _ in range(4):
                 if (place := vectors.place(number, n)) is not None:
                     made += 1
@@ -104,7 +103,18 @@ def test_what_was_encoded_is_kept(script: Any, folder: Path, tmp_path: Path, mon
     ],
 )
 def test_it_trains_what_it_should(folder: Path, tmp_path: Path, more: list[str], changes: set[str]) -> None:
-    command = [sys.executable, SCRIPT, folder, tmp_path / "out", "--keys", "4", "--minutes", "0.15", "--threads", "1"]
+    command: list[str | Path] = [
+        sys.executable,
+        SCRIPT,
+        folder,
+        tmp_path / "out",
+        "--keys",
+        "4",
+        "--minutes",
+        "0.15",
+        "--threads",
+        "1",
+    ]
     done = subprocess.run([*command, *more], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     log = [json.loads(line) for line in (tmp_path / "out" / "decoder-log.jsonl").read_text().splitlines()]

@@ -18,7 +18,7 @@ from conftest import load_script, make_backbone, tokens
 from rcc import FileError, InputError, load_tokenizer
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts/kvpress_answers.py"
-REQUEST = {"id": "a", "context": [5, 6, 7, 8], "question": [9], "keep": 2}
+REQUEST: dict[str, Any] = {"id": "a", "context": [5, 6, 7, 8], "question": [9], "keep": 2}
 
 
 kvpress = load_script("scripts/kvpress_answers.py")
@@ -169,7 +169,7 @@ NEW = 10
 
 @pytest.fixture(scope="module")
 def environment() -> Path:
-    path = kvpress.environment()
+    path: Path = kvpress.environment()
     if not kvpress.is_made(path):
         pytest.skip(f"kvpress's environment is not in {path}: scripts/kvpress_answers.py makes it")
     return path

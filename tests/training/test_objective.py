@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,11 +12,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from conftest import VOCABULARY, randomise
+from conftest import VOCABULARY, MakeModel, randomise
 from equality import run_training_pass
 from rcc import RCCForCausalLM
 from rcc.model import training_pass as passes
 from rcc.model.freezing import group_of, learned
+from rcc.training.batches import Samples
 from rcc.training.objective import Objective, divergence
 from rcc.training.recipe import Recipe
 from rcc.training.settings import build
@@ -56,7 +59,9 @@ def new_model(recipe: Settings) -> RCCForCausalLM:
 
 @pytest.mark.parametrize("kind", ["shared", "separate"])
 @pytest.mark.parametrize("task", ["continuation", "instruction"])
-def test_the_teacher_is_the_base_reading_the_plain_text(samples_of, world, shared, separate, kind, task) -> None:
+def test_the_teacher_is_the_base_reading_the_plain_text(
+    samples_of: Callable[..., Samples], world: Path, shared: Settings, separate: Settings, kind: str, task: str
+) -> None:
     recipe = changed({"shared": shared, "separate": separate}[kind], run__dtype="float32")
     recipe = changed(recipe, stages__0__tasks={task: 1}, stages__0__target_tokens=96)
     recipe = changed(recipe, stages__0__distillation={"weight": 1, "top_k": 0}, stages__0__lengths=[48])
@@ -102,7 +107,7 @@ def some(*shape: int, seed: int = 0) -> torch.Tensor:
 
 @pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
-def test_texts_of_a_row_are_as_if_appended(tiny, family: str, share: bool) -> None:
+def test_texts_of_a_row_are_as_if_appended(tiny: MakeModel, family: str, share: bool) -> None:
     """And the logits that are kept are those of the whole pass."""
     model = tiny(family, share=share, dtype=torch.float64)
     pieces = [[some(21, seed=1), some(9, seed=2)], [some(30, seed=3)], [some(3, seed=4), some(16, seed=5), some(6)]]
@@ -129,7 +134,7 @@ def test_texts_of_a_row_are_as_if_appended(tiny, family: str, share: bool) -> No
 
 
 @pytest.mark.parametrize("share", [True, False])
-def test_a_frozen_encoder_keeps_nothing(fresh, monkeypatch: pytest.MonkeyPatch, share: bool) -> None:
+def test_a_frozen_encoder_keeps_nothing(fresh: MakeModel, monkeypatch: pytest.MonkeyPatch, share: bool) -> None:
     """No tensor for a backward pass, no activations beyond a chunk's, and the same vectors as in one piece."""
     model = fresh("llama", share=share)
     learning = learned(model)
@@ -143,7 +148,7 @@ def test_a_frozen_encoder_keeps_nothing(fresh, monkeypatch: pytest.MonkeyPatch, 
         nonlocal inside
         inside = False
 
-    def see(module: Any, args: tuple) -> None:
+    def see(module: Any, args: tuple[Any, ...]) -> None:
         nonlocal widest
         widest = max(widest, args[0].numel())
 

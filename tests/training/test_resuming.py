@@ -59,7 +59,9 @@ def killed(shared: Settings, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 
 
 @pytest.mark.parametrize("point", POINTS)
-def test_a_run_that_is_killed_goes_on_to_the_same_digits(killed, finished: Path, point: str) -> None:
+def test_a_run_that_is_killed_goes_on_to_the_same_digits(
+    killed: dict[str, tuple[Path, Result]], finished: Path, point: str
+) -> None:
     output, result = killed[point]
     result.ok()
     assert_same(output, finished)

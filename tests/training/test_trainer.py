@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from conftest import MakeModel
 from rcc import RCCForCausalLM
 from rcc.model.freezing import freeze, group_of, learned
 from rcc.training import checkpointing
@@ -142,7 +143,7 @@ def test_a_loss_that_is_no_number(runs: Runs) -> None:
     assert all(bool(value.isfinite().all()) for value in state_of(newest).values())
 
 
-def test_the_sink_learns_with_the_projections(fresh) -> None:
+def test_the_sink_learns_with_the_projections(fresh: MakeModel) -> None:
     """And is frozen with them."""
     model = fresh(prefix="direct", rate_embeddings=True)
     groups = {name.partition(".")[0]: group_of(name) for name in learned(model)}

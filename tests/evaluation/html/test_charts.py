@@ -23,7 +23,7 @@ lines = st.dictionaries(
 
 @settings(deadline=None, derandomize=True)
 @given(lines, st.booleans(), st.booleans(), st.booleans())
-def test_charts(lines, log_x, log_y, level):
+def test_charts(lines: dict[str, list[tuple[int, dict[str, float]]]], log_x: bool, log_y: bool, level: bool) -> None:
     """Whatever is drawn stands inside, in its order; names do not overlap."""
     found = [
         (Look(name, level=level and name < "b"), Point(x, value, ""))
@@ -51,7 +51,7 @@ def test_charts(lines, log_x, log_y, level):
     assert names[-1] <= chart.bottom + 1e-6
 
 
-def test_charts_by_hand():
+def test_charts_by_hand() -> None:
     """Equal ratios are equal distances on a logarithmic axis; no finite number is no point; labels are thinned."""
 
     def at(x: float, mean: float) -> tuple[Look, Point]:

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from typing import Any
 import pytest
 
 import word_tokens
+from conftest import MakeModel, MakeTokens
 from rcc import InputError
 from rcc.evaluation.evaluation import Evaluation, evaluate, finish
 from rcc.evaluation.html import page as report
@@ -62,18 +64,18 @@ def make_qa(folder: Path, better: float = 0.0, questions: int = 12) -> Path:
         return row if key["mode"] != "reconstruct" else {**row, "instruction_accuracy": 0.9}
 
     ways = [(method, mode, rate) for method, some in METHODS.items() for mode in some for rate in RATES]
-    keys = [
+    keys: list[dict[str, Any]] = [
         dict(zip(BY, way, strict=True)) | {"set": SETS[i % 2], "bucket": BUCKETS[i // 2 % 2], "question": f"q{i}"}
         for way in [*ways, *((method, "human", 0) for method in WHOLE)]
         for i in range(questions)
     ]
-    run.collect(Case(key, lambda key=key: measure(key)) for key in keys)
+    run.collect(Case(key, partial(measure, key)) for key in keys)
     run.finish(BY, "", None, {"by_length": run.cells((*BY, "bucket")), "by_set": run.cells((*BY, "set"))})
     return folder
 
 
 @pytest.fixture(scope="module")
-def folders(tiny, tokens, tmp_path_factory) -> dict[str, Path]:
+def folders(tiny: MakeModel, tokens: MakeTokens, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One of each task, as the tasks themselves write it; `qa` and what is not known yet are invented."""
     top = tmp_path_factory.mktemp("folders")
     tokenizer = word_tokens.word_tokenizer()
@@ -105,7 +107,7 @@ def folders(tiny, tokens, tmp_path_factory) -> dict[str, Path]:
 class Reader(HTMLParser):
     """What a page holds: tables as rows of (text, small print, list of samples), headings, scripts."""
 
-    def __init__(self, html: str):
+    def __init__(self, html: str) -> None:
         super().__init__()
         self.tables: list[list[list[tuple[str, str, str | None]]]] = []
         self.scripts: list[tuple[dict[str, str | None], str]] = []
@@ -166,7 +168,7 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 
 
 # ---------------------------------------------------------------- figures and samples
-def test_every_figure_and_its_samples(folders):
+def test_every_figure_and_its_samples(folders: dict[str, Path]) -> None:
     """Each figure of the tables is the mean of the samples, as the file has them, that open behind it."""
     page = Reader(report.page([folders["qa"]], limit=1000))
     data, measured = page.samples(), [row for row in rows_of(folders["qa"]) if "skipped" not in row]
@@ -174,7 +176,11 @@ def test_every_figure_and_its_samples(folders):
     ways = len(METHODS) + 1
     assert len(table) == ways * len(RATES) + len(WHOLE)
     for row in table:
-        key = {"method": row["method"][0], "mode": row["mode"][0].replace("–", ""), "rate": row["rate"][0]}
+        key: dict[str, Any] = {
+            "method": row["method"][0],
+            "mode": row["mode"][0].replace("–", ""),
+            "rate": row["rate"][0],
+        }
         key["rate"] = 0 if key["rate"] == "–" else int(key["rate"].removesuffix("×"))
         behind = [sample for sample in measured if sample["key"].items() >= key.items()]
         if key["method"] == "kvpress-snapkv" and key["rate"] == 16:
@@ -202,7 +208,7 @@ def test_every_figure_and_its_samples(folders):
     assert "Quality against compression" in text
 
 
-def test_samples_come_to_their_figures(folders):
+def test_samples_come_to_their_figures(folders: dict[str, Path]) -> None:
     """Of every task and every list of cells: the samples behind a figure have its mean and its number."""
     samples, seen = SampleLists(10**9), 0
     for run in read(list(folders.values())):
@@ -218,7 +224,7 @@ def test_samples_come_to_their_figures(folders):
     assert seen > 500
 
 
-def test_points_lead_to_their_samples(folders):
+def test_points_lead_to_their_samples(folders: dict[str, Path]) -> None:
     """What a point of a chart is called belongs to the samples behind it; every list of samples is led to."""
     html = report.page([folders["qa"]], limit=1000)
     page = Reader(html)
@@ -236,7 +242,7 @@ def test_points_lead_to_their_samples(folders):
             assert float(found[1]) == pytest.approx(ratio, abs=0.051)
 
 
-def test_the_limit(folders):
+def test_the_limit(folders: dict[str, Path]) -> None:
     """No figure has more samples than the limit, and the same questions stand behind all methods; 0 is none."""
     page = Reader(report.page([folders["qa"], folders["other"]], limit=3))
     data = page.samples()
@@ -254,7 +260,7 @@ def test_the_limit(folders):
     assert Reader(html).samples() == {"rows": [], "lists": []}
 
 
-def test_reconstruction(folders):
+def test_reconstruction(folders: dict[str, Path]) -> None:
     """Controls are apart, skipped cells say why, and positions have charts of their own."""
     html = report.page([folders["recon"]])
     page, text = Reader(html), "".join(Reader(html).text)
@@ -282,7 +288,7 @@ def test_reconstruction(folders):
         assert float(drawn[1]) == pytest.approx(value["mean"], abs=5e-4)
 
 
-def test_passkey(folders):
+def test_passkey(folders: dict[str, Path]) -> None:
     """A heat map for each variant: shares by length and position, beside the control's; what does not fit says so."""
     page = Reader(report.page([folders["passkey"]]))
     measured = rows_of(folders["passkey"])
@@ -303,7 +309,7 @@ def test_passkey(folders):
             assert small.endswith(f"n\u00a0{len(some)}")
 
 
-def test_resources(folders):
+def test_resources(folders: dict[str, Path]) -> None:
     """Memory by length: computed, the floor, the base's, and the paper's own figures."""
     html = report.page([folders["resources"]])
     row = next(
@@ -321,7 +327,7 @@ def test_resources(folders):
     assert {cell["beyond window"][0] for cell in Reader(html).table("reader", "beyond window")} == {"yes", "no"}
 
 
-def test_folders_together(folders):
+def test_folders_together(folders: dict[str, Path]) -> None:
     """Sections in one order, each folder with a name of its own; a task that is not known has its table."""
     page = Reader(report.page(list(folders.values())))
     text = "".join(page.text)
@@ -341,7 +347,7 @@ def test_folders_together(folders):
 
 
 # ---------------------------------------------------------------- nothing but text
-def test_what_models_write_stays_text(folders):
+def test_what_models_write_stays_text(folders: dict[str, Path]) -> None:
     """No tag comes from a sample, a name, a note or a setting; the samples are what they were."""
     html = report.page(list(folders.values()))
     page = Reader(html)
@@ -358,7 +364,7 @@ def test_what_models_write_stays_text(folders):
         assert row["loss"] == pytest.approx(same["loss"], rel=1e-4)
 
 
-def test_nothing_is_fetched_and_only_one_script_runs(folders):
+def test_nothing_is_fetched_and_only_one_script_runs(folders: dict[str, Path]) -> None:
     page = report.page([folders["recon"]])
     assert not re.search(r"https?://|@import|url\(|<link(?! rel=\"icon\" href=\"data:,\")|\ssrc=", page)
     policy = re.search(r'http-equiv="Content-Security-Policy" content="(.*?)"', page)[1].replace("&#39;", "'")
@@ -372,7 +378,7 @@ def call(*args: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "rcc", "report", *map(str, args)], capture_output=True, text=True)
 
 
-def test_the_command(folders, tmp_path):
+def test_the_command(folders: dict[str, Path], tmp_path: Path) -> None:
     """As a user types it; what exists is replaced only when that is asked for."""
     out = tmp_path / "report.html"
     done = call(folders["qa"], folders["tea"], "-o", out, "--samples", "2")
@@ -387,7 +393,7 @@ def test_the_command(folders, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
 
 
-def test_refusals(folders, tmp_path):
+def test_refusals(folders: dict[str, Path], tmp_path: Path) -> None:
     """One sentence and code 2, and no page."""
     begun, damaged, odd = tmp_path / "begun", tmp_path / "damaged", tmp_path / "odd"
     Results("qa", {}, begun)
@@ -432,7 +438,7 @@ FLAGS = ("--disable-gpu", "--disable-quic", "--no-first-run", "--disable-backgro
 
 
 @pytest.fixture(scope="module")
-def open_page(folders, tmp_path_factory) -> Iterator[Callable[..., Any]]:
+def open_page(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Any]]:
     """A page of all folders in a real browser; at the end nothing was fetched, logged or run that should not."""
     names = (os.environ.get("CHROMIUM"), "chromium", "chromium-browser", "google-chrome")
     program = next((path for name in names if name and (path := shutil.which(name))), None)
@@ -440,8 +446,8 @@ def open_page(folders, tmp_path_factory) -> Iterator[Callable[..., Any]]:
         pytest.skip("no Chromium here: install one, or name it in $CHROMIUM")
     reason = "playwright is missing: pip install 'rcc-context[dev]'"
     playwright = pytest.importorskip("playwright.sync_api", reason=reason)
-    path = tmp_path_factory.mktemp("page") / "report.html"
-    report.write(path, report.page(list(folders.values())))
+    page_file = tmp_path_factory.mktemp("page") / "report.html"
+    report.write(page_file, report.page(list(folders.values())))
     said: list[str] = []
     with playwright.sync_playwright() as running:
         browser = running.chromium.launch(
@@ -454,15 +460,15 @@ def open_page(folders, tmp_path_factory) -> Iterator[Callable[..., Any]]:
             page.on("console", lambda message: said.append(message.text))
             page.on("pageerror", lambda error: said.append(str(error)))
             page.on("request", lambda request: said.append(request.url))
-            page.goto(path.as_uri())
+            page.goto(page_file.as_uri())
             return page
 
         yield open_it
         browser.close()
-    assert set(said) == {path.as_uri()}
+    assert set(said) == {page_file.as_uri()}
 
 
-def test_browser_samples(open_page):
+def test_browser_samples(open_page: Callable[..., Any]) -> None:
     """A click on a figure, or on a point of a chart, shows its samples; they can be searched, ordered and paged."""
     page = open_page()
     page.locator("#qa details").first.locator("summary").click()
@@ -495,7 +501,7 @@ def test_browser_samples(open_page):
     assert page.evaluate("window.hacked") is None
 
 
-def test_browser_keyboard(open_page):
+def test_browser_keyboard(open_page: Callable[..., Any]) -> None:
     """Tab leads to the figures of a table, arrows from one to the next, Enter to the samples and Escape back."""
     page = open_page()
     table = page.locator("#passkey table").first
@@ -511,7 +517,7 @@ def test_browser_keyboard(open_page):
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(390, "light"), (390, "dark"), (1280, "light")])
-def test_browser_layout(open_page, width, scheme):
+def test_browser_layout(open_page: Callable[..., Any], width: int, scheme: str) -> None:
     """Nothing is wider than the screen, a phone's included; what is written in a chart does not overlap."""
     page = open_page(width, color_scheme=scheme)
     page.evaluate("document.querySelectorAll('details').forEach(part => part.open = true)")
@@ -525,7 +531,7 @@ def test_browser_layout(open_page, width, scheme):
     assert page.evaluate("document.querySelector('#list').scrollWidth") <= width
 
 
-def test_browser_without_scripts(open_page):
+def test_browser_without_scripts(open_page: Callable[..., Any]) -> None:
     """Charts, tables and notes are there; what only a script does is not spoken of."""
     page = open_page(java_script_enabled=False)
     assert page.locator("#qa figure:visible svg .curve").count() > 20

@@ -51,7 +51,9 @@ def model() -> RCCForCausalLM:
 # ---------------------------------------------------------------- methods
 
 
-def answer(model: RCCForCausalLM, methods: list[Any], data: Path, **protocol: Any) -> dict[tuple, dict[str, Any]]:
+def answer(
+    model: RCCForCausalLM, methods: list[Any], data: Path, **protocol: Any
+) -> dict[tuple[Any, ...], dict[str, Any]]:
     asked, _ = reading.read([str(data)])
     run = qa.QAEvaluation(TOKENIZER, asked, methods, QASettings(rates=[4], max_new_tokens=6, **protocol))
     return {(c.key["method"], c.key["mode"], c.key["question"]): c.measure() for c in run.cases()}
@@ -82,6 +84,7 @@ def test_plain_is_the_base(model: RCCForCausalLM, data: Path) -> None:
 
 def test_a_text_beyond_the_window(model: RCCForCausalLM, data: Path) -> None:
     """Plain text loses its middle, and says so."""
+    method: Any
     (method,) = qa.make_methods(model, TOKENIZER, [], ["plain"], room=model.window - 28)
     assert 0 < method.room < 18
     row = answer(model, [method], data)["plain", "", "zoo/0"]

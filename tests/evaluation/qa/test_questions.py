@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 
@@ -10,7 +11,7 @@ import rcc
 from rcc.evaluation.qa.questions import Question, bucket, choose
 from rcc.evaluation.qa.texts import Texts
 
-TOKENIZER = rcc.load_tokenizer("rcc-smollm2-135m")
+TOKENIZER: Any = rcc.load_tokenizer("rcc-smollm2-135m")
 
 
 def test_choose() -> None:

@@ -9,7 +9,7 @@ from rcc.evaluation.reconstruction.table import by_place
 from rcc.evaluation.results import interval
 
 
-def test_places_by_hand():
+def test_places_by_hand() -> None:
     """Which tokens stand where in segment and group: samples made up, with one and with two documents."""
     config = RCCConfig(segment_length=16, rates=[4])
 

@@ -215,7 +215,7 @@ def test_a_shape_is_measured_with_random_weights(pretend: list[Job]) -> None:
     assert [job.task for job in pretend] == ["plain", "compress", "ask"]
     shapes = [job.model for job in pretend]
     assert all(isinstance(shape, planning.Blueprint) for shape in shapes)
-    assert [shape.decoder.max_position_embeddings for shape in shapes] == [1024 + 544, 256 + 544, 256 + 544]  # type: ignore[union-attr]
+    assert [shape.decoder.max_position_embeddings for shape in shapes] == [1024 + 544, 256 + 544, 256 + 544]
     assert subject.blueprint.decoder.max_position_embeddings == 256
     skipped = [row.get("skipped") for row in found.rows]
     assert skipped[0] is None is skipped[2]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from task_samples import (
 
 
 def test_reconstruction_starts_anywhere() -> None:
-    starts = Counter()
+    starts: Counter[int] = Counter()
     for seed in range(400):
         sample = sampled(Reconstruction(), np.arange(100, 140), 40, 20, seed)
         assert np.concatenate([sample.prompt, sample.target]).tolist() == list(
@@ -39,7 +40,7 @@ def test_reconstruction_starts_anywhere() -> None:
 
 def test_reconstruction_in_spans() -> None:
     """All of the span once, in pieces that begin anywhere, each behind tokens of its own that are given."""
-    counts, firsts, given = Counter(), Counter(), Counter()
+    counts, firsts, given = Counter[int](), Counter[int](), Counter[int]()
     for seed in range(600):
         sample = sampled(Reconstruction(spans=4, prompt_tokens=6), np.arange(100, 160), 60, 60, seed)
         written = np.concatenate([sample.prompt, sample.target])
@@ -128,8 +129,9 @@ def test_continuation_goes_on_where_the_context_ends(tokens: int, context: int) 
     prompt_tokens=st.integers(1, 200),
     seed=st.integers(0, 2**32),
 )
-def test_text_sizes(name, tokens, length, targets, prompt_tokens, seed):
-    task = TASKS[name](prompt_tokens=prompt_tokens)
+def test_text_sizes(name: str, tokens: int, length: int, targets: int, prompt_tokens: int, seed: int) -> None:
+    kind: Any = TASKS[name]
+    task = kind(prompt_tokens=prompt_tokens)
     text = np.arange(LOW, LOW + min(tokens, task.window(length, targets)))
     sample = sampled(task, text, length, targets, seed)
     check_sizes(sample, length, targets, 64)
