@@ -74,8 +74,8 @@ def equality(device: str) -> bool:
             got = model.compress(more, context=model.compress(text))
             logits = model(prompt, context=got).logits.double().cpu()
             error = float((logits - want).norm() / want.norm())
-            kept = got.to(dtype="int8")
-            small = float((model(prompt, context=kept).logits.double().cpu() - want).norm() / want.norm())
+            eight = got.to(dtype="int8")
+            small = float((model(prompt, context=eight).logits.double().cpu() - want).norm() / want.norm())
             with tempfile.TemporaryDirectory() as folder:
                 got.save(Path(folder) / "context.rcc")
                 model.record_fingerprint(got.fingerprint)

@@ -115,7 +115,7 @@ def write(arguments: argparse.Namespace) -> None:
         ]
 
     @torch.no_grad()
-    def found(picked: list[tuple[str, str]], questions: list[str]) -> list[bool]:
+    def answered(picked: list[tuple[str, str]], questions: list[str]) -> list[bool]:
         """Whether greedy writing gives just the answer: its tokens are each the likeliest."""
         prompts = encode([(passage, question) for (passage, _), question in zip(picked, questions, strict=True)])
         targets = padded([answer + prompting.END for _, answer in picked], "right")
@@ -149,10 +149,10 @@ def write(arguments: argparse.Namespace) -> None:
             # of like length together: padding costs as much as text
             ranked = sorted(range(len(picked)), key=lambda i: len(picked[i][0]))
             for start in range(0, len(ranked), 32):
-                some = ranked[start : start + 32]
-                batch = [picked[i] for i in some]
+                chosen = ranked[start : start + 32]
+                batch = [picked[i] for i in chosen]
                 questions = ask(batch)
-                for i, question, good in zip(some, questions, found(batch, questions), strict=True):
+                for i, question, good in zip(chosen, questions, answered(batch, questions), strict=True):
                     (name, text), answer = contexts[of[i]], picked[i][1]
                     asked += 1
                     if good and question.endswith("?") and answer.lower() not in question.lower():

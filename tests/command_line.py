@@ -76,10 +76,10 @@ class Terminal:
 
     def wait_for(self, pattern: str) -> str:
         end = time.monotonic() + LIMIT
-        while not (found := re.search(pattern, self.screen)):
+        while not (match := re.search(pattern, self.screen)):
             assert self.read(), f"ended without {pattern}: {self.screen[-500:]}"
             assert time.monotonic() < end, f"no {pattern} in time: {self.screen[-500:]}"
-        return found[0]
+        return match[0]
 
     def type(self, text: str) -> None:
         self.screen = ""

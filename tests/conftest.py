@@ -54,8 +54,8 @@ STATE_SPACE = ["mamba", "mamba2"]
 """Encoders only."""
 DECODERS = [family for family in SHAPES if family not in STATE_SPACE]
 SIDES: dict[str, dict[str, Any]] = {}
-"""What the tests that show a family to work run on: every decoder behind an encoder on its own weights, behind one of
-its own family, and behind Mamba's, of another depth and width. Arguments of `make_model` by name."""
+"""What the tests that show a family to work run on: every decoder with an encoder on its own weights, with one of
+its own family, and with Mamba's, of another depth and width. Arguments of `make_model` by name."""
 for decoder in DECODERS:
     SIDES[f"{decoder}-shared"] = {"family": decoder}
     SIDES[f"{decoder}-{decoder}"] = {"family": decoder, "share": False}
@@ -220,12 +220,12 @@ def make_model(
         decoder=SideConfig(lora),
         **config,
     )
-    lower = make_backbone(family, layers[1], hidden[1], seed + 1, attn, window)
+    decoder_base = make_backbone(family, layers[1], hidden[1], seed + 1, attn, window)
     if share:
-        model = RCCForCausalLM.from_base(lower, config=settings)
+        model = RCCForCausalLM.from_base(decoder_base, config=settings)
     else:
-        upper = make_backbone(encoder or family, layers[0], hidden[0], seed + 2, attn, window)
-        model = RCCForCausalLM.from_base(upper, lower, config=settings)
+        encoder_base = make_backbone(encoder or family, layers[0], hidden[0], seed + 2, attn, window)
+        model = RCCForCausalLM.from_base(encoder_base, decoder_base, config=settings)
     randomise(model, seed)
     for parameter in model.parameters():  # not the rotary frequencies: they stay float32, as from_pretrained has them
         parameter.data = parameter.data.to(dtype)
@@ -322,8 +322,8 @@ def batch(rows: list[list[int]], side: str = "right") -> tuple[torch.Tensor, tor
     width = max(map(len, rows))
     ids, mask = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width, dtype=torch.long)
     for b, row in enumerate(rows):
-        where = slice(0, len(row)) if side == "right" else slice(width - len(row), width)
-        ids[b, where], mask[b, where] = torch.tensor(row), 1
+        columns = slice(0, len(row)) if side == "right" else slice(width - len(row), width)
+        ids[b, columns], mask[b, columns] = torch.tensor(row), 1
     return ids, None if bool(mask.all()) else mask
 
 

@@ -115,24 +115,24 @@ def test_a_long_talk_forgets_its_beginning(engine: Engine) -> None:
 
 
 def test_a_text_is_compressed_once_and_found_again(engine: Engine, tmp_path: Path) -> None:
-    kept = Engine(engine.compressor, TOKENIZER, ContextStore(tmp_path / "contexts"))
+    storing = Engine(engine.compressor, TOKENIZER, ContextStore(tmp_path / "contexts"))
     said: list[str] = []
-    first = kept.open(TEXT, 4, notice=said.append)
-    again = kept.open(TEXT, 4, notice=said.append)
+    first = storing.open(TEXT, 4, notice=said.append)
+    again = storing.open(TEXT, 4, notice=said.append)
     assert [words.split()[0] for words in said] == ["kept", "read"]
     assert first.pieces == again.pieces
-    assert kept.ask(TEXT, QUESTION, rate=4, do_sample=False) == engine.ask(first, QUESTION, do_sample=False)
-    kept.open(TEXT, 2, notice=said.append)
-    kept.open(TEXT + "more", 4, notice=said.append)
+    assert storing.ask(TEXT, QUESTION, rate=4, do_sample=False) == engine.ask(first, QUESTION, do_sample=False)
+    storing.open(TEXT, 2, notice=said.append)
+    storing.open(TEXT + "more", 4, notice=said.append)
     assert [words.split()[0] for words in said[2:]] == ["kept", "kept"]
     file = tmp_path / "text.txt"
     file.write_text(TEXT, encoding="utf-8")
-    assert kept.open(file, 4, notice=said.append).pieces == first.pieces
+    assert storing.open(file, 4, notice=said.append).pieces == first.pieces
     assert said[-1].startswith("read")
     first.save(tmp_path / "x.rcc")
     assert is_context(tmp_path / "x.rcc")
     assert not is_context(file)
-    assert kept.open(tmp_path / "x.rcc").pieces == first.pieces
+    assert storing.open(tmp_path / "x.rcc").pieces == first.pieces
 
 
 def test_a_store_that_cannot_be_written_is_said_and_no_more(engine: Engine, tmp_path: Path) -> None:

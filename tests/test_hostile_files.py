@@ -118,10 +118,10 @@ def test_files_of_vectors(tmp_path: Path, tiny: Callable[..., RCCForCausalLM], t
 
 def test_evaluations(tmp_path: Path) -> None:
     folder = tmp_path / "e"
-    found = results.Results("qa", {"model": "m"}, folder, cluster="text")
+    run = results.Results("qa", {"model": "m"}, folder, cluster="text")
     cases = [results.Case({"method": "rcc", "text": i}, lambda: {"f1": 0.5, "answer": "a"}) for i in range(3)]
-    found.collect(cases)
-    found.finish(["method"], "table\n")
+    run.collect(cases)
+    run.finish(["method"], "table\n")
     good = json.loads((folder / "results.json").read_text())
     for data in damaged(good, 150):
         (folder / "results.json").write_text(json.dumps(data))

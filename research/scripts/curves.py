@@ -37,9 +37,9 @@ def fitted(rows: list[dict[str, Any]]) -> dict[str, list[float]]:
     curves = np.full((len(kinds), len(rows)), np.nan)
     for i in range(len(rows)):
         window = slice(max(0, i - AROUND // 2), i + AROUND // 2)
-        found = np.linalg.lstsq(shares[window], losses[window], rcond=None)[0]
+        solution = np.linalg.lstsq(shares[window], losses[window], rcond=None)[0]
         enough = (shares[window] > 0).sum(axis=0) >= 8
-        curves[enough, i] = found[enough]
+        curves[enough, i] = solution[enough]
     return dict(zip(kinds, curves.tolist(), strict=True))
 
 
@@ -52,11 +52,11 @@ def draw_kinds(chains: list[list[str]], runs: dict[str, list[dict[str, Any]]], k
         before = 0.0
         for name in chain:
             curves = fitted(runs[name])
-            places = [before + row["tokens"] / 1e6 for row in runs[name]]
-            before = places[-1]
+            millions = [before + row["tokens"] / 1e6 for row in runs[name]]
+            before = millions[-1]
             for panel, kind in zip(panels[0], kinds, strict=True):
                 if kind in curves:
-                    panel.plot(places, curves[kind], "--" if number % 2 else "-", label=name)
+                    panel.plot(millions, curves[kind], "--" if number % 2 else "-", label=name)
     for panel, kind in zip(panels[0], kinds, strict=True):
         panel.set_title(kind, fontsize=9)
         panel.set_xlabel("context tokens, millions")

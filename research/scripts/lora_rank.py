@@ -40,7 +40,7 @@ def main() -> None:
     ranks = {"encoder": arguments.encoder, "decoder": arguments.decoder}
     torch.manual_seed(0)
     state, resized = model.own_state_dict(), {}
-    kept = whole = 0.0
+    retained = whole = 0.0
     for name, a in state.items():
         if ".lora_B." in name:
             continue  # with its lora_A
@@ -60,12 +60,12 @@ def main() -> None:
         u, s, v = torch.linalg.svd(b @ a, full_matrices=False)
         root = s[:rank].sqrt()
         resized[name], resized[other] = root[:, None] * v[:rank], u[:, :rank] * root
-        kept, whole = kept + float(s[:rank].square().sum()), whole + float(s.square().sum())
+        retained, whole = retained + float(s[:rank].square().sum()), whole + float(s.square().sum())
     base = config.base["decoder"].source
     target = RCCForCausalLM.from_base(base, config=replace(config, base={}), dtype=torch.float32)
     target.load_own_state_dict(resized)
     target.save_pretrained(arguments.out, dtype=torch.bfloat16)
-    print(f"{arguments.out}: {1 - kept / whole if whole else 0:.1%} of the energy of what was cut is lost")
+    print(f"{arguments.out}: {1 - retained / whole if whole else 0:.1%} of the energy of what was cut is lost")
 
 
 def _factor(config: RCCConfig, side: str) -> float:

@@ -104,16 +104,16 @@ class Vectors:
         """Segments [T] of full length → vectors [N, L, H] of the states that the projections read, 8 at a time."""
         import torch
 
-        found, start = [], time.time()
+        vectors, start = [], time.time()
         for i in range(0, len(segments), 8):
             with torch.set_grad_enabled(self.learning):  # without, autocast leaves norms that learn in two precisions
-                found.append(self.encode(segments[i : i + 8]).detach())
+                vectors.append(self.encode(segments[i : i + 8]).detach())
             if i % 160 == 0 and i:
                 print(
                     f"{i} of {len(segments)} segments, {i * self.size / (time.time() - start):,.0f} tokens/s",
                     flush=True,
                 )
-        return torch.cat(found)
+        return torch.cat(vectors)
 
     def encode(self, segments: Sequence[np.ndarray]) -> Tensor:
         """As :meth:`read`, all at once, with gradients where the encoder learns; segments may be shorter."""
@@ -143,10 +143,10 @@ class Vectors:
         """In a text of n segments with that key at a random place, None if it has none there: which vectors of filler
         stand before it, and which after."""
         low, count, _ = self.first[number]
-        places = [0] if low == 0 else list(range((low - 1) % self.period + 1, n - count + 1, self.period))
-        if not places or places[0] + count > n:
+        starts = [0] if low == 0 else list(range((low - 1) % self.period + 1, n - count + 1, self.period))
+        if not starts or starts[0] + count > n:
             return None
-        place = int(self.rng.choice(places))
+        place = int(self.rng.choice(starts))
         before = [0, *((p - 1) % self.period + 1 for p in range(1, place))][:place]
         after = [(p - 1) % self.period + 1 for p in range(place + count, n)]
         return before, after
@@ -161,13 +161,13 @@ class Vectors:
 
 def draw_keys(count: int, rng: np.random.Generator) -> list[int]:
     """Numbers of five digits, half of them of two or three different ones."""
-    found: list[int] = []
-    while len(found) < count:
-        digits = rng.choice(10, int(rng.integers(2, 4)), replace=False) if len(found) % 2 else range(10)
+    keys: list[int] = []
+    while len(keys) < count:
+        digits = rng.choice(10, int(rng.integers(2, 4)), replace=False) if len(keys) % 2 else range(10)
         key = int("".join(map(str, rng.choice(list(digits), 5))))
         if key >= 10_000:
-            found.append(key)
-    return found
+            keys.append(key)
+    return keys
 
 
 def main() -> None:
@@ -269,9 +269,9 @@ def main() -> None:
         if step % 20 == 0:
             recent = [(entry["positions"], entry["loss"]) for entry in log[-60:]]
             shown = {
-                f"{low}-{2 * low}": f"{np.mean(some):.4f}"
+                f"{low}-{2 * low}": f"{np.mean(losses):.4f}"
                 for low in (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
-                if (some := [loss for n, loss in recent if low <= n < 2 * low])
+                if (losses := [loss for n, loss in recent if low <= n < 2 * low])
             }
             print(f"step {step}, {seen:,} texts, {time.time() - start:.0f} s", shown, flush=True)
     model.to(torch.bfloat16).save_pretrained(arguments.out)

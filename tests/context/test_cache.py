@@ -17,7 +17,7 @@ from rcc.context.cache import BlockLayer, KVBlocks
 from rcc.model.backbones import CACHE
 
 
-def test_generation_writes_behind_the_prefix(
+def test_generation_writes_after_the_prefix(
     tiny: MakeModel, tokens: MakeTokens, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """generate and forward after compress write into the spare capacity: the block stays where it is and no tensor of
@@ -48,31 +48,31 @@ def test_borrowing(tiny: MakeModel, tokens: MakeTokens) -> None:
     context = model.compress(one(tokens(64)))
     own = context.blocks.layers[0][0].data_ptr()
 
-    def where(cache: Cache) -> int:
+    def address(cache: Cache) -> int:
         return cache.layers[0].block[0].data_ptr()
 
     with context.borrow(8) as first, context.borrow(8) as second:
-        assert where(first) == own
-        assert where(second) != own
+        assert address(first) == own
+        assert address(second) != own
         assert second.layers[0].capacity >= len(context) + 8
         assert torch.equal(first.layers[0].keys, second.layers[0].keys)
         assert first.get_seq_length() == second.get_seq_length() == len(context)
     with pytest.raises(KeyError), context.borrow(8):
         raise KeyError
     with context.borrow(8) as third:
-        assert where(third) == own
+        assert address(third) == own
     capacity = context.blocks.capacity
     with context.borrow(capacity - len(context)) as all_of_it:
-        assert where(all_of_it) == own
+        assert address(all_of_it) == own
     with context.borrow(capacity - len(context) + 1) as too_much:
-        assert where(too_much) != own
+        assert address(too_much) != own
     child = model.compress(one(tokens(5)), context=context)
-    with context.borrow(1) as behind_a_child, child.borrow(1) as of_the_child:
-        assert where(behind_a_child) != own
-        assert where(of_the_child) == own
+    with context.borrow(1) as after_a_child, child.borrow(1) as of_the_child:
+        assert address(after_a_child) != own
+        assert address(of_the_child) == own
     for other in (context.expand(2), context[0]):
         with other.borrow(1) as copied:
-            assert where(copied) != own
+            assert address(copied) != own
 
 
 def test_an_append_shares_memory(tiny: MakeModel, tokens: MakeTokens) -> None:
@@ -217,14 +217,14 @@ def test_an_ordinary_cache_takes_a_context(tiny: MakeModel, tokens: MakeTokens, 
     text, prompt = tokens(37), tokens(6, 1)
     context = model.compress(one(text))
     want = expected(model).logits([text], prompt)
-    places = torch.arange(10, 16)[None]
-    got = model.decoder(one(prompt), **{CACHE: plain_cache(context)}, position_ids=places).logits[0]
+    positions = torch.arange(10, 16)[None]
+    got = model.decoder(one(prompt), **{CACHE: plain_cache(context)}, position_ids=positions).logits[0]
     torch.testing.assert_close(got, want, **CLOSE)
     static = StaticCache(config=model.decoder.config, max_cache_len=32)
     for i in range(3):
         static.update(*context.layer(i), i)
     mask = torch.ones(1, 16, dtype=torch.long)
-    got = model.decoder(one(prompt), **{CACHE: static}, position_ids=places, attention_mask=mask).logits[0]
+    got = model.decoder(one(prompt), **{CACHE: static}, position_ids=positions, attention_mask=mask).logits[0]
     torch.testing.assert_close(got, want, **CLOSE)
 
 

@@ -164,7 +164,7 @@ def test_every_byte_of_the_header(
     assert not wrong, f"{len(wrong)}:\n" + "\n".join(wrong[:20])
 
 
-def test_every_byte_behind_the_header(appended_file: Path, tmp_path: Path) -> None:
+def test_every_byte_after_the_header(appended_file: Path, tmp_path: Path) -> None:
     """One byte of the keys and values changed, wherever it is: refused under verify="full"."""
     path = tmp_path / "damaged"
     data = bytearray(appended_file.read_bytes())

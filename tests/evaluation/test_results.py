@@ -120,16 +120,16 @@ def test_skipped_cells(tmp_path: Path) -> None:
 def test_intervals() -> None:
     """Wilson's interval by hand; the bootstrap covers a known mean about 95 times in 100; samples of one document
     count as little as they tell."""
-    found = interval([1] * 20)
-    assert (found.mean, found.high) == (1.0, 1.0)
-    assert found.low == pytest.approx(0.8389, abs=1e-4)
-    found = interval([1] * 7 + [0] * 3)
-    assert (found.low, found.high) == pytest.approx((0.3968, 0.8922), abs=1e-4)
+    got = interval([1] * 20)
+    assert (got.mean, got.high) == (1.0, 1.0)
+    assert got.low == pytest.approx(0.8389, abs=1e-4)
+    got = interval([1] * 7 + [0] * 3)
+    assert (got.low, got.high) == pytest.approx((0.3968, 0.8922), abs=1e-4)
     generator = np.random.default_rng(1)
     inside = 0
     for _ in range(200):
-        found = interval(generator.normal(3, 1, 40).tolist())
-        inside += found.low < 3 < found.high
+        got = interval(generator.normal(3, 1, 40).tolist())
+        inside += got.low < 3 < got.high
     assert 180 <= inside <= 198
     values = np.repeat(generator.normal(0, 1, 30), 10).tolist()
     alone, grouped = interval(values), interval(values, [i // 10 for i in range(300)])
@@ -148,8 +148,8 @@ def test_compare(tmp_path: Path) -> None:
         run = Results("demo", {**SETTINGS, "model": name}, tmp_path / name, cluster="document")
         run.collect(cases(6 if name == "a" else 5, better)[0])
         run.finish(["rate"], "")
-    found, notes = compare.compare(tmp_path / "a", tmp_path / "b")
-    first = found[0]
+    table, notes = compare.compare(tmp_path / "a", tmp_path / "b")
+    first = table[0]
     assert (first.key, first.metric) == ({"rate": 4}, "accuracy")
     assert first.change.mean == pytest.approx(0.002)
     assert first.change.low == pytest.approx(0.002)
@@ -158,7 +158,7 @@ def test_compare(tmp_path: Path) -> None:
         f"2 samples of {tmp_path / 'a'} are not in the other and were left out.",
         "settings that differ: model ('a', 'b').",
     ]
-    text = compare.table(found, "a", "b")
+    text = compare.table(table, "a", "b")
     assert "| rate 4 | accuracy | 0.254 | 0.256 | **+0.002 [+0.002, +0.002]** | 5 |" in text
     assert "| rate 4 | right | 0.600 | 0.600 | +0.000 [+0.000, +0.000] | 5 |" in text
 

@@ -21,8 +21,8 @@ def test_gradients_reach_everything_that_is_trained(
     last block and final norm)."""
     model = fresh(family, share=share, lora=lora, states=states)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    found = gradients(model, tokens, batch)
-    for name, gradient in found.items():
+    got = gradients(model, tokens, batch)
+    for name, gradient in got.items():
         if name in trained:
             assert gradient is not None, name
             assert gradient.abs().max() > 0, name
@@ -37,7 +37,7 @@ def test_gradients_reach_everything_that_is_trained(
         own = name.startswith("projections.") or ".lora_" in name or not lora
         return own and not reaches_no_loss(name)
 
-    assert trained == {name for name in found if wanted(name)}
+    assert trained == {name for name in got if wanted(name)}
     assert any(name.startswith("encoder.layers.0.") for name in trained)
     assert any(name.startswith("decoder.") for name in trained)
 

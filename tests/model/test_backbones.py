@@ -53,12 +53,12 @@ def test_a_decoder_that_slides_everywhere(backbone: MakeBackbone, expected: Make
             RCCForCausalLM.from_base(*sides)
     config = RCCConfig(segment_length=16, rates=[2])
     text, prompt = tokens(90), tokens(12, 1)
-    found = []
+    logits_of = []
     for sides in ((wide, None), (narrow, wide), (wide, wide)):
         model = randomise(RCCForCausalLM.from_base(*sides, config=config))
-        found.append(model(input_ids=one(prompt), context=model.compress(one(text))).logits[0])
-        torch.testing.assert_close(found[-1], expected(model).logits([text], prompt), **CLOSE)
-    assert (found[1] - found[2]).abs().max() > 1e-2
+        logits_of.append(model(input_ids=one(prompt), context=model.compress(one(text))).logits[0])
+        torch.testing.assert_close(logits_of[-1], expected(model).logits([text], prompt), **CLOSE)
+    assert (logits_of[1] - logits_of[2]).abs().max() > 1e-2
 
 
 def test_both_directions_are_refused(backbone: MakeBackbone) -> None:
@@ -152,7 +152,7 @@ def test_mamba_encoder(
 @torch.no_grad()
 def test_mamba_states(tiny: MakeModel, sides: dict[str, Any]) -> None:
     """The vectors are transformers' own hidden states of each segment: embeddings, each block's output, the last one
-    behind the final norm; a segment's first token reaches them all; encode and prefix make what compress makes."""
+    after the final norm; a segment's first token reaches them all; encode and prefix make what compress makes."""
     model = tiny(**sides)
     ids = one(tokens(37))
     vectors = model.encode(ids)
@@ -161,9 +161,9 @@ def test_mamba_states(tiny: MakeModel, sides: dict[str, Any]) -> None:
         encoder: Any = model.encoder
         hidden = encoder(input_ids=segment, output_hidden_states=True)
         states = [encoder.embeddings(segment), *hidden.hidden_states[:3], hidden.last_hidden_state]
-        places = [min(i + 3, length - 1) for i in range(0, length, 4)]
-        want = torch.stack(states, 2)[0, places]
-        torch.testing.assert_close(vectors.states[0, start // 4 :][: len(places)], want, **CLOSE)
+        ends = [min(i + 3, length - 1) for i in range(0, length, 4)]
+        want = torch.stack(states, 2)[0, ends]
+        torch.testing.assert_close(vectors.states[0, start // 4 :][: len(ends)], want, **CLOSE)
     other = ids.clone()
     other[0, 0] += 1
     changed = (model.encode(other).states - vectors.states)[0, :4, 1:].abs().amax(-1)
@@ -183,14 +183,14 @@ def test_mamba_gradients(sides: dict[str, Any], lora: int) -> None:
     else:
         assert {n.split(".")[0] for n in names} == {"embeddings", "layers"}
         assert sum(n.endswith("A_log") for n in names) == 3  # the last block reaches no loss
-    found = {k: None if g is None else g.clone() for k, g in gradients(model, tokens, batch).items()}
-    for name, gradient in found.items():
+    got = {k: None if g is None else g.clone() for k, g in gradients(model, tokens, batch).items()}
+    for name, gradient in got.items():
         trained = model.get_parameter(name).requires_grad
         assert trained == (gradient is not None and bool(gradient.abs().max() > 0)), name
     model.train().gradient_checkpointing_enable()
     for name, gradient in gradients(model, tokens, batch).items():
         if gradient is not None:
-            torch.testing.assert_close(gradient, found[name], rtol=1e-4, atol=1e-6, msg=name)
+            torch.testing.assert_close(gradient, got[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize("lora", [0, 4])

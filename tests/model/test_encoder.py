@@ -44,7 +44,7 @@ def test_equal_segments_are_read_once(
     with segments_read(model) as read:
         context = model.compress(ids, mask)
         trained = run_training_pass(model, one(prompt).expand(3, -1), context_ids=ids, context_mask=mask).logits
-    assert read == [6, 6]  # the filler, its short end, and behind the key every segment is shifted
+    assert read == [6, 6]  # the filler, its short end, and after the key every segment is shifted
     cached = model(one(prompt).expand(3, -1), context=context).logits
     for b, row in enumerate(rows):
         want = expected(model).logits([row], prompt)
@@ -95,22 +95,22 @@ def test_encoding_keeps_no_dropped_positions(
     model = tiny("llama")
     rows: list[tuple[Tensor, ...]] = [(torch.tensor(tokens(length)),) for length in lengths]
     wanted = model.projections.states
-    kept: list[Tensor] = []
+    held: list[Tensor] = []
     take = rcc.model.encoder._Capture.take
 
     def watch(self: Any, i: int, hidden: Tensor) -> None:
         try:
             take(self, i, hidden)
         finally:
-            kept.extend(self.states.values())
+            held.extend(self.states.values())
 
     monkeypatch.setattr(rcc.model.encoder._Capture, "take", watch)
     with torch.no_grad():
         for states, _, _ in rcc.model.encoder.encode(model.encoder, rows, rate, model.config, wanted, 32):
             assert sorted(states) == wanted
-            kept.extend(states.values())
-    assert kept
-    for tensor in kept:
+            held.extend(states.values())
+    assert held
+    for tensor in held:
         assert tensor.untyped_storage().nbytes() == tensor.nbytes
 
 

@@ -30,19 +30,19 @@ from rcc import (
 
 def test_backbones_given_as_modules_are_left_alone(backbone: MakeBackbone, tokens: MakeTokens) -> None:
     """The reference on the original modules, which rcc never touched, gives the same: nothing of rcc is in them."""
-    lower, upper = backbone("llama", seed=5), backbone("gpt_neox", seed=6)
-    before = [{k: v.clone() for k, v in side.state_dict().items()} for side in (lower, upper)]
+    decoder, encoder = backbone("llama", seed=5), backbone("gpt_neox", seed=6)
+    before = [{k: v.clone() for k, v in side.state_dict().items()} for side in (decoder, encoder)]
     config = RCCConfig(segment_length=16, rates=[4])
-    model = RCCForCausalLM.from_base(upper, lower, config=config)
+    model = RCCForCausalLM.from_base(encoder, decoder, config=config)
     with torch.no_grad():
         for weight in model.projections.parameters():
             weight.normal_(0, 0.1)
     projections: list[torch.Tensor] = [linear.get_parameter("weight") for linear in model.projections]
     ids, prompt = tokens(37), tokens(6, 1)
-    want, _ = ref.reference(upper.gpt_neox, lower, projections, [ids], prompt, segment=16, rate=4)
+    want, _ = ref.reference(encoder.gpt_neox, decoder, projections, [ids], prompt, segment=16, rate=4)
     got = prompt_logits(model, model.compress(one(ids)), prompt)
     torch.testing.assert_close(got, want, **CLOSE)
-    for side, weights in zip((lower, upper), before, strict=True):
+    for side, weights in zip((decoder, encoder), before, strict=True):
         assert not any(m._forward_pre_hooks for m in side.modules())
         assert all(torch.equal(v, weights[k]) for k, v in side.state_dict().items())
 
@@ -77,10 +77,10 @@ def test_save_and_load(
     """save_pretrained → from_pretrained gives the same model bit for bit, twice in a row, with bases written along or
     referred to, shared or separate, and in the precision it was saved in; a reference writes no base, `full` makes the
     folder complete; weights at most once."""
-    lower = save_base(backbone(family, seed=1), tmp_path / "lower", dtype)
-    upper = save_base(backbone(family, layers=2, hidden=32, seed=2), tmp_path / "upper", dtype)
+    decoder = save_base(backbone(family, seed=1), tmp_path / "lower", dtype)
+    encoder = save_base(backbone(family, layers=2, hidden=32, seed=2), tmp_path / "upper", dtype)
     config = RCCConfig(segment_length=16, rates=[4], encoder=SideConfig(lora), decoder=SideConfig(lora))
-    model = RCCForCausalLM.from_base(lower if share else upper, None if share else lower, config)
+    model = RCCForCausalLM.from_base(decoder if share else encoder, None if share else decoder, config)
     conftest.randomise(model)
     assert model.dtype == dtype
     folder = tmp_path / "model"
@@ -89,8 +89,8 @@ def test_save_and_load(
     assert (folder / "decoder").exists() == has_base
     assert (folder / "encoder").exists() == (has_base and not share)
     if has_base:
-        shutil.rmtree(lower)
-        shutil.rmtree(upper)
+        shutil.rmtree(decoder)
+        shutil.rmtree(encoder)
         written = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
         unique = {p.data_ptr(): p.nbytes for p in model.parameters()}
         assert written < sum(unique.values()) + 100_000

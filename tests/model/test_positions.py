@@ -19,7 +19,7 @@ from rcc import (
 def test_texts_of_different_lengths(
     tiny: MakeModel, expected: MakeExpected, tokens: MakeTokens, batch: MakeBatch, sides: dict[str, Any], attn: str
 ) -> None:
-    """Texts of every kind of length in one batch, padded on either side, behind ragged prompts padded on either side
+    """Texts of every kind of length in one batch, padded on either side, before ragged prompts padded on either side
     (forward) or on the left (generate): each row is the reference's of that text and prompt alone."""
     model = tiny(**sides, attn=attn)
     want = expected(model)

@@ -96,8 +96,8 @@ def test_nothing_changes_before_they_are_learnt() -> None:
 def test_gradients() -> None:
     """Central differences in float64; the rate that is not read has none."""
     model = exact_in_float64(learnt())
-    found = gradients(model, tokens, batch)
-    assert found["rate_embeddings"].abs().amax(1).gt(0).tolist() == [True, False]
+    got = gradients(model, tokens, batch)
+    assert got["rate_embeddings"].abs().amax(1).gt(0).tolist() == [True, False]
     assert_central_difference(model, model.rate_embeddings, tokens, batch)
 
 

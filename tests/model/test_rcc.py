@@ -142,7 +142,7 @@ def test_appending_leaves_earlier_contexts_alone(
 def test_appending_to_a_batch(
     tiny: MakeModel, expected: MakeExpected, tokens: MakeTokens, batch: MakeBatch, sides: dict[str, Any]
 ) -> None:
-    """Appending texts of different lengths to a batch of texts of different lengths (gaps behind gaps), twice."""
+    """Appending texts of different lengths to a batch of texts of different lengths (gaps after gaps), twice."""
     model = tiny(**sides)
     want, prompt = expected(model), tokens(6, 1)
     steps = [[tokens(37, 1), tokens(5, 2)], [tokens(3, 3), tokens(30, 4)], [tokens(16, 5), tokens(9, 6)]]

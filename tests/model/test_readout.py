@@ -100,8 +100,8 @@ def test_gradients(states: str) -> None:
     embeddings that a higher rate leaves out."""
     model = exact_in_float64(make_model("llama", states=states, **MEMORY))
     assert model.memory.requires_grad
-    found = gradients(model, tokens, batch)
-    assert found["memory"].abs().amax(1).gt(0).tolist() == [True] * 4 + [False] * 4
+    got = gradients(model, tokens, batch)
+    assert got["memory"].abs().amax(1).gt(0).tolist() == [True] * 4 + [False] * 4
     assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
     assert_central_difference(model, model.memory, tokens, batch)
 

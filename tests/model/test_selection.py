@@ -185,8 +185,8 @@ def test_the_header_stays_in_front(backbone: MakeBackbone, tokens: MakeTokens) -
     assert header == [1, 2, *[0] * 5, 3, 1, 2]  # a system message of five words that the tokenizer does not know
     want = own_cache(base, header)
     context = model.compress(one(tokens(37)), rate=4)
-    for some in (context, CompressedContext.join([context, context]), context.take(torch.arange(3))):
-        placed = model.as_cache(some)
+    for made in (context, CompressedContext.join([context, context]), context.take(torch.arange(3))):
+        placed = model.as_cache(made)
         for i, layer in enumerate(placed.blocks.layers):
             for got, own in zip(layer, (want.layers[i].keys, want.layers[i].values), strict=True):
                 torch.testing.assert_close(got[:, :, : len(header)], own, **CLOSE)

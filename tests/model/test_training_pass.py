@@ -46,9 +46,9 @@ def test_training_forward_equals_cached(
             torch.testing.assert_close(out.logits[b][real], logits, **CLOSE)
             torch.testing.assert_close(cached.logits[b][real], logits, **CLOSE)
             targets = labels[b][real]
-            for place in range(1, len(prompts[b])):
-                if targets[place] != -100:
-                    losses.append(-logits[place - 1].double().log_softmax(-1)[targets[place]])
+            for position in range(1, len(prompts[b])):
+                if targets[position] != -100:
+                    losses.append(-logits[position - 1].double().log_softmax(-1)[targets[position]])
         assert len(losses) == int((labels != -100).sum())
         assert out.loss.item() == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
         assert cached.loss.item() == pytest.approx(out.loss.item(), rel=1e-5)
@@ -78,7 +78,7 @@ def test_predictions_are_read_in_place_of_tokens(fresh: MakeModel, tokens: MakeT
     model = fresh("llama", lora=4)
     ids, mask = batch([tokens(37), tokens(21, 1)])
     targets = torch.tensor([tokens(12, 2), tokens(12, 3)])
-    kept = torch.arange(2, 11)
+    wanted_logits = torch.arange(2, 11)
     predicted = torch.zeros_like(targets)
     predicted[0, 3:], predicted[1, [3, 7]] = 1, 1
     for dtype in (torch.float32, torch.bfloat16):
@@ -106,7 +106,7 @@ def test_predictions_are_read_in_place_of_tokens(fresh: MakeModel, tokens: MakeT
         again = own.clone()
         again[0] = torch.where(predicted[0].bool(), go(own, None, None)[0].argmax(-1).roll(1, 1)[0], targets[0])
         assert not torch.equal(own, again)
-        for keep in (None, kept):
+        for keep in (None, wanted_logits):
             nowhere = torch.zeros_like(targets)
             for read, asked, name in ((own, predicted, "own"), (again, twice, "twice"), (targets, nowhere, "none")):
                 want, got = go(read, keep, None), go(targets, keep, asked)

@@ -142,15 +142,15 @@ def test_loading_processes_do_not_change_the_order(samples_of: Callable[..., Sam
 def test_processes_share_out_what_one_would_read(samples_of: Callable[..., Samples], shared: Settings) -> None:
     def rows(batch: Settings) -> list[tuple[Any, ...]]:
         """Each row without its padding, which the end token is."""
-        found = []
+        shares = []
         for b in range(len(batch["input_ids"])):
             ids = [batch[key][b].tolist() for key in ("context_ids", "input_ids", "labels")]
             while ids[0][-1] == 2:
                 ids[0].pop()
             while ids[2][-1] == -100:
                 ids[1].pop(), ids[2].pop()
-            found.append((batch["rate"], batch["kind"], *map(tuple, ids)))
-        return found
+            shares.append((batch["rate"], batch["kind"], *map(tuple, ids)))
+        return shares
 
     one = samples_of(changed(shared, stages__0__batch_tokens=192))
     two = samples_of(shared)

@@ -44,8 +44,8 @@ def test_loss_and_gradient_are_those_of_all_logits(monkeypatch: pytest.MonkeyPat
     (3 * reference).backward()
     torch.testing.assert_close(loss.double(), reference, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(got, states.grad, rtol=1e-5, atol=1e-6)
-    found = logits.argmax(-1)
-    assert torch.equal(frozen.likeliest(states), found if vocabulary is None else vocabulary[found])
+    likeliest = logits.argmax(-1)
+    assert torch.equal(frozen.likeliest(states), likeliest if vocabulary is None else vocabulary[likeliest])
 
 
 def test_no_target_at_all_is_no_loss() -> None:

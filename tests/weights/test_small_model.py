@@ -27,7 +27,7 @@ def ids() -> torch.Tensor:
 
 @pytest.mark.parametrize("rate", [4, 8, 16])
 def test_what_it_recalls_is_what_the_reference_recalls(ids: torch.Tensor, expected: MakeExpected, rate: int) -> None:
-    """A segment and a part of one; loss of the training pass and behind a stored context, in float32 and, less exactly,
+    """A segment and a part of one; loss of the training pass and after a stored context, in float32 and, less exactly,
     in bfloat16, against tests/reference.py, which shares no code with rcc."""
     text, span = ids[:, :300], ids[:, 200:280]
     labels = span.clone()

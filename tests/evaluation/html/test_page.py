@@ -63,7 +63,7 @@ def make_qa(folder: Path, better: float = 0.0, questions: int = 12) -> Path:
         row |= {"asked": f"Who? {key['question']}", "answers": ["Susan", "she"], "written": HOSTILE}
         return row if key["mode"] != "reconstruct" else {**row, "instruction_accuracy": 0.9}
 
-    ways = [(method, mode, rate) for method, some in METHODS.items() for mode in some for rate in RATES]
+    ways = [(method, mode, rate) for method, modes in METHODS.items() for mode in modes for rate in RATES]
     keys: list[dict[str, Any]] = [
         dict(zip(BY, way, strict=True)) | {"set": SETS[i % 2], "bucket": BUCKETS[i // 2 % 2], "question": f"q{i}"}
         for way in [*ways, *((method, "human", 0) for method in WHOLE)]
@@ -93,10 +93,10 @@ def folders(tiny: MakeModel, tokens: MakeTokens, tmp_path_factory: pytest.TempPa
     }
     for name, evaluation in evaluations.items():
         finish(evaluation, evaluate(evaluation, top / name))
-    found = Results("tea <b>time</b>", {"model": "any"}, top / "tea")
-    some = {"warm": math.nan, "cups": 3.0, "said": HOSTILE}
-    found.collect([Case({"leaf": "<u>green</u>", "cup": n}, lambda: some) for n in range(4)])
-    found.finish(("leaf",), "")
+    tea = Results("tea <b>time</b>", {"model": "any"}, top / "tea")
+    figures = {"warm": math.nan, "cups": 3.0, "said": HOSTILE}
+    tea.collect([Case({"leaf": "<u>green</u>", "cup": n}, lambda: figures) for n in range(4)])
+    tea.finish(("leaf",), "")
     make_qa(top / "qa")
     make_qa(top / "other" / "qa", better=0.1)
     names = ("qa", "recon", "passkey", "resources", "tea")
@@ -104,7 +104,7 @@ def folders(tiny: MakeModel, tokens: MakeTokens, tmp_path_factory: pytest.TempPa
 
 
 # ---------------------------------------------------------------- reading a page back
-class Reader(HTMLParser):
+class PageReader(HTMLParser):
     """What a page holds: tables as rows of (text, small print, list of samples), headings, scripts."""
 
     def __init__(self, html: str) -> None:
@@ -120,11 +120,11 @@ class Reader(HTMLParser):
         self.close()
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        found = dict(attrs)
+        attributes = dict(attrs)
         self.tags.append(tag)
         self._where.append(tag)
-        if "data-s" in found:
-            self.links.add(int(found["data-s"] or ""))
+        if "data-s" in attributes:
+            self.links.add(int(attributes["data-s"] or ""))
         if tag == "table":
             self.tables.append([])
         elif tag == "tr":
@@ -132,9 +132,9 @@ class Reader(HTMLParser):
         elif tag in ("td", "th"):
             self._cell = ["", "", None]
         elif tag == "script":
-            self.scripts.append((found, ""))
-        if self._cell is not None and "data-s" in found:
-            self._cell[2] = found["data-s"]
+            self.scripts.append((attributes, ""))
+        if self._cell is not None and "data-s" in attributes:
+            self._cell[2] = attributes["data-s"]
 
     def handle_endtag(self, tag: str) -> None:
         while self._where and self._where.pop() != tag:
@@ -169,8 +169,8 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 
 # ---------------------------------------------------------------- figures and samples
 def test_every_figure_and_its_samples(folders: dict[str, Path]) -> None:
-    """Each figure of the tables is the mean of the samples, as the file has them, that open behind it."""
-    page = Reader(report.page([folders["qa"]], limit=1000))
+    """Each figure of the tables is the mean of the samples, as the file has them, that it opens."""
+    page = PageReader(report.page([folders["qa"]], limit=1000))
     data, measured = page.samples(), [row for row in rows_of(folders["qa"]) if "skipped" not in row]
     table = page.table("method", "mode", "rate", "samples", "score", "held, MB")
     ways = len(METHODS) + 1
@@ -182,34 +182,34 @@ def test_every_figure_and_its_samples(folders: dict[str, Path]) -> None:
             "rate": row["rate"][0],
         }
         key["rate"] = 0 if key["rate"] == "–" else int(key["rate"].removesuffix("×"))
-        behind = [sample for sample in measured if sample["key"].items() >= key.items()]
+        members = [sample for sample in measured if sample["key"].items() >= key.items()]
         if key["method"] == "kvpress-snapkv" and key["rate"] == 16:
             assert row["samples"][0] == "not measured: no press keeps <nothing>"
             continue
-        assert row["samples"][0] == str(len(behind)) == "12"
-        mean = sum(sample["score"] for sample in behind) / 12
+        assert row["samples"][0] == str(len(members)) == "12"
+        mean = sum(sample["score"] for sample in members) / 12
         assert row["score"][0] == f"{mean:.3f}"
         low, high = map(float, row["score"][1].split("–"))
         assert low <= mean <= high
-        assert float(row["held, MB"][0]) == pytest.approx(sum(s["bytes"] for s in behind) / 12e6, abs=0.06)
+        assert float(row["held, MB"][0]) == pytest.approx(sum(s["bytes"] for s in members) / 12e6, abs=0.06)
         shown = data["lists"][int(row["score"][2])]
-        assert [data["rows"][i]["key"] for i in shown["rows"]] == [sample["key"] for sample in behind]
+        assert [data["rows"][i]["key"] for i in shown["rows"]] == [sample["key"] for sample in members]
         assert shown["all"] == 12
     sets = page.table("method", *SETS)
     for row in sets[:3]:
-        behind = [s for s in measured if s["key"].items() >= {"method": "rcc", "mode": "human"}.items()]
-        behind = [s for s in behind if row["method"][0] == f"rcc · human · {s['key']['rate']}×"]
+        members = [s for s in measured if s["key"].items() >= {"method": "rcc", "mode": "human"}.items()]
+        members = [s for s in members if row["method"][0] == f"rcc · human · {s['key']['rate']}×"]
         for name in SETS:
-            some = [s["score"] for s in behind if s["key"]["set"] == name]
-            assert row[name][0] == f"{sum(some) / len(some):.3f}"
-            assert row[name][1].endswith(f"n\u00a0{len(some)}")
+            scores = [s["score"] for s in members if s["key"]["set"] == name]
+            assert row[name][0] == f"{sum(scores) / len(scores):.3f}"
+            assert row[name][1].endswith(f"n\u00a0{len(scores)}")
     text = "".join(page.text)
     assert f"note of {HOSTILE[:20]}" in text
     assert "Quality against compression" in text
 
 
 def test_samples_come_to_their_figures(folders: dict[str, Path]) -> None:
-    """Of every task and every list of cells: the samples behind a figure have its mean and its number."""
+    """Of every task and every list of cells: the samples of a figure have its mean and its number."""
     samples, seen = SampleLists(10**9), 0
     for run in read(list(folders.values())):
         for grouping in run.groupings:
@@ -217,17 +217,17 @@ def test_samples_come_to_their_figures(folders: dict[str, Path]) -> None:
                 assert (link is None) == ("skipped" in cell)
                 for figure in figures_of([cell]):
                     rows = [samples.rows[i] for i in samples.lists[link]["rows"]]
-                    found = [float(row[figure]) for row in rows if figure in row]
-                    assert sum(found) / len(found) == pytest.approx(cell[figure]["mean"], rel=1e-3, nan_ok=True)
-                    assert len(found) == cell[figure]["n"]
+                    values = [float(row[figure]) for row in rows if figure in row]
+                    assert sum(values) / len(values) == pytest.approx(cell[figure]["mean"], rel=1e-3, nan_ok=True)
+                    assert len(values) == cell[figure]["n"]
                     seen += 1
     assert seen > 500
 
 
 def test_points_lead_to_their_samples(folders: dict[str, Path]) -> None:
-    """What a point of a chart is called belongs to the samples behind it; every list of samples is led to."""
+    """What a point of a chart is called belongs to its samples; every list of samples is led to."""
     html = report.page([folders["qa"]], limit=1000)
-    page = Reader(html)
+    page = PageReader(html)
     data = page.samples()
     assert page.links == set(range(len(data["lists"])))
     points = re.findall(r'<g class="point"[^>]* data-s="(\d+)">\s*<title>(.*?)</title>', html)
@@ -237,14 +237,14 @@ def test_points_lead_to_their_samples(folders: dict[str, Path]) -> None:
         rows = [data["rows"][i] for i in data["lists"][int(number)]["rows"]]
         assert {row["key"]["method"] for row in rows} == {method}
         assert title.endswith(f", n {len(rows)}")
-        if found := re.search(r"([\d.]+) tokens a position: ", title):
+        if match := re.search(r"([\d.]+) tokens a position: ", title):
             ratio = sum(r["context_tokens"] for r in rows) / sum(r["positions"] for r in rows)
-            assert float(found[1]) == pytest.approx(ratio, abs=0.051)
+            assert float(match[1]) == pytest.approx(ratio, abs=0.051)
 
 
 def test_the_limit(folders: dict[str, Path]) -> None:
-    """No figure has more samples than the limit, and the same questions stand behind all methods; 0 is none."""
-    page = Reader(report.page([folders["qa"], folders["other"]], limit=3))
+    """No figure has more samples than the limit, and all methods have the same questions; 0 is none."""
+    page = PageReader(report.page([folders["qa"], folders["other"]], limit=3))
     data = page.samples()
     asked = []
     for row in page.table("method", "mode", "rate", "samples", "score"):
@@ -253,17 +253,17 @@ def test_the_limit(folders: dict[str, Path]) -> None:
             asked.append({data["rows"][i]["key"]["question"] for i in shown["rows"]})
             assert (len(shown["rows"]), shown["all"]) == (3, 12)
     assert len(asked) > 10
-    assert all(some == asked[0] for some in asked)
+    assert all(questions == asked[0] for questions in asked)
     assert asked[0] != {"q0", "q1", "q2"}  # drawn, not the first ones
     html = report.page([folders["qa"]], limit=0)
     assert "data-s=" not in html.split("<style>")[0] + html.split("</style>")[1].split("<script")[0]
-    assert Reader(html).samples() == {"rows": [], "lists": []}
+    assert PageReader(html).samples() == {"rows": [], "lists": []}
 
 
 def test_reconstruction(folders: dict[str, Path]) -> None:
     """Controls are apart, skipped cells say why, and positions have charts of their own."""
     html = report.page([folders["recon"]])
-    page, text = Reader(html), "".join(Reader(html).text)
+    page, text = PageReader(html), "".join(PageReader(html).text)
     data = json.loads((folders["recon"] / "results.json").read_text(encoding="utf-8"))
     for row, cell in zip(page.table("tokens", "rate", "context", "accuracy"), data["cells"], strict=True):
         assert row["context"][0] == cell["key"]["context"]
@@ -282,15 +282,15 @@ def test_reconstruction(folders: dict[str, Path]) -> None:
             assert "soft" not in line[0]
     for wanted in ("place in the segment", "token at which the prompt begins", "By length", *data["notes"]):
         assert wanted in text
-    places = next(found for found in data["by_place"] if (found["length"], found["rate"]) == (64, 4))
-    for i, value in enumerate(places["group"]):
+    by_place = next(entry for entry in data["by_place"] if (entry["length"], entry["rate"]) == (64, 4))
+    for i, value in enumerate(by_place["group"]):
         drawn = re.search(rf"<title>4×, part {i + 1} of 4: ([\d.]+)", html)
         assert float(drawn[1]) == pytest.approx(value["mean"], abs=5e-4)
 
 
 def test_passkey(folders: dict[str, Path]) -> None:
     """A heat map for each variant: shares by length and position, beside the control's; what does not fit says so."""
-    page = Reader(report.page([folders["passkey"]]))
+    page = PageReader(report.page([folders["passkey"]]))
     measured = rows_of(folders["passkey"])
     heats = [rows for rows in page.tables if any(text == "control: key replaced" for text, *_ in rows[0])]
     assert len(heats) == 2
@@ -301,12 +301,12 @@ def test_passkey(folders: dict[str, Path]) -> None:
         assert names == [("512", "1×"), ("512", "16×"), ("1k", "1×"), ("1k", "16×")]
         assert rows[2][2][0].startswith("not measured: 1k tokens at 1× take 1,024 positions")
         wanted = {"variant": variant, "length": 512, "rate": 16}
-        places = itertools.product(("whole", "replaced"), positions)
-        for (context, position), (share, small, _) in zip(places, rows[1][2:], strict=True):
+        columns = itertools.product(("whole", "replaced"), positions)
+        for (context, position), (share, small, _) in zip(columns, rows[1][2:], strict=True):
             key = {**wanted, "context": context, "position": position}
-            some = [row["right"] for row in measured if row["key"].items() >= key.items()]
-            assert share == f"{sum(some) / len(some):.0%}"
-            assert small.endswith(f"n\u00a0{len(some)}")
+            outcomes = [row["right"] for row in measured if row["key"].items() >= key.items()]
+            assert share == f"{sum(outcomes) / len(outcomes):.0%}"
+            assert small.endswith(f"n\u00a0{len(outcomes)}")
 
 
 def test_resources(folders: dict[str, Path]) -> None:
@@ -324,21 +324,21 @@ def test_resources(folders: dict[str, Path]) -> None:
     ):
         assert f"<title>{title}</title>" in html
     assert "plain, 64k tokens, computed: " in html
-    assert {cell["beyond window"][0] for cell in Reader(html).table("reader", "beyond window")} == {"yes", "no"}
+    assert {cell["beyond window"][0] for cell in PageReader(html).table("reader", "beyond window")} == {"yes", "no"}
 
 
 def test_folders_together(folders: dict[str, Path]) -> None:
     """Sections in one order, each folder with a name of its own; a task that is not known has its table."""
-    page = Reader(report.page(list(folders.values())))
+    page = PageReader(report.page(list(folders.values())))
     text = "".join(page.text)
     heads = ["Answers", "Reconstruction", "Passkey", "Memory and time", "tea <b>time</b>"]
-    places = [text.rindex(head) for head in heads]
-    assert places == sorted(places)
+    offsets = [text.rindex(head) for head in heads]
+    assert offsets == sorted(offsets)
     assert "other/qa" in text
     assert f"{folders['qa'].parent.name}/qa" in text
     assert {"rcc human A", "rcc human B", "plain A", "plain B"} <= set(map(str.strip, page.text))
     (row,) = page.table("leaf", "samples", "cups", "warm")
-    assert {name: some[0] for name, some in row.items()} == {
+    assert {name: cells[0] for name, cells in row.items()} == {
         "leaf": "<u>green</u>",
         "samples": "4",
         "cups": "3",
@@ -350,7 +350,7 @@ def test_folders_together(folders: dict[str, Path]) -> None:
 def test_what_models_write_stays_text(folders: dict[str, Path]) -> None:
     """No tag comes from a sample, a name, a note or a setting; the samples are what they were."""
     html = report.page(list(folders.values()))
-    page = Reader(html)
+    page = PageReader(html)
     assert page.tags.count("script") == 2
     assert not {"img", "iframe", "u", "i", "object", "embed"} & set(page.tags)
     assert "<!--" not in html
@@ -368,7 +368,7 @@ def test_nothing_is_fetched_and_only_one_script_runs(folders: dict[str, Path]) -
     page = report.page([folders["recon"]])
     assert not re.search(r"https?://|@import|url\(|<link(?! rel=\"icon\" href=\"data:,\")|\ssrc=", page)
     policy = re.search(r'http-equiv="Content-Security-Policy" content="(.*?)"', page)[1].replace("&#39;", "'")
-    code = next(text for attrs, text in Reader(page).scripts if not attrs)
+    code = next(text for attrs, text in PageReader(page).scripts if not attrs)
     digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
     assert policy == f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
 

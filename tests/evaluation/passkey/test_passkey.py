@@ -69,8 +69,8 @@ def test_keys_are_found(passkey_model: tuple[Path, set[int]], tmp_path: Path) ->
     assert done.stderr == f"{folder}: results.json, samples.jsonl, table.md and plots\n"
     data, rows = results.load(folder)
     assert len(rows) == 3 * (20 + 10)
-    found = [row["right"] for row in rows if row["key"]["context"] == "whole"]
-    assert np.mean(found) >= 0.95
+    outcomes = [row["right"] for row in rows if row["key"]["context"] == "whole"]
+    assert np.mean(outcomes) >= 0.95
     assert not any(row["right"] for row in rows if row["key"]["context"] == "replaced")
     assert all(row["right"] == (row["written"].strip(" .") == row["answer"]) for row in rows)
     assert {cell["key"]["position"] for cell in data["cells"]} == set(POSITIONS)

@@ -151,7 +151,7 @@ def test_every_context_is_what_it_says(
 def test_every_context_of_a_direct_prefix_is_what_it_says(
     tiny: MakeModel, documents: list[list[int]], measuring: Callable[..., ReconstructionEvaluation]
 ) -> None:
-    """Accuracy behind the real and the shuffled context, computed once more without a cache; at rate 1, too."""
+    """Accuracy after the real and the shuffled context, computed once more without a cache; at rate 1, too."""
     model = tiny(prefix="direct")
     run = measuring(model, rates=[4, 1], batch=3)
     texts = [ids[:LENGTH] for ids in documents]
@@ -186,7 +186,7 @@ def test_work_is_bounded_and_done_once(
     monkeypatch.setattr(model, "encode", lambda ids, **kw: read.append(kw["rate"]) or encode(ids, **kw))
     collect(measuring(model, rates=[4, 8], batch=4))
     assert sizes == 3 * [4, 2, 4, 2, 2, 2]
-    assert sorted(read) == 4 * [4] + 4 * [8]  # the first one again, behind the last
+    assert sorted(read) == 4 * [4] + 4 * [8]  # the first one again, after the last
 
 
 # ---------------------------------------------------------------- the folder
@@ -236,8 +236,8 @@ def test_resuming(
 def test_the_folder_of_a_run(measuring: Callable[..., ReconstructionEvaluation], tmp_path: Path) -> None:
     """Table, plots and JSON; cells that cannot be are named; two runs are compared sample by sample."""
     run = measuring(rates=[4, 16])
-    found = collect(run, tmp_path / "a")
-    finish(run, found)
+    measured = collect(run, tmp_path / "a")
+    finish(run, measured)
     names = {"accuracy-by-place", "accuracy-by-rate", "accuracy-by-start", "bleu-by-rate", "heat"}
     plots = {f"{name}-{LENGTH}.png" for name in names}
     files = {"results.json", "samples.jsonl", "settings.json", "table.md"} | plots
@@ -249,10 +249,10 @@ def test_the_folder_of_a_run(measuring: Callable[..., ReconstructionEvaluation],
     assert set(keys) == {(c, r) for c in contexts for r in (4, 16)} | {("no-context", None), ("plain-text", None)}
     for cell in data["by_start"]:
         key = cell["key"]
-        some = [row["accuracy"] for row in rows if row["key"].items() >= key.items()]
-        assert cell["accuracy"]["mean"] == pytest.approx(sum(some) / len(some))
+        accuracies = [row["accuracy"] for row in rows if row["key"].items() >= key.items()]
+        assert cell["accuracy"]["mean"] == pytest.approx(sum(accuracies) / len(accuracies))
         assert cell["accuracy"]["n"] == 3
-    assert [(place["length"], place["rate"]) for place in data["by_place"]] == [(LENGTH, 4), (LENGTH, 16)]
+    assert [(entry["length"], entry["rate"]) for entry in data["by_place"]] == [(LENGTH, 4), (LENGTH, 16)]
     assert len(data["by_place"][1]["group"]) == 16
     table = (tmp_path / "a/table.md").read_text(encoding="utf-8")
     assert [line.split(" | ")[0] for line in table.splitlines()[2:10]] == [f"| {kind}" for kind in contexts * 2] + [
@@ -305,12 +305,12 @@ def test_an_untrained_rate_is_said_once(
 ) -> None:
     model = fresh(rates=(4, 8))
     with caplog.at_level(logging.INFO):
-        found = collect(measuring(model, rates=[4, 2], documents=2))
+        results = collect(measuring(model, rates=[4, 2], documents=2))
     assert len([record for record in caplog.records if record.name.startswith("rcc")]) == 1
-    assert [note for note in found.notes if "not trained" in note] == [
+    assert [note for note in results.notes if "not trained" in note] == [
         "rcc was not trained at 2×, only at 4×, 8×: expect little of it."
     ]
-    assert "| 2× (untrained) |" in ReconstructionReport(found, model.config).table()
+    assert "| 2× (untrained) |" in ReconstructionReport(results, model.config).table()
 
 
 # ---------------------------------------------------------------- the command
@@ -388,9 +388,9 @@ def test_contexts_kept_in_8_bits(
     for row in collect(run).rows:
         key = row["key"]
         text = torch.tensor(documents[key["document"]][:LENGTH])
-        kept = model.compress(text[None], rate=4).to(dtype="int8")
+        eight = model.compress(text[None], rate=4).to(dtype="int8")
         span = text[key["start"] : key["start"] + 10 + TARGET]
-        logits = model(span[None], context=kept).logits[0, 9:-1]
+        logits = model(span[None], context=eight).logits[0, 9:-1]
         assert row["loss"] == pytest.approx(F.cross_entropy(logits, span[10:]).item(), rel=1e-4)
 
 

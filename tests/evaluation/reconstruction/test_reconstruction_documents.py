@@ -45,12 +45,12 @@ def data(documents: list[list[int]], tmp_path_factory: pytest.TempPathFactory) -
 def test_documents(tokenizer: PreTrainedTokenizerFast, data: Path, documents: list[list[int]], tmp_path: Path) -> None:
     """Of several texts the beginnings, a short one left out; one text is cut; another document is never the same."""
     texts = open_texts([str(data)], "text", tokenizer)
-    found = Documents(texts, LENGTH, seed=0)
-    assert (len(found), found.too_short) == (3, 1)
-    assert [found[i].tolist() for i in range(3)] == [ids[:LENGTH] for ids in documents]
-    assert sorted(map(found.another, range(3))) == [0, 1, 2]
-    assert all(found.another(i) != i for i in range(3))
-    assert {tuple(Documents(texts, LENGTH, seed).order) for seed in range(20)} > {tuple(found.order)}
+    divided = Documents(texts, LENGTH, seed=0)
+    assert (len(divided), divided.too_short) == (3, 1)
+    assert [divided[i].tolist() for i in range(3)] == [ids[:LENGTH] for ids in documents]
+    assert sorted(map(divided.another, range(3))) == [0, 1, 2]
+    assert all(divided.another(i) != i for i in range(3))
+    assert {tuple(Documents(texts, LENGTH, seed).order) for seed in range(20)} > {tuple(divided.order)}
     (tmp_path / "one.txt").write_text(words(documents[0]), encoding="utf-8")
     cut = Documents(open_texts([str(tmp_path / "one.txt")], "text", tokenizer), 20, seed=0)
     assert [cut[i].tolist() for i in range(len(cut))] == [documents[0][i : i + 20] for i in (0, 20, 40)]

@@ -57,7 +57,7 @@ def test_samples_are_asked_as_rcc_ask_asks(row: tuple[str, str, str]) -> None:
 
 
 @pytest.mark.parametrize("row", ROWS)
-def test_the_question_stands_before_or_behind(row: tuple[str, str, str]) -> None:
+def test_the_question_stands_before_or_after(row: tuple[str, str, str]) -> None:
     context, question, _ = row
     for mode in ("reconstruct", "compress"):
         texts = {
@@ -83,7 +83,7 @@ def test_a_teacher_is_asked_in_chat_form() -> None:
 
 def test_modes_and_places_are_as_frequent_as_asked() -> None:
     row = row_of(*ROWS[0])
-    question, modes, places = row.question, Counter[str](), Counter[str]()
+    question, modes, sides = row.question, Counter[str](), Counter[str]()
     task = Instruction(modes={"human": 2, "reconstruct": 1, "compress": 1}, before=0.3, own_segment=0.6, distractors=0)
     n = 1200
     for seed in range(n):
@@ -93,29 +93,29 @@ def test_modes_and_places_are_as_frequent_as_asked() -> None:
         else:
             modes["human" if within(question, sample.prompt) else "compress"] += 1
         if not within(question, sample.prompt):
-            places["own" if len(sample.pieces) == 2 else "joined"] += 1
-            places["before" if (sample.pieces[0][: len(question)] == question).all() else "behind"] += 1
+            sides["own" if len(sample.pieces) == 2 else "joined"] += 1
+            sides["before" if (sample.pieces[0][: len(question)] == question).all() else "after"] += 1
     asked = n - modes["human"]
     assert modes["human"] / n == pytest.approx(0.5, abs=0.06)
     assert modes["reconstruct"] / n == pytest.approx(0.25, abs=0.05)
-    assert places["before"] / asked == pytest.approx(0.3, abs=0.07)
-    assert places["own"] / asked == pytest.approx(0.6, abs=0.07)
+    assert sides["before"] / asked == pytest.approx(0.3, abs=0.07)
+    assert sides["own"] / asked == pytest.approx(0.6, abs=0.07)
 
 
 def test_distractors_fill_the_context_around_the_whole_passage() -> None:
     row = row_of(*ROWS[1])
-    places = []
+    offsets = []
     for seed in range(300):
         draw = GivenDraw(row)
         (context,) = only("human", distractors=1.0).sample(draw, np.random.default_rng(seed), 512, 64, MARKS).pieces
         assert 512 - len(MARKS.separator) <= len(context) <= 512
         assert within(row.context, context) == 1
         assert "passage" in draw.asked or "prose" in draw.asked
-        places.append(next(i for i in range(len(context)) if (context[i : i + len(row.context)] == row.context).all()))
-    places.sort()
-    assert places[0] == 0
-    assert places[-1] > 400
-    assert 130 < places[150] < 330  # a passage is as likely early as late
+        offsets.append(next(i for i in range(len(context)) if (context[i : i + len(row.context)] == row.context).all()))
+    offsets.sort()
+    assert offsets[0] == 0
+    assert offsets[-1] > 400
+    assert 130 < offsets[150] < 330  # a passage is as likely early as late
 
 
 def test_half_of_the_distractors_are_prose_where_there_is_any() -> None:

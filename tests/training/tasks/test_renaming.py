@@ -51,9 +51,9 @@ def test_names_and_numbers_are_exchanged_alike_in_passage_question_and_answer() 
         task = only("human", renamed=1.0, turns=4)
         sample = task.sample(Town(), np.random.default_rng(seed), 128, 128, MARKS)
         (passage,) = (TOKENIZER.decode(piece) for piece in sample.pieces)
-        found = re.fullmatch(r"Then (\w+) (\w+) went to (\w+) in (\d{4})\. She saw (\w+)\u2019s (\d\d) cats\.", passage)
-        assert found, passage
-        ada, byron, paris, year, again, cats = found.groups()
+        match = re.fullmatch(r"Then (\w+) (\w+) went to (\w+) in (\d{4})\. She saw (\w+)\u2019s (\d\d) cats\.", passage)
+        assert match, passage
+        ada, byron, paris, year, again, cats = match.groups()
         assert again == byron
         assert len({ada, byron, paris}) == 3
         assert {ada, byron, paris} < {"Karl", "Marx", "Bonn", "Wilhelm", "Otto"}
