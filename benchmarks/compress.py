@@ -76,11 +76,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, float | None]:
         torch.cuda.synchronize()
     for _ in range(arguments.repeats):
         start = time.perf_counter()
-        kept = run(ids)
+        context = run(ids)
         if cuda:
             torch.cuda.synchronize()
         best = min(best, time.perf_counter() - start)
-        del kept
+        del context
     peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"seconds": best, "bytes": max(0, peak - before)}
 

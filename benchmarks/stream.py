@@ -101,11 +101,11 @@ def main() -> None:
             done = subprocess.run(loading, env=environment, capture_output=True, text=True, check=True)
             positions, size, load, first = map(float, done.stdout.split())
             reading = [sample for sample in samples if sample[2]] or samples
-            some = [reading[round(i / 4 * (len(reading) - 1))][1] / 1e6 for i in range(5)]
+            held_mb = [reading[round(i / 4 * (len(reading) - 1))][1] / 1e6 for i in range(5)]
             row = [show_count(length), f"{positions:,.0f}", f"{size / 1e6:,.0f}"]
-            row += [f"{max(s[1] for s in samples) / 1e6:,.0f}", *(f"{mb:,.0f}" for mb in some)]
+            row += [f"{max(s[1] for s in samples) / 1e6:,.0f}", *(f"{mb:,.0f}" for mb in held_mb)]
             spent = (reading[-1][0] - reading[0][0]) or 1
-            row += [f"{some[-1] - size / 1e6:,.0f}", f"{tokens / spent:,.0f}", f"{load * 1e3:.1f}", f"{first:.2f}"]
+            row += [f"{held_mb[-1] - size / 1e6:,.0f}", f"{tokens / spent:,.0f}", f"{load * 1e3:.1f}", f"{first:.2f}"]
             rows.append(row)
             curve += [f"{length},{s:.1f},{b}" for s, b, _ in samples]
             print(json.dumps(dict(zip(header, row, strict=True))), flush=True)

@@ -260,9 +260,11 @@ def main() -> None:
         kinds["warmstart"] = lambda: own("warmstart")
     base = 0.0
     for name, measure in kinds.items():
-        found = measure()
-        base = base or found["speed"]
-        rows.append(f"| {name} | {found['speed']:,.0f} | {found['speed'] / base:.2f} | {found['bytes'] / 1e9:.1f} |")
+        measured = measure()
+        base = base or measured["speed"]
+        rows.append(
+            f"| {name} | {measured['speed']:,.0f} | {measured['speed'] / base:.2f} | {measured['bytes'] / 1e9:.1f} |"
+        )
         print(rows[-1], flush=True)
     if arguments.markdown:
         arguments.markdown.write_text("\n".join(rows) + "\n")

@@ -74,8 +74,8 @@ def measure(arguments: argparse.Namespace) -> None:
     model.zero_grad()
     allocated = memory.allocated(step)
     shape = Batch(1, arguments.length, arguments.rate, 256)
-    found = activations(blueprint(recipe, MODEL), shape, recipe.stages[0].frozen)
-    estimate = (found.checkpointed if arguments.checkpointing else found.kept) + sum(gradients.values())
+    computed = activations(blueprint(recipe, MODEL), shape, recipe.stages[0].frozen)
+    estimate = (computed.checkpointed if arguments.checkpointing else computed.kept) + sum(gradients.values())
     learning = sum(name.startswith("encoder.") for name in gradients)
     print(json.dumps({"sizes": [peak - before, allocated, estimate], "encoder_gradients": learning}))
 
@@ -103,9 +103,9 @@ def main() -> None:
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 sys.exit(done.stderr)
-            found = json.loads(done.stdout.splitlines()[-1])
-            sizes = " | ".join(f"{size / 1e9:.2f}" for size in found["sizes"])
-            rows.append(f"| {kind} | {length:,} | {sizes} | {found['encoder_gradients']} |")
+            figures = json.loads(done.stdout.splitlines()[-1])
+            sizes = " | ".join(f"{size / 1e9:.2f}" for size in figures["sizes"])
+            rows.append(f"| {kind} | {length:,} | {sizes} | {figures['encoder_gradients']} |")
             print(rows[-1], flush=True)
     if arguments.markdown:
         arguments.markdown.write_text("\n".join(rows) + "\n")

@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -73,8 +74,8 @@ def equality(device: str) -> bool:
             got = model.compress(more, context=model.compress(text))
             logits = model(prompt, context=got).logits.double().cpu()
             error = float((logits - want).norm() / want.norm())
-            kept = got.to(dtype="int8")
-            small = float((model(prompt, context=kept).logits.double().cpu() - want).norm() / want.norm())
+            eight = got.to(dtype="int8")
+            small = float((model(prompt, context=eight).logits.double().cpu() - want).norm() / want.norm())
             with tempfile.TemporaryDirectory() as folder:
                 got.save(Path(folder) / "context.rcc")
                 model.record_fingerprint(got.fingerprint)
@@ -167,13 +168,12 @@ def main() -> None:
     def left() -> float:
         return end - time.monotonic()
 
+    def measured(prefix: str, length: str) -> bool:
+        return memory(device, prefix, length, left())
+
     parts: list[tuple[str, Callable[[], bool]]] = [("equality", lambda: equality(device))]
-    parts += [("speed", lambda prefix=prefix: speed(device, prefix)) for prefix in PREFIXES]
-    parts += [
-        ("memory", lambda prefix=prefix, length=length: memory(device, prefix, length, left()))
-        for length in LENGTHS[device]
-        for prefix in PREFIXES
-    ]
+    parts += [("speed", partial(speed, device, prefix)) for prefix in PREFIXES]
+    parts += [("memory", partial(measured, prefix, length)) for length in LENGTHS[device] for prefix in PREFIXES]
     wrong = 0
     for name, part in parts:
         if left() < NEEDS[name]:

@@ -300,20 +300,21 @@ def answer(model: Any, request: dict[str, Any], max_new_tokens: int, stop: Colle
     with contextlib.nullcontext() if press is None else press(model):
         model.model(input_ids=context, past_key_values=cache)
     pruned = _now(model)
-    held = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    layers: list[Any] = cache.layers
+    held = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
     positions = {tensor.shape[2] for tensor in held}
     if press is not None and positions != {keep}:
         raise ValueError(f"{request['press']} kept {sorted(positions)} positions instead of {keep}")
     size = sum(tensor.nbytes for tensor in held)
 
     # a position is where a token stands in the text, also after a pruned one
-    places = torch.arange(length, length + question.shape[1], device=model.device)[None]
+    next_positions = torch.arange(length, length + question.shape[1], device=model.device)[None]
     tokens: list[int] = []
     ids, first = question, None
     while len(tokens) < max_new_tokens:
-        logits = model(input_ids=ids, past_key_values=cache, position_ids=places, logits_to_keep=1).logits
+        logits = model(input_ids=ids, past_key_values=cache, position_ids=next_positions, logits_to_keep=1).logits
         ids = logits[:, -1:].argmax(-1)
-        places = places[:, -1:] + 1
+        next_positions = next_positions[:, -1:] + 1
         token = int(ids)
         first = first or _now(model)
         if token in stop:

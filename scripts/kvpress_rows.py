@@ -54,7 +54,7 @@ def add(arguments: argparse.Namespace) -> None:
     """Ask what is missing, and write the folder's table anew."""
     data, _ = load_results(arguments.folder)
     settings = data["settings"]
-    found = Results("qa", settings, arguments.folder, cluster="text")
+    results = Results("qa", settings, arguments.folder, cluster="text")
     asked, notes = reopen(settings)
     folder = checkpoints.resolve_model(arguments.model)
     tokenizer = load_tokenizer(arguments.model)
@@ -82,7 +82,7 @@ def add(arguments: argparse.Namespace) -> None:
             raise Skipped(answer["error"])
         positions = answer["positions"] - len(header)
         return {
-            **qa.score(question, tokenizer.decode(answer["tokens"]).strip()),
+            **qa.score(question, str(tokenizer.decode(answer["tokens"])).strip()),
             "context_tokens": tokens,
             "positions": positions,
             "bytes": answer["bytes"] // answer["positions"] * positions,
@@ -91,7 +91,7 @@ def add(arguments: argparse.Namespace) -> None:
             "first_token_seconds": answer["first_token_seconds"],
         }
 
-    done = [row["key"] for row in found.rows]
+    done = [row["key"] for row in results.rows]
     cases, requests = [], []
     for question in choose(asked, arguments.limit, settings["seed"]):
         ids = text(question)
@@ -104,11 +104,11 @@ def add(arguments: argparse.Namespace) -> None:
     dtype = "auto" if has_bfloat16() else "float32"  # as `rcc eval qa` computes here
     answered = answers(requests, base, arguments.env, dtype=dtype, stop=end)
     with progress("asking", len(cases), "answers") as advance:
-        found.collect(cases, advance)
-    report = QAReport(found)
+        results.collect(cases, advance)
+    report = QAReport(results)
     table = report.table()
-    found.notes = [*report.notes(), *notes]
-    found.finish(BY, table, report.plots(), report.more())
+    results.notes = [*report.notes(), *notes]
+    results.finish(BY, table, report.plots(), report.more())
     print(table)
 
 

@@ -11,6 +11,7 @@ import json
 import lzma
 import sys
 from pathlib import Path
+from typing import Any
 
 from rcc.runtime import allocator
 from rcc.text.tokens import token_ids
@@ -39,7 +40,8 @@ def main() -> None:
     tokenizer = checkpoints.load_tokenizer(folder)
     tokenizer.padding_side = "left"
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(device).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model = model.to(device).eval()
     end = token_ids(tokenizer, prompting.END, allow_special=True)[0, -1].item()
 
     progress = arguments.out.with_suffix(".done")  # rows read so far: a row may be read and not kept
@@ -56,7 +58,7 @@ def main() -> None:
                 with torch.no_grad():
                     wrote = model.generate(**ids, max_new_tokens=64, do_sample=False, eos_token_id=end, pad_token_id=0)
                 for row, ids_of in zip(batch, wrote[:, ids.input_ids.shape[1] :], strict=True):
-                    answer = tokenizer.decode(ids_of).split(prompting.END)[0].strip()
+                    answer = str(tokenizer.decode(ids_of)).split(prompting.END)[0].strip()
                     if answer and f1(answer, row["answers"]) >= arguments.keep_f1:
                         out.write(json.dumps({**row, "answers": [answer], "reference": row["answers"]}) + "\n")
             out.flush()

@@ -106,7 +106,8 @@ def write(arguments: argparse.Namespace) -> None:
     @torch.no_grad()
     def ask(picked: list[tuple[str, str]]) -> list[str]:
         ids = encode([(passage, ASK.format(answer=answer)) for passage, answer in picked])
-        wrote = writer.decoder.generate(
+        decoder: Any = writer.decoder
+        wrote = decoder.generate(
             **ids, max_new_tokens=40, do_sample=False, eos_token_id=end, pad_token_id=end, use_cache=True
         )
         return [
@@ -114,7 +115,7 @@ def write(arguments: argparse.Namespace) -> None:
         ]
 
     @torch.no_grad()
-    def found(picked: list[tuple[str, str]], questions: list[str]) -> list[bool]:
+    def answered(picked: list[tuple[str, str]], questions: list[str]) -> list[bool]:
         """Whether greedy writing gives just the answer: its tokens are each the likeliest."""
         prompts = encode([(passage, question) for (passage, _), question in zip(picked, questions, strict=True)])
         targets = padded([answer + prompting.END for _, answer in picked], "right")
@@ -124,7 +125,7 @@ def write(arguments: argparse.Namespace) -> None:
         n = targets.input_ids.shape[1]
         logits = writer.decoder(input_ids=ids, attention_mask=mask, position_ids=order, logits_to_keep=n + 1).logits
         right = (logits[:, :-1].argmax(-1) == targets.input_ids) | (targets.attention_mask == 0)
-        return right.all(1).tolist()
+        return [bool(row) for row in right.all(1)]
 
     progress = arguments.out.with_suffix(".done")  # contexts read so far
     done = int(progress.read_text()) if progress.exists() else 0
@@ -148,10 +149,10 @@ def write(arguments: argparse.Namespace) -> None:
             # of like length together: padding costs as much as text
             ranked = sorted(range(len(picked)), key=lambda i: len(picked[i][0]))
             for start in range(0, len(ranked), 32):
-                some = ranked[start : start + 32]
-                batch = [picked[i] for i in some]
+                chosen = ranked[start : start + 32]
+                batch = [picked[i] for i in chosen]
                 questions = ask(batch)
-                for i, question, good in zip(some, questions, found(batch, questions), strict=True):
+                for i, question, good in zip(chosen, questions, answered(batch, questions), strict=True):
                     (name, text), answer = contexts[of[i]], picked[i][1]
                     asked += 1
                     if good and question.endswith("?") and answer.lower() not in question.lower():

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from conftest import MakeTokens
 from rcc import CompressedContext, RCCForCausalLM
 
 
@@ -32,5 +33,5 @@ def appended_file(appended: CompressedContext, tmp_path_factory: pytest.TempPath
     return path
 
 
-def answer(model, context, tokens) -> list[int]:
+def answer(model: RCCForCausalLM, context: CompressedContext, tokens: MakeTokens) -> list[int]:
     return model.generate(torch.tensor([tokens(6, 1)]), context=context, max_new_tokens=6)[0].tolist()

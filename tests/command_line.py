@@ -55,7 +55,7 @@ def process(*args: Any, stdin: bytes = b"", **env: str) -> Result:
 class Terminal:
     """`rcc …` on a terminal of 100 columns."""
 
-    def __init__(self, *args: Any):
+    def __init__(self, *args: Any) -> None:
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
             os.environ.clear()
@@ -76,10 +76,10 @@ class Terminal:
 
     def wait_for(self, pattern: str) -> str:
         end = time.monotonic() + LIMIT
-        while not (found := re.search(pattern, self.screen)):
+        while not (match := re.search(pattern, self.screen)):
             assert self.read(), f"ended without {pattern}: {self.screen[-500:]}"
             assert time.monotonic() < end, f"no {pattern} in time: {self.screen[-500:]}"
-        return found[0]
+        return match[0]
 
     def type(self, text: str) -> None:
         self.screen = ""

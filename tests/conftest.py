@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import pytest
 import torch
@@ -54,8 +54,8 @@ STATE_SPACE = ["mamba", "mamba2"]
 """Encoders only."""
 DECODERS = [family for family in SHAPES if family not in STATE_SPACE]
 SIDES: dict[str, dict[str, Any]] = {}
-"""What the tests that show a family to work run on: every decoder behind an encoder on its own weights, behind one of
-its own family, and behind Mamba's, of another depth and width. Arguments of `make_model` by name."""
+"""What the tests that show a family to work run on: every decoder with an encoder on its own weights, with one of
+its own family, and with Mamba's, of another depth and width. Arguments of `make_model` by name."""
 for decoder in DECODERS:
     SIDES[f"{decoder}-shared"] = {"family": decoder}
     SIDES[f"{decoder}-{decoder}"] = {"family": decoder, "share": False}
@@ -137,6 +137,10 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 
 
+MakeBackbone = Callable[..., PreTrainedModel]
+"""The fixture `backbone`: :func:`make_backbone`."""
+
+
 def make_backbone(
     family: str, layers: int = 3, hidden: int = 48, seed: int = 0, attn: str = "sdpa", window: int = 512, **more: Any
 ) -> PreTrainedModel:
@@ -186,6 +190,10 @@ def randomise(model: RCCForCausalLM, seed: int = 0) -> RCCForCausalLM:
     return model
 
 
+MakeModel = Callable[..., RCCForCausalLM]
+"""The fixtures `tiny` and `fresh`: :func:`make_model`."""
+
+
 def make_model(
     family: str = "llama",
     *,
@@ -212,12 +220,12 @@ def make_model(
         decoder=SideConfig(lora),
         **config,
     )
-    lower = make_backbone(family, layers[1], hidden[1], seed + 1, attn, window)
+    decoder_base = make_backbone(family, layers[1], hidden[1], seed + 1, attn, window)
     if share:
-        model = RCCForCausalLM.from_base(lower, config=settings)
+        model = RCCForCausalLM.from_base(decoder_base, config=settings)
     else:
-        upper = make_backbone(encoder or family, layers[0], hidden[0], seed + 2, attn, window)
-        model = RCCForCausalLM.from_base(upper, lower, config=settings)
+        encoder_base = make_backbone(encoder or family, layers[0], hidden[0], seed + 2, attn, window)
+        model = RCCForCausalLM.from_base(encoder_base, decoder_base, config=settings)
     randomise(model, seed)
     for parameter in model.parameters():  # not the rotary frequencies: they stay float32, as from_pretrained has them
         parameter.data = parameter.data.to(dtype)
@@ -225,20 +233,26 @@ def make_model(
 
 
 @pytest.fixture(scope="session")
-def tiny() -> Callable[..., RCCForCausalLM]:
+def tiny() -> MakeModel:
     """`make_model`, one model for the same arguments: not to be changed."""
     return functools.cache(make_model)
 
 
 @pytest.fixture(scope="session")
-def fresh() -> Callable[..., RCCForCausalLM]:
+def fresh() -> MakeModel:
     """`make_model`: a model to be changed."""
     return make_model
 
 
 @pytest.fixture(scope="session")
-def backbone() -> Callable[..., PreTrainedModel]:
+def backbone() -> MakeBackbone:
     return make_backbone
+
+
+class MakeTokens(Protocol):
+    """The fixture `tokens`: :func:`tokens`."""
+
+    def __call__(self, length: int, seed: int = 0) -> list[int]: ...
 
 
 def tokens(length: int, seed: int = 0) -> list[int]:
@@ -248,16 +262,17 @@ def tokens(length: int, seed: int = 0) -> list[int]:
 
 
 @pytest.fixture(scope="session", name="tokens")
-def tokens_fixture() -> Callable[..., list[int]]:
+def tokens_fixture() -> MakeTokens:
     return tokens
 
 
 class Expected:
     """The reference computation with a model's weights and settings."""
 
-    def __init__(self, model: RCCForCausalLM):
+    def __init__(self, model: RCCForCausalLM) -> None:
         config = model.config
-        self.weights = model.encoder, model.decoder, [p.weight for p in model.projections]
+        projections: list[torch.Tensor] = [p.get_parameter("weight") for p in model.projections]
+        self.weights = model.encoder, model.decoder, projections
         self.rate = config.rates[0]
         self.settings = {
             "segment": config.segment_length,
@@ -287,9 +302,19 @@ class Expected:
         return ref.beam_search(new, beams, *self.weights, texts, prompt, **self._settings(None))
 
 
+MakeExpected = Callable[[RCCForCausalLM], Expected]
+"""The fixture `expected`."""
+
+
 @pytest.fixture(scope="session")
-def expected() -> Callable[[RCCForCausalLM], Expected]:
+def expected() -> MakeExpected:
     return Expected
+
+
+class MakeBatch(Protocol):
+    """The fixture `batch`: :func:`batch`."""
+
+    def __call__(self, rows: list[list[int]], side: str = "right") -> tuple[torch.Tensor, torch.Tensor | None]: ...
 
 
 def batch(rows: list[list[int]], side: str = "right") -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -297,13 +322,13 @@ def batch(rows: list[list[int]], side: str = "right") -> tuple[torch.Tensor, tor
     width = max(map(len, rows))
     ids, mask = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width, dtype=torch.long)
     for b, row in enumerate(rows):
-        where = slice(0, len(row)) if side == "right" else slice(width - len(row), width)
-        ids[b, where], mask[b, where] = torch.tensor(row), 1
+        columns = slice(0, len(row)) if side == "right" else slice(width - len(row), width)
+        ids[b, columns], mask[b, columns] = torch.tensor(row), 1
     return ids, None if bool(mask.all()) else mask
 
 
 @pytest.fixture(scope="session", name="batch")
-def batch_fixture() -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
+def batch_fixture() -> MakeBatch:
     return batch
 
 

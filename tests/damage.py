@@ -30,16 +30,16 @@ VALUES: list[Any] = [
 ]
 
 
-def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+def paths(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, inner in items:
         yield (*path, key)
-        yield from places(inner, (*path, key))
+        yield from paths(inner, (*path, key))
 
 
 def damaged(value: Any, count: int) -> Iterator[Any]:
     """Copies of a value, each with one place taken out or changed."""
-    rng, every = random.Random(0), list(places(value))
+    rng, every = random.Random(0), list(paths(value))
     for _ in range(count):
         changed = copy.deepcopy(value)
         *parents, last = rng.choice(every)

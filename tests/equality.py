@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import conftest
+from conftest import MakeBatch, MakeTokens
 from rcc import (
     CompressedContext,
     RCCForCausalLM,
@@ -29,7 +31,7 @@ LENGTHS = [3, 10, 16, 37, 48]
 """Shorter than a group, partial group, one segment, partial segment and group, several segments."""
 
 
-CLOSE = {"atol": 1e-4, "rtol": 1e-4}
+CLOSE: dict[str, Any] = {"atol": 1e-4, "rtol": 1e-4}
 
 
 def one(ids: list[int]) -> Tensor:
@@ -54,7 +56,7 @@ def same_bits(a: CompressedContext, b: CompressedContext) -> bool:
 
 def plain_cache(context: CompressedContext) -> DynamicCache:
     """A transformers cache with copies of a context's keys and values: none of rcc's cache code."""
-    layers = []
+    layers: list[Any] = []
     for i in range(len(context.blocks.layers)):
         keys, values = (t.clone() for t in context.layer(i))
         layer = DynamicLayer()
@@ -67,9 +69,9 @@ def plain_cache(context: CompressedContext) -> DynamicCache:
 
 
 @contextlib.contextmanager
-def segments_read(model):
+def segments_read(model: RCCForCausalLM) -> Iterator[list[int]]:
     """How many segments each pass of the encoder takes."""
-    read = []
+    read: list[int] = []
     handle = model.encoder.register_forward_pre_hook(
         lambda _, args, kwargs: read.append(len(kwargs["input_ids"])), with_kwargs=True
     )
@@ -79,7 +81,7 @@ def segments_read(model):
         handle.remove()
 
 
-def gradients(model: RCCForCausalLM, tokens, batch, seed: int = 0) -> dict[str, Tensor | None]:
+def gradients(model: RCCForCausalLM, tokens: MakeTokens, batch: MakeBatch, seed: int = 0) -> dict[str, Tensor | None]:
     model.zero_grad(set_to_none=True)
     texts = [tokens(37, seed), tokens(21, seed + 1)]
     targets = one(tokens(9, seed + 2)).expand(2, -1)
@@ -88,7 +90,7 @@ def gradients(model: RCCForCausalLM, tokens, batch, seed: int = 0) -> dict[str, 
     return {name: p.grad for name, p in model.named_parameters()}
 
 
-def assert_central_difference(model: RCCForCausalLM, parameter: Tensor, tokens, batch) -> None:
+def assert_central_difference(model: RCCForCausalLM, parameter: Tensor, tokens: MakeTokens, batch: MakeBatch) -> None:
     """What :func:`gradients` left in a float64 model's parameter is the central difference of the same loss, computed
     from logits, along a random direction."""
     gradient = parameter.grad
@@ -116,7 +118,7 @@ def exact_in_float64(model: RCCForCausalLM) -> RCCForCausalLM:
     return model
 
 
-def assert_same_model(model: RCCForCausalLM, loaded: RCCForCausalLM, tokens) -> None:
+def assert_same_model(model: RCCForCausalLM, loaded: RCCForCausalLM, tokens: MakeTokens) -> None:
     """Bit-equal weights, states, contexts, logits and answers."""
     own, other = model.state_dict(), loaded.state_dict()
     assert own.keys() == other.keys()
@@ -133,6 +135,6 @@ def assert_same_model(model: RCCForCausalLM, loaded: RCCForCausalLM, tokens) -> 
     assert torch.equal(answer, loaded.generate(input_ids=one(prompt), context=context, max_new_tokens=6))
 
 
-def run_training_pass(model: RCCForCausalLM, *arguments: Tensor, **fields: Any) -> CausalLMOutputWithPast:
+def run_training_pass(model: RCCForCausalLM, *arguments: Any, **fields: Any) -> CausalLMOutputWithPast:
     """`training_pass` of a batch with these fields."""
     return training_pass(model, TrainingBatch(*arguments, **fields))

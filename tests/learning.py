@@ -28,7 +28,8 @@ def make_base(folder: Path, words: Sequence[str], split: Any, window: int = 256)
     inner.pre_tokenizer = split
     inner.decoder = decoders.Fuse()  # no spaces between digits
     PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", eos_token="<eos>").save_pretrained(folder)
-    config = GPTNeoXConfig(
+    shape: Any = GPTNeoXConfig  # its keywords are more than its fields
+    config = shape(
         vocab_size=len(words) + 2,
         hidden_size=64,
         intermediate_size=64,
@@ -54,7 +55,7 @@ def stage(name: str, steps: int, learning_rate: float, warmup: int, **more: Any)
     return {"name": name, "max_steps": steps, "betas": [0.9, 0.99], "groups": {"all": group}, **more}
 
 
-def train(folder: Path, base: str, segment: int, rate: int, stages: list[dict], **data: Any) -> Path:
+def train(folder: Path, base: str, segment: int, rate: int, stages: list[dict[str, Any]], **data: Any) -> Path:
     """Run a recipe that trains all weights of both sides → the run's folder."""
     own = {"share_base": False, "encoder_lora_rank": 0, "decoder_lora_rank": 0}
     model = {"encoder": base, "decoder": base, "segment_length": segment, "rates": [rate], **own}

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from reference import padded
 
-CONFIG = {  # as transformers 4 wrote it in 2024
+CONFIG: dict[str, Any] = {  # as transformers 4 wrote it in 2024
     "architectures": ["GPTNeoXForCausalLM"],
     "attention_dropout": 0.0,
     "bos_token_id": None,
@@ -50,10 +50,10 @@ CONFIG = {  # as transformers 4 wrote it in 2024
 def shapes(config: dict[str, Any], encoder: str = "rcc_encoder") -> dict[str, tuple[int, ...]]:
     """Names and shapes of all parameters of a checkpoint."""
     size, inner, depth = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
-    found: dict[str, tuple[int, ...]] = {}
+    made: dict[str, tuple[int, ...]] = {}
     for top in ("", f"gpt_neox.{encoder}."):
-        found[f"{top}embed_out.weight"] = (config["vocab_size"], size)
-        found[f"{top}gpt_neox.embed_in.weight"] = (config["vocab_size"], size)
+        made[f"{top}embed_out.weight"] = (config["vocab_size"], size)
+        made[f"{top}gpt_neox.embed_in.weight"] = (config["vocab_size"], size)
         for i in range(depth):
             layer = f"{top}gpt_neox.layers.{i}"
             linear = {
@@ -63,18 +63,18 @@ def shapes(config: dict[str, Any], encoder: str = "rcc_encoder") -> dict[str, tu
                 "mlp.dense_4h_to_h": (size, inner),
             }
             for name, shape in linear.items():
-                found[f"{layer}.{name}.weight"] = shape
+                made[f"{layer}.{name}.weight"] = shape
                 if config.get("attention_bias", True) or not name.startswith("attention"):
-                    found[f"{layer}.{name}.bias"] = shape[:1]
+                    made[f"{layer}.{name}.bias"] = shape[:1]
             for name in ("input_layernorm", "post_attention_layernorm"):
-                found[f"{layer}.{name}.weight"] = found[f"{layer}.{name}.bias"] = (size,)
+                made[f"{layer}.{name}.weight"] = made[f"{layer}.{name}.bias"] = (size,)
         norm = f"{top}gpt_neox.final_layer_norm"
-        found[f"{norm}.weight"] = found[f"{norm}.bias"] = (size,)
-    found["gpt_neox.embed_out.weight"] = (config["vocab_size"], size)
-    found[f"gpt_neox.{encoder}2gpt_embed.weight"] = (size, size)
+        made[f"{norm}.weight"] = made[f"{norm}.bias"] = (size,)
+    made["gpt_neox.embed_out.weight"] = (config["vocab_size"], size)
+    made[f"gpt_neox.{encoder}2gpt_embed.weight"] = (size, size)
     for i in range(depth):
-        found[f"gpt_neox.{encoder}2gpt_A_matrix.{i}.weight"] = (size, size)
-    return found
+        made[f"gpt_neox.{encoder}2gpt_A_matrix.{i}.weight"] = (size, size)
+    return made
 
 
 def weights(config: dict[str, Any], encoder: str = "rcc_encoder", dtype: torch.dtype = torch.float32) -> dict[str, Any]:
@@ -114,11 +114,11 @@ def save(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor], files
         save_file(tensors, folder / "model.safetensors")
         return folder
     names = [f"model-{i + 1:05}-of-{files:05}.safetensors" for i in range(files)]
-    where = {name: names[i % files] for i, name in enumerate(tensors)}
+    file_of = {name: names[i % files] for i, name in enumerate(tensors)}
     for file in names:
-        save_file({n: t for n, t in tensors.items() if where[n] == file}, folder / file, metadata={"format": "pt"})
+        save_file({n: t for n, t in tensors.items() if file_of[n] == file}, folder / file, metadata={"format": "pt"})
     if index:
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": file_of}))
     return folder
 
 
@@ -132,7 +132,7 @@ class Published:
 
     def __init__(
         self, config: dict[str, Any], tensors: dict[str, Tensor], segment: int, rate: int, padding: str = "repeat"
-    ):
+    ) -> None:
         self.config, self.segment, self.rate, self.padding = config, segment, rate, padding
         self.t = {name: tensor.double() for name, tensor in tensors.items() if tensor.is_floating_point()}
         self.encoder = "mamba" if any(".mamba." in name for name in tensors) else "rcc_encoder"
@@ -180,8 +180,8 @@ class Published:
         return x + mlp(self.norm(f"{name}.post_attention_layernorm", x))
 
     def vectors(self, texts: Sequence[Sequence[int]]) -> Tensor:
-        """[n, L + 1, H] of texts that each begin a segment, the last state behind the final norm."""
-        kept = []
+        """[n, L + 1, H] of texts that each begin a segment, the last state after the final norm."""
+        groups = []
         top = f"gpt_neox.{self.encoder}.gpt_neox"
         for ids in texts:
             ids = padded(list(ids), self.segment, self.padding)
@@ -194,11 +194,11 @@ class Published:
                     states.append(x)
                 states[-1] = self.norm(f"{top}.final_layer_norm", x)
                 ends = [min(first + self.rate, len(part)) - 1 for first in range(0, len(part), self.rate)]
-                kept.append(torch.stack(states, 1)[ends])
-        return torch.cat(kept)
+                groups.append(torch.stack(states, 1)[ends])
+        return torch.cat(groups)
 
     def logits(self, vectors: Tensor, prompt: Sequence[int]) -> Tensor:
-        """[Q, V] of a prompt behind the prefix."""
+        """[Q, V] of a prompt after the prefix."""
         n, maps = len(vectors), f"gpt_neox.{self.encoder}2gpt_"
         x = torch.cat(
             [vectors[:, 0] @ self.t[f"{maps}embed.weight"].T, self.t["gpt_neox.embed_in.weight"][list(prompt)]]
@@ -211,7 +211,7 @@ class Published:
         return (self.norm("gpt_neox.final_layer_norm", x) @ self.t[out].T)[n:]
 
     def greedy(self, vectors: Tensor, prompt: Sequence[int], new: int) -> list[int]:
-        """`new` tokens behind the prompt."""
+        """`new` tokens after the prompt."""
         written: list[int] = []
         for _ in range(new):
             written.append(int(self.logits(vectors, [*prompt, *written])[-1].argmax()))

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from fractions import Fraction
 from math import ceil, floor
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def padded(ids: list[int], segment: int, padding: str) -> list[int]:
@@ -28,8 +29,8 @@ def padded(ids: list[int], segment: int, padding: str) -> list[int]:
     return filled[len(filled) - missing :] + filled
 
 
-def all_states(encoder: nn.Module, inputs: Tensor) -> list[Tensor]:
-    """[T, H] each: the embeddings [T, H] that are given, each block's output, the last one behind the final norm."""
+def all_states(encoder: Any, inputs: Tensor) -> list[Tensor]:
+    """[T, H] each: the embeddings [T, H] that are given, each block's output, the last one after the final norm."""
     states = encoder(inputs_embeds=inputs[None], output_hidden_states=True).hidden_states
     if encoder.config.model_type in (
         "mamba",
@@ -40,7 +41,7 @@ def all_states(encoder: nn.Module, inputs: Tensor) -> list[Tensor]:
 
 
 def compressed_vectors(
-    encoder: nn.Module,
+    encoder: Any,
     ids: list[int],
     segment: int,
     rate: int,
@@ -49,9 +50,9 @@ def compressed_vectors(
     offset: Tensor | None = None,
 ) -> Tensor:
     """[n, L + 1, H]: all states at the last token of every group of `rate` tokens of every segment; with `memory`,
-    at as many memory tokens behind the segment instead. `offset` [H] is added to every token's embedding."""
+    at as many memory tokens after the segment instead. `offset` [H] is added to every token's embedding."""
     ids = padded(ids, segment, padding)
-    kept = []
+    groups = []
     for start in range(0, len(ids), segment):
         part = ids[start : start + segment]
         inputs = encoder.get_input_embeddings()(torch.tensor(part))
@@ -61,12 +62,12 @@ def compressed_vectors(
             inputs = torch.cat([inputs, memory[: ceil(len(part) / rate)]])
         states = all_states(encoder, inputs)
         if memory is not None:
-            kept += [torch.stack([layer[i] for layer in states]) for i in range(len(part), len(inputs))]
+            groups += [torch.stack([layer[i] for layer in states]) for i in range(len(part), len(inputs))]
             continue
         for first in range(0, len(part), rate):
             last = min(first + rate, len(part)) - 1  # a partial group keeps its last token's state
-            kept.append(torch.stack([layer[last] for layer in states]))
-    return torch.stack(kept)
+            groups.append(torch.stack([layer[last] for layer in states]))
+    return torch.stack(groups)
 
 
 def decoder_inputs(vectors: Tensor, depth: int, layer_map: str = "duplicate", states: str = "all") -> list[Tensor]:
@@ -81,11 +82,12 @@ def decoder_inputs(vectors: Tensor, depth: int, layer_map: str = "duplicate", st
         if layer_map == "duplicate":
             reads.append(vectors[:, high])
         else:
-            reads.append(sum(vectors[:, k] for k in range(low, high + 1)) / (high - low + 1))
+            total: Any = sum(vectors[:, k] for k in range(low, high + 1))
+            reads.append(total / (high - low + 1))
     return reads
 
 
-def rotary(config, kind: str, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rotary(config: Any, kind: str, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin, [1, length, rotary dimensions], of positions 0 … length - 1, in layers of a kind."""
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     settings = config.rope_parameters.get(kind, config.rope_parameters)
@@ -100,7 +102,7 @@ def rotary(config, kind: str, length: int, dtype: torch.dtype) -> tuple[Tensor, 
     return table.cos().to(dtype), table.sin().to(dtype)
 
 
-def direct_terms(model, ids: list[int], rate: int) -> list[Tensor]:
+def direct_terms(model: Any, ids: list[int], rate: int) -> list[Tensor]:
     """What enters each decoder block at the prefix positions of one text of a direct prefix, [n, H] each.
 
     Every segment is read after the sink token, whose own states are dropped; at rate 1 the decoder reads the whole text
@@ -111,7 +113,7 @@ def direct_terms(model, ids: list[int], rate: int) -> list[Tensor]:
     if rate == 1:
         own = model.decoder.get_input_embeddings()(torch.tensor(ids))
         return [states[1:] for states in run_blocks(model.decoder, [row[None] for row in model.sink], own)[0]]
-    kept = []
+    groups = []
     for start in range(0, len(ids), config.segment_length):
         part = ids[start : start + config.segment_length]
         inputs = embed(torch.tensor(part))
@@ -120,15 +122,15 @@ def direct_terms(model, ids: list[int], rate: int) -> list[Tensor]:
         states = all_states(model.encoder, torch.cat([embed(torch.tensor([config.sink_token])), inputs]))
         for first in range(0, len(part), rate):
             last = 1 + min(first + rate, len(part)) - 1
-            kept.append(torch.stack([layer[last] for layer in states]))
-    reads = decoder_inputs(torch.stack(kept), depth, config.layer_map)
+            groups.append(torch.stack([layer[last] for layer in states]))
+    reads = decoder_inputs(torch.stack(groups), depth, config.layer_map)
     # the file holds differences from the identity where both sides have one width
     wide = model.encoder.config.hidden_size == model.decoder.config.hidden_size
     maps = [p.weight + torch.eye(len(p.weight)) if wide else p.weight for p in model.projections]
     return [read @ matrix.T for read, matrix in zip(reads, maps, strict=False)]
 
 
-def run_blocks(decoder: nn.Module, fixed: list[Tensor], rest: Tensor) -> tuple[list[Tensor], Tensor]:
+def run_blocks(decoder: Any, fixed: list[Tensor], rest: Tensor) -> tuple[list[Tensor], Tensor]:
     """Run a decoder's blocks over [fixed; rest], where the first positions enter each block as `fixed` says.
 
     Args:
@@ -161,8 +163,8 @@ def run_blocks(decoder: nn.Module, fixed: list[Tensor], rest: Tensor) -> tuple[l
     return entered, rest
 
 
-def direct(model, texts: list[list[int]], rates: list[int], prompt: list[int]) -> Tensor:
-    """Logits [Q, V] of a prompt behind the direct prefix of some texts, one after the other, each read on its own."""
+def direct(model: Any, texts: list[list[int]], rates: list[int], prompt: list[int]) -> Tensor:
+    """Logits [Q, V] of a prompt after the direct prefix of some texts, one after the other, each read on its own."""
     terms = [direct_terms(model, ids, rate) for ids, rate in zip(texts, rates, strict=True)]
     fixed = [torch.cat([model.sink[i][None], *(term[i] for term in terms)]) for i in range(len(model.sink))]
     family = model.decoder.config.model_type
@@ -171,8 +173,8 @@ def direct(model, texts: list[list[int]], rates: list[int], prompt: list[int]) -
     return model.decoder.lm_head(norm(run_blocks(model.decoder, fixed, embeds)[1]))
 
 
-def decode(decoder: nn.Module, projections: list[Tensor], reads: list[Tensor], prompt: list[int]) -> Tensor:
-    """Logits [Q, V] of a prompt behind the prefix that `reads` make; [1, n + Q] in one go."""
+def decode(decoder: Any, projections: list[Tensor], reads: list[Tensor], prompt: list[int]) -> Tensor:
+    """Logits [Q, V] of a prompt after the prefix that `reads` make; [1, n + Q] in one go."""
     family = decoder.config.model_type
     body = decoder.gpt_neox if family == "gpt_neox" else decoder.model
     embed = body.embed_in if family == "gpt_neox" else body.embed_tokens
@@ -207,8 +209,8 @@ def decode(decoder: nn.Module, projections: list[Tensor], reads: list[Tensor], p
 
 @torch.no_grad()
 def reference(
-    encoder: nn.Module,
-    decoder: nn.Module,
+    encoder: Any,
+    decoder: Any,
     projections: list[Tensor],
     texts: list[list[int]],
     prompt: list[int],
@@ -221,7 +223,7 @@ def reference(
     memory: Tensor | None = None,
     offsets: dict[int, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Logits [Q, V] of a prompt behind one or several texts, the later ones appended; and the vectors.
+    """Logits [Q, V] of a prompt after one or several texts, the later ones appended; and the vectors.
 
     Args:
         texts: token ids of each text; every one of them starts a new segment.
@@ -239,8 +241,8 @@ def reference(
     return decode(decoder, projections, reads, prompt), vectors
 
 
-def greedy(new: int, *args, **kwargs) -> list[int]:
-    """`new` tokens behind the prompt, everything computed anew for each."""
+def greedy(new: int, *args: Any, **kwargs: Any) -> list[int]:
+    """`new` tokens after the prompt, everything computed anew for each."""
     encoder, decoder, projections, texts, prompt = args
     out: list[int] = []
     for _ in range(new):
@@ -249,15 +251,15 @@ def greedy(new: int, *args, **kwargs) -> list[int]:
     return out
 
 
-def beam_search(new: int, beams: int, *args, **kwargs) -> list[list[int]]:
+def beam_search(new: int, beams: int, *args: Any, **kwargs: Any) -> list[list[int]]:
     """The `beams` most likely continuations that beam search finds, best first, without an end token."""
     encoder, decoder, projections, texts, prompt = args
-    found: list[tuple[float, list[int]]] = [(0.0, [])]
+    beams_now: list[tuple[float, list[int]]] = [(0.0, [])]
     for _ in range(new):
         candidates = []
-        for score, tokens in found:
+        for score, tokens in beams_now:
             logits, _ = reference(encoder, decoder, projections, texts, [*prompt, *tokens], **kwargs)
             for token, more in enumerate(logits[-1].log_softmax(-1).tolist()):
                 candidates.append((score + more, [*tokens, token]))
-        found = sorted(candidates, key=lambda pair: -pair[0])[:beams]
-    return [tokens for _, tokens in found]
+        beams_now = sorted(candidates, key=lambda pair: -pair[0])[:beams]
+    return [tokens for _, tokens in beams_now]

@@ -10,13 +10,14 @@ import numpy as np
 from hypothesis import settings
 
 import rcc
+from rcc.data.corpus import Row
 from rcc.text import prompting
 from rcc.text.tokens import token_ids
 from rcc.training.tasks import Instruction, Task
 from rcc.training.tasks.base import Marks, Sample
 
 TEXT = (Path(__file__).resolve().parents[1] / "examples/simple-susan.txt").read_text(encoding="utf-8")
-TOKENIZER = rcc.load_tokenizer("rcc-smollm2-135m")
+TOKENIZER: Any = rcc.load_tokenizer("rcc-smollm2-135m")
 MARKS = Marks.of(TOKENIZER)
 PROSE = MARKS.encode(TEXT)
 LOW, HIGH = 17, 3000  # ids of ordinary tokens
@@ -36,25 +37,16 @@ def ids(text: str) -> list[int]:
 
 def within(part: np.ndarray, whole: np.ndarray) -> int:
     """How often a run of tokens stands in another."""
-    windows = np.lib.stride_tricks.sliding_window_view(whole, len(part)) if len(whole) >= len(part) else []
+    windows: Any = np.lib.stride_tricks.sliding_window_view(whole, len(part)) if len(whole) >= len(part) else []
     return sum(bool((window == part).all()) for window in windows)
 
 
-@dataclass
-class Row:
-    context: np.ndarray
-    question: np.ndarray
-    answer: np.ndarray
-    set: str = ""
-    hash: int = 7
-
-    @classmethod
-    def of(cls, context: str, question: str, answer: str) -> Row:
-        return cls(*(MARKS.encode(text) for text in (context, question, answer)))
+def row_of(context: str, question: str, answer: str, hash: int = 7) -> Row:
+    return Row(MARKS.encode(context), MARKS.encode(question), MARKS.encode(answer), "", hash)
 
 
 @dataclass
-class Draw:
+class GivenDraw:
     """What a task may draw: ids below HIGH are of distracting passages, ids from there on of prose."""
 
     given: Any = None
@@ -75,10 +67,10 @@ class Draw:
         self.asked.append("passage")
         key = 8 + len(self.others)
         self.others[key] = rng.integers(LOW, HIGH, rng.integers(1, 120))
-        return Row(self.others[key], *self._about(key, 0), hash=key)
+        return Row(self.others[key], *self._about(key, 0), set="", hash=key)
 
     def same(self, rng: np.random.Generator, context_hash: int) -> Row:
-        return Row(np.array([]), *self._about(context_hash, int(rng.integers(1, 4))), hash=context_hash)
+        return Row(np.array([]), *self._about(context_hash, int(rng.integers(1, 4))), set="", hash=context_hash)
 
     @staticmethod
     def _about(key: int, number: int) -> tuple[np.ndarray, np.ndarray]:
@@ -90,7 +82,7 @@ class Draw:
 
 
 def sampled(task: Task, given: Any, length: int = 512, targets: int = 128, seed: int = 0, **draw: Any) -> Sample:
-    return task.sample(Draw(given, **draw), np.random.default_rng(seed), length, targets, MARKS)
+    return task.sample(GivenDraw(given, **draw), np.random.default_rng(seed), length, targets, MARKS)
 
 
 def only(mode: str, **options: Any) -> Instruction:

@@ -17,16 +17,16 @@ NAMES = sorted(set(re.findall(r"`(rcc(?:\.\w+)+)`", PAGE)))
 
 @pytest.mark.parametrize("name", NAMES)
 def test_names_can_be_imported(name: str) -> None:
-    parts, found = name.split("."), None
+    parts, owner = name.split("."), None
     for end in range(len(parts), 0, -1):
         try:
-            found = importlib.import_module(".".join(parts[:end]))
+            owner = importlib.import_module(".".join(parts[:end]))
         except ModuleNotFoundError:
             continue
         for attribute in parts[end:]:
-            found = getattr(found, attribute)
+            owner = getattr(owner, attribute)
         break
-    assert found is not None
+    assert owner is not None
 
 
 def test_the_tree_is_the_packages() -> None:

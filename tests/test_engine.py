@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from rcc.model.answering import ask
 from rcc.text import prompting
 from rcc.text.tokens import token_ids
 
-TOKENIZER = rcc.load_tokenizer("rcc-smollm2-135m")
+TOKENIZER: Any = rcc.load_tokenizer("rcc-smollm2-135m")
 TEXT = "the cat sat on the mat . " * 12
 QUESTION = "where is the cat ?"
 
@@ -24,7 +25,7 @@ QUESTION = "where is the cat ?"
 @pytest.fixture(scope="module")
 def engine() -> Engine:
     base = make_backbone("llama", layers=2, window=2048, vocab_size=len(TOKENIZER), eos_token_id=2)
-    settings = {"share_base": True, "encoder": SideConfig(4), "decoder": SideConfig(4), "name": "tiny"}
+    settings: dict[str, Any] = {"share_base": True, "encoder": SideConfig(4), "decoder": SideConfig(4), "name": "tiny"}
     model = RCCForCausalLM.from_base(base, config=RCCConfig(segment_length=16, rates=[4, 2, 8], **settings))
     return Engine(randomise(model), TOKENIZER)
 
@@ -35,13 +36,14 @@ def test_compress_is_the_models_own_on_the_texts_tokens(engine: Engine) -> None:
     theirs = engine.compressor.compress(token_ids(TOKENIZER, one), rate=4)
     theirs = engine.compressor.compress(token_ids(TOKENIZER, two), rate=4, context=theirs)
     assert ours.pieces == theirs.pieces
-    for i in range(engine.compressor.decoder.config.num_hidden_layers):
+    for i in range(len(ours.blocks.layers)):
         for a, b in zip(ours.layer(i), theirs.layer(i), strict=True):
             assert torch.equal(a, b)
 
 
 def test_auto_takes_the_lowest_rate_within_the_budget(engine: Engine) -> None:
     tokens = token_ids(TOKENIZER, TEXT).shape[1]
+    assert isinstance(engine.compressor, RCCForCausalLM)
     low, high = min(engine.compressor.config.rates), max(engine.compressor.config.rates)
     assert engine.compress(TEXT).rate == low
     assert engine.compress(TEXT, budget=-(-tokens // high)).rate == high
@@ -113,24 +115,24 @@ def test_a_long_talk_forgets_its_beginning(engine: Engine) -> None:
 
 
 def test_a_text_is_compressed_once_and_found_again(engine: Engine, tmp_path: Path) -> None:
-    kept = Engine(engine.compressor, TOKENIZER, ContextStore(tmp_path / "contexts"))
+    storing = Engine(engine.compressor, TOKENIZER, ContextStore(tmp_path / "contexts"))
     said: list[str] = []
-    first = kept.open(TEXT, 4, notice=said.append)
-    again = kept.open(TEXT, 4, notice=said.append)
+    first = storing.open(TEXT, 4, notice=said.append)
+    again = storing.open(TEXT, 4, notice=said.append)
     assert [words.split()[0] for words in said] == ["kept", "read"]
     assert first.pieces == again.pieces
-    assert kept.ask(TEXT, QUESTION, rate=4, do_sample=False) == engine.ask(first, QUESTION, do_sample=False)
-    kept.open(TEXT, 2, notice=said.append)
-    kept.open(TEXT + "more", 4, notice=said.append)
+    assert storing.ask(TEXT, QUESTION, rate=4, do_sample=False) == engine.ask(first, QUESTION, do_sample=False)
+    storing.open(TEXT, 2, notice=said.append)
+    storing.open(TEXT + "more", 4, notice=said.append)
     assert [words.split()[0] for words in said[2:]] == ["kept", "kept"]
     file = tmp_path / "text.txt"
     file.write_text(TEXT, encoding="utf-8")
-    assert kept.open(file, 4, notice=said.append).pieces == first.pieces
+    assert storing.open(file, 4, notice=said.append).pieces == first.pieces
     assert said[-1].startswith("read")
     first.save(tmp_path / "x.rcc")
     assert is_context(tmp_path / "x.rcc")
     assert not is_context(file)
-    assert kept.open(tmp_path / "x.rcc").pieces == first.pieces
+    assert storing.open(tmp_path / "x.rcc").pieces == first.pieces
 
 
 def test_a_store_that_cannot_be_written_is_said_and_no_more(engine: Engine, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import json
 import os
 import struct
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,9 @@ from rcc.training.recipe import Recipe
 def test_recipes(tmp_path: Path) -> None:
     good = yaml.safe_load(sorted(Path("recipes").glob("*.yaml"))[0].read_text())
     for data in damaged(good, 300):
-        attempt(lambda data=data: Recipe.load(write(tmp_path / "r.yaml", json.dumps(data))))  # JSON is YAML
+        attempt(partial(Recipe.load, write(tmp_path / "r.yaml", json.dumps(data))))  # JSON is YAML
     for text in (DEEP, "a: " + "[" * 5000, "a: &x [*x]", "? [a]\n: 1", "a: 2020-99-99", "<<: 5", "\x00", "a: !!int x"):
-        attempt(lambda text=text: Recipe.load(write(tmp_path / "r.yaml", text)))
+        attempt(partial(Recipe.load, write(tmp_path / "r.yaml", text)))
 
 
 def write(path: Path, text: str) -> Path:
@@ -117,10 +118,10 @@ def test_files_of_vectors(tmp_path: Path, tiny: Callable[..., RCCForCausalLM], t
 
 def test_evaluations(tmp_path: Path) -> None:
     folder = tmp_path / "e"
-    found = results.Results("qa", {"model": "m"}, folder, cluster="text")
+    run = results.Results("qa", {"model": "m"}, folder, cluster="text")
     cases = [results.Case({"method": "rcc", "text": i}, lambda: {"f1": 0.5, "answer": "a"}) for i in range(3)]
-    found.collect(cases)
-    found.finish(["method"], "table\n")
+    run.collect(cases)
+    run.finish(["method"], "table\n")
     good = json.loads((folder / "results.json").read_text())
     for data in damaged(good, 150):
         (folder / "results.json").write_text(json.dumps(data))

@@ -98,10 +98,10 @@ def test_an_evaluation_that_goes_on(folder: Path, task: str, by: list[str]) -> N
     keys = [json.loads(line)["key"] for line in (folder / task / "samples.jsonl").read_text().splitlines()]
 
     def go_on() -> None:
-        found = results.Results(task, settings, folder / task, cluster="text")
-        found.collect([results.Case(key, lambda: {"score": 0.5}) for key in keys])
-        assert {json.dumps(row["key"]) for row in found.rows} >= set(map(json.dumps, keys))
-        found.finish(by, "a table\n")
+        run = results.Results(task, settings, folder / task, cluster="text")
+        run.collect([results.Case(key, lambda: {"score": 0.5}) for key in keys])
+        assert {json.dumps(row["key"]) for row in run.rows} >= set(map(json.dumps, keys))
+        run.finish(by, "a table\n")
 
     read_damaged_lines(folder / task / "samples.jsonl", 30, go_on)
     read_damaged(folder / task / "settings.json", 20, go_on)

@@ -53,7 +53,8 @@ def sha256(data: bytes) -> str:
 
 def manifest(raw: bytes) -> dict[str, Any]:
     size = int.from_bytes(raw[:8], "little")
-    return json.loads(json.loads(raw[8 : 8 + size])["__metadata__"]["rcc"])
+    made: dict[str, Any] = json.loads(json.loads(raw[8 : 8 + size])["__metadata__"]["rcc"])
+    return made
 
 
 # ---------------------------------------------------------------- models and contexts
@@ -160,7 +161,7 @@ def test_the_report_of_an_evaluation_has_the_same_tables(task: str) -> None:
 # ---------------------------------------------------------------- training
 def test_a_run_goes_on_from_its_checkpoint(command: Call, copied: Path) -> None:
     """Two more steps: the same samples, so the same losses and the same weights."""
-    threads = f"run.threads={torch.get_num_threads()}"  # the recipe's own would stay behind the test
+    threads = f"run.threads={torch.get_num_threads()}"  # the recipe's own would outlast the test
     code, _, said = command("train", "run/recipe.yaml", "-o", "run", "--resume", "--set", threads)
     assert code == 0, said
     log = [json.loads(line) for line in (copied / "run" / "log.jsonl").read_text().splitlines()]

@@ -164,8 +164,8 @@ def shared(world_folder: Path) -> Settings:
 @pytest.fixture(scope="session")
 def separate(world_folder: Path, shared: Settings) -> Settings:
     """Two backbones, all weights trained, in bfloat16."""
-    upper, lower = (str(world_folder / name) for name in ("upper", "lower"))
-    model = {"encoder": upper, "decoder": lower, "segment_length": 16, "rates": [4]}
+    encoder, decoder = (str(world_folder / name) for name in ("upper", "lower"))
+    model = {"encoder": encoder, "decoder": decoder, "segment_length": 16, "rates": [4]}
     stage = {**shared["stages"][0], "gradient_checkpointing": True}
     run = {**shared["run"], "dtype": "bfloat16"}
     return {**shared, "model": model, "stages": [stage], "run": run}
@@ -183,11 +183,11 @@ def direct(shared: Settings) -> Settings:
 
 # ---------------------------------------------------------------- running it
 @dataclass
-class Result:
+class TrainingResult:
     code: int
     err: str
 
-    def ok(self) -> Result:
+    def ok(self) -> TrainingResult:
         assert self.code == 0, self.err
         return self
 
@@ -219,10 +219,10 @@ def _child(arguments: list[str], log: str, env: dict[str, str], faults: Sequence
     cli.main()
 
 
-class Process:
+class RunningTraining:
     """`rcc …` in a process of its own; what it says goes to `log`.err."""
 
-    def __init__(self, arguments: Sequence[Any], log: Path, faults: Sequence[Fault] = (), **env: str):
+    def __init__(self, arguments: Sequence[Any], log: Path, faults: Sequence[Fault] = (), **env: str) -> None:
         self.log = log
         keep = {k: os.environ[k] for k in ("RCC_HOME", "HF_HUB_OFFLINE")} | {"OMP_WAIT_POLICY": "passive"}
         self.process = _forks.Process(target=_child, args=([*map(os.fspath, arguments)], str(log), keep | env, faults))
@@ -233,29 +233,29 @@ class Process:
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.process.pid, signal.SIGKILL)
 
-    def end(self) -> Result:
+    def end(self) -> TrainingResult:
         self.process.join(LIMIT)
         if self.process.exitcode is None:
             self.kill()
             raise AssertionError(f"more than {LIMIT} s: {self.log}.err")
-        return Result(self.process.exitcode, Path(f"{self.log}.err").read_text(encoding="utf-8"))
+        return TrainingResult(self.process.exitcode, Path(f"{self.log}.err").read_text(encoding="utf-8"))
 
 
-def start(recipe: Settings, output: Path, *options: Any, faults: Sequence[Fault] = (), **env: str) -> Process:
+def start(recipe: Settings, output: Path, *options: Any, faults: Sequence[Fault] = (), **env: str) -> RunningTraining:
     """Begin `rcc train` with a recipe."""
     file = output.with_suffix(".yaml")
     if env.get("RANK", "0") == "0":
         file.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
     log = output.with_suffix(f".{env.get('RANK', 0)}")
-    return Process(["train", file, "-o", output, *options], log, faults, **env)
+    return RunningTraining(["train", file, "-o", output, *options], log, faults, **env)
 
 
-def train(recipe: Settings, output: Path, *options: Any, faults: Sequence[Fault] = ()) -> Result:
+def train(recipe: Settings, output: Path, *options: Any, faults: Sequence[Fault] = ()) -> TrainingResult:
     """`rcc train` with a recipe, to its end."""
     return start(recipe, output, *options, faults=faults).end()
 
 
-def go_on(recipe: Settings, output: Path, faults: Sequence[Fault] = ()) -> Process:
+def go_on(recipe: Settings, output: Path, faults: Sequence[Fault] = ()) -> RunningTraining:
     """Begin a run, or resume it if it was begun."""
     return start(recipe, output, *(["--resume"] if output.exists() else []), faults=faults)
 
@@ -279,7 +279,7 @@ def refusal(
         with pytest.raises(SystemExit) as stop:
             cli.main()
         assert not target.exists() or output is not None
-        return Result(int(stop.value.code or 0), capsys.readouterr().err).refused(*words)
+        return TrainingResult(int(stop.value.code or 0), capsys.readouterr().err).refused(*words)
 
     return run
 
@@ -323,7 +323,7 @@ def note_rates(path: str) -> None:
             file.write(json.dumps({g["name"]: g["lr"] for g in self.optimizer.param_groups}) + "\n")
         return real(self, *args)
 
-    StageTrainer.training_step = noted  # type: ignore[method-assign]
+    StageTrainer.training_step = noted  # type: ignore[method-assign, assignment]
 
 
 def kill_after(seconds: float) -> None:
@@ -358,9 +358,9 @@ def checkpoints_of(stage: Path) -> list[str]:
 def assert_same(output: Path, reference: Path) -> None:
     """The same losses and measurements, digit for digit, and the same models."""
     assert losses(output) == losses(reference)
-    found, wanted = weights(output), weights(reference)
-    assert set(found) == set(wanted)
-    assert [name for name in wanted if found[name] != wanted[name]] == []
+    got, wanted = weights(output), weights(reference)
+    assert set(got) == set(wanted)
+    assert [name for name in wanted if got[name] != wanted[name]] == []
 
 
 def assert_close(output: Path, reference: Path) -> None:
@@ -377,10 +377,10 @@ def assert_close(output: Path, reference: Path) -> None:
         assert a.get("loss", 0) == pytest.approx(b.get("loss", 0), rel=2e-5)
         for name, figures in b.get("held_out", {}).items():
             assert a["held_out"][name]["loss"] == pytest.approx(figures["loss"], abs=3e-4)
-    found, wanted = (RCCForCausalLM.from_pretrained(output).state_dict() for output in outputs)
+    got, wanted = (RCCForCausalLM.from_pretrained(output).state_dict() for output in outputs)
     for name, value in wanted.items():
         if not name.endswith("query_key_value.bias"):  # attention does not depend on the keys' part: all is rounding
-            torch.testing.assert_close(found[name], value, rtol=0, atol=1e-4, msg=name)
+            torch.testing.assert_close(got[name], value, rtol=0, atol=1e-4, msg=name)
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ unless `--rates` names others.
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from rcc import RCCForCausalLM
 from rcc.text.counts import parse_counts
@@ -25,7 +26,7 @@ def main() -> None:
     weights = [float(w) for w in arguments.weights.split(",")] if arguments.weights else [1.0] * len(arguments.models)
     if len(weights) != len(arguments.models):
         parser.error(f"{len(weights)} weights for {len(arguments.models)} models")
-    mean: dict = {}
+    mean: dict[str, Any] = {}
     model = None
     for name, weight in zip(arguments.models, weights, strict=True):
         loaded = RCCForCausalLM.from_pretrained(name)

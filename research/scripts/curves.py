@@ -13,6 +13,7 @@ import argparse
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 SMOOTH = 25
 """Steps that a point of a curve is the mean of."""
@@ -20,12 +21,12 @@ AROUND = 110
 """Steps that the losses of all kinds are fitted to."""
 
 
-def steps(run: Path) -> list[dict]:
+def steps(run: Path) -> list[dict[str, Any]]:
     rows = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     return [row for row in rows if "loss" in row]
 
 
-def fitted(rows: list[dict]) -> dict[str, list[float]]:
+def fitted(rows: list[dict[str, Any]]) -> dict[str, list[float]]:
     """The loss of each kind (task/rate) of batches around every step: NaN where it has too few of them."""
     import numpy as np
 
@@ -36,13 +37,13 @@ def fitted(rows: list[dict]) -> dict[str, list[float]]:
     curves = np.full((len(kinds), len(rows)), np.nan)
     for i in range(len(rows)):
         window = slice(max(0, i - AROUND // 2), i + AROUND // 2)
-        found = np.linalg.lstsq(shares[window], losses[window], rcond=None)[0]
+        solution = np.linalg.lstsq(shares[window], losses[window], rcond=None)[0]
         enough = (shares[window] > 0).sum(axis=0) >= 8
-        curves[enough, i] = found[enough]
+        curves[enough, i] = solution[enough]
     return dict(zip(kinds, curves.tolist(), strict=True))
 
 
-def draw_kinds(chains: list[list[str]], runs: dict[str, list[dict]], kinds: list[str], output: Path) -> None:
+def draw_kinds(chains: list[list[str]], runs: dict[str, list[dict[str, Any]]], kinds: list[str], output: Path) -> None:
     """A panel a kind; a line a chain of runs, by their names."""
     from matplotlib import pyplot
 
@@ -51,11 +52,11 @@ def draw_kinds(chains: list[list[str]], runs: dict[str, list[dict]], kinds: list
         before = 0.0
         for name in chain:
             curves = fitted(runs[name])
-            places = [before + row["tokens"] / 1e6 for row in runs[name]]
-            before = places[-1]
+            millions = [before + row["tokens"] / 1e6 for row in runs[name]]
+            before = millions[-1]
             for panel, kind in zip(panels[0], kinds, strict=True):
                 if kind in curves:
-                    panel.plot(places, curves[kind], "--" if number % 2 else "-", label=name)
+                    panel.plot(millions, curves[kind], "--" if number % 2 else "-", label=name)
     for panel, kind in zip(panels[0], kinds, strict=True):
         panel.set_title(kind, fontsize=9)
         panel.set_xlabel("context tokens, millions")

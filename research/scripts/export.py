@@ -27,17 +27,20 @@ def main() -> None:
     arguments = parser.parse_args()
     recipe = Recipe.load(arguments.run / "recipe.yaml")
     stages = [arguments.run / "stages" / f"{i}-{stage.name}" for i, stage in enumerate(recipe.stages, 1)]
-    found = next((c for stage in reversed(stages) if (c := list(checkpointing.whole(stage / "checkpoints")))), None)
-    if found is None:
+    checkpoints = next(
+        (c for stage in reversed(stages) if (c := list(checkpointing.whole(stage / "checkpoints")))), None
+    )
+    if checkpoints is None:
         parser.exit(1, f"{arguments.run} holds no whole checkpoint yet\n")
-    if not 1 <= arguments.mean <= len(found):
-        parser.exit(2, f"--mean: its last stage has {len(found)} checkpoints\n")
+    if not 1 <= arguments.mean <= len(checkpoints):
+        parser.exit(2, f"--mean: its last stage has {len(checkpoints)} checkpoints\n")
     model = make_model(recipe, arguments.init, torch.device("cpu"))
-    states = [load_state(checkpoint) for checkpoint in found[: arguments.mean]]
+    states = [load_state(checkpoint) for checkpoint in checkpoints[: arguments.mean]]
     weights = {name: sum(s["weights"][name] for s in states) / len(states) for name in states[0]["weights"]}
-    copy_weights(learned(model), weights, found[0])
+    copy_weights(learned(model), weights, checkpoints[0])
     model.save_pretrained(arguments.out, dtype=getattr(torch, recipe.run.dtype))
-    print(f"{arguments.out}: {found[0].parent.parent.name}, {found[0].name}, {states[0]['tokens'] / 1e6:.2f}M tokens")
+    newest, tokens = checkpoints[0], states[0]["tokens"]
+    print(f"{arguments.out}: {newest.parent.parent.name}, {newest.name}, {tokens / 1e6:.2f}M tokens")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from rcc import RCCForCausalLM, SideConfig
+from rcc import RCCConfig, RCCForCausalLM, SideConfig
 from rcc.text.counts import parse_counts
 
 
@@ -37,9 +37,10 @@ def main() -> None:
         segment_length=arguments.segment or old.segment_length,
         rates=parse_counts(arguments.rates, "--rates") if arguments.rates else old.rates,
     )
+    ranks = {"encoder": arguments.encoder, "decoder": arguments.decoder}
     torch.manual_seed(0)
     state, resized = model.own_state_dict(), {}
-    kept = whole = 0.0
+    retained = whole = 0.0
     for name, a in state.items():
         if ".lora_B." in name:
             continue  # with its lora_A
@@ -47,7 +48,7 @@ def main() -> None:
             resized[name] = a
             continue
         side, other = name.split(".")[0], name.replace(".lora_A.", ".lora_B.")
-        rank = config.sides[side].lora_rank
+        rank = ranks[side]
         # LoRA adds alpha / rank · B A, of which the factor may change with the rank
         b = _factor(old, side) / _factor(config, side) * state[other]
         if rank >= len(a):
@@ -59,16 +60,17 @@ def main() -> None:
         u, s, v = torch.linalg.svd(b @ a, full_matrices=False)
         root = s[:rank].sqrt()
         resized[name], resized[other] = root[:, None] * v[:rank], u[:, :rank] * root
-        kept, whole = kept + float(s[:rank].square().sum()), whole + float(s.square().sum())
+        retained, whole = retained + float(s[:rank].square().sum()), whole + float(s.square().sum())
     base = config.base["decoder"].source
     target = RCCForCausalLM.from_base(base, config=replace(config, base={}), dtype=torch.float32)
     target.load_own_state_dict(resized)
     target.save_pretrained(arguments.out, dtype=torch.bfloat16)
-    print(f"{arguments.out}: {1 - kept / whole if whole else 0:.1%} of the energy of what was cut is lost")
+    print(f"{arguments.out}: {1 - retained / whole if whole else 0:.1%} of the energy of what was cut is lost")
 
 
-def _factor(config, side: str) -> float:
+def _factor(config: RCCConfig, side: str) -> float:
     rank = config.sides[side].lora_rank
+    assert rank is not None  # a model with weights has decided it
     return (config.lora_alpha or rank) / rank
 
 

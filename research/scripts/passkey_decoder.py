@@ -15,19 +15,41 @@ With `--encoder` the encoder learns too: every step encodes the segments with it
 filler again. Keys then cost nothing at the start, so use many more.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import math
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rcc.runtime import allocator
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from rcc import RCCForCausalLM
+
+    Places = tuple[list[int], list[int]]
+    """Which vectors of filler stand before a key's segments, and which after."""
 
 
 class Vectors:
     """The vectors of segments with keys, and of the filler around them."""
 
-    def __init__(self, model, encode, keys, rng, kept=None, across=0.25, learning=False):
+    def __init__(
+        self,
+        model: RCCForCausalLM,
+        encode: Callable[[str], np.ndarray],
+        keys: list[int],
+        rng: np.random.Generator,
+        kept: Path | None = None,
+        across: float = 0.25,
+        learning: bool = False,
+    ) -> None:
         """`kept`: a file for what is encoded; what it holds of these keys and this model is not encoded again.
         `across`: share of keys, in fourths, that stand across the edge of two segments.
         `learning`: the encoder will change: the segments with keys are kept as token ids."""
@@ -55,7 +77,8 @@ class Vectors:
         cut = range(0, length - self.size, self.size)
         self.filler = [[text[i : i + self.size] for i in cut] for text in (plain, shifted)]
         self.read_filler()
-        self.first, self.segments = [], []
+        self.first: list[tuple[int, int, int]] = []
+        self.segments: list[np.ndarray] = []
         for i, sentence in enumerate(hidden):
             low = high = -1
             # the text's short end is never the key's
@@ -73,60 +96,62 @@ class Vectors:
             torch.save({"of": of, **{name: getattr(self, name) for name in names}}, kept.with_suffix(".part"))
             kept.with_suffix(".part").replace(kept)
 
-    def read_filler(self):
+    def read_filler(self) -> None:
         """Encode the segments of filler, with the encoder as it is now."""
         self.before, self.after = map(self.read, self.filler)
 
-    def read(self, segments):
+    def read(self, segments: Sequence[np.ndarray]) -> Tensor:
         """Segments [T] of full length → vectors [N, L, H] of the states that the projections read, 8 at a time."""
         import torch
 
-        found, start = [], time.time()
+        vectors, start = [], time.time()
         for i in range(0, len(segments), 8):
             with torch.set_grad_enabled(self.learning):  # without, autocast leaves norms that learn in two precisions
-                found.append(self.encode(segments[i : i + 8]).detach())
+                vectors.append(self.encode(segments[i : i + 8]).detach())
             if i % 160 == 0 and i:
                 print(
                     f"{i} of {len(segments)} segments, {i * self.size / (time.time() - start):,.0f} tokens/s",
                     flush=True,
                 )
-        return torch.cat(found)
+        return torch.cat(vectors)
 
-    def encode(self, segments):
+    def encode(self, segments: Sequence[np.ndarray]) -> Tensor:
         """As :meth:`read`, all at once, with gradients where the encoder learns; segments may be shorter."""
         import torch
 
         from rcc.model.training_pass import encode_texts
 
-        texts = [(torch.from_numpy(ids),) for ids in segments]
+        texts: list[tuple[Tensor, ...]] = [(torch.from_numpy(ids),) for ids in segments]
         states, _ = encode_texts(self.model, texts, max(self.model.config.rates))
         return torch.stack([states[k][:, 0] for k in self.model.projections.states], 1)
 
-    def hidden(self, numbers, length=None):
+    def hidden(self, numbers: list[int], length: int | None = None) -> Sequence[Tensor]:
         """For each of these keys the vectors [1 or 2, L, H] of its segments, encoded now where none are kept; of two,
         `length` tokens on either side of the edge, all by default."""
         firsts = [self.first[number] for number in numbers]
         if not self.learning:
             return [self.keys[row : row + count] for _, count, row in firsts]
-        length, segments = length or self.size, []
+        length = length or self.size
+        segments: list[np.ndarray] = []
         for _, count, row in firsts:
             read = self.segments[row : row + count]
             segments += read if count == 1 else [read[0][-length:], read[1][:length]]
-        return self.encode(segments).split([count for _, count, _ in firsts])
+        vectors: tuple[Tensor, ...] = self.encode(segments).split([count for _, count, _ in firsts])
+        return vectors
 
-    def place(self, number, n):
+    def place(self, number: int, n: int) -> Places | None:
         """In a text of n segments with that key at a random place, None if it has none there: which vectors of filler
         stand before it, and which after."""
         low, count, _ = self.first[number]
-        places = [0] if low == 0 else list(range((low - 1) % self.period + 1, n - count + 1, self.period))
-        if not places or places[0] + count > n:
+        starts = [0] if low == 0 else list(range((low - 1) % self.period + 1, n - count + 1, self.period))
+        if not starts or starts[0] + count > n:
             return None
-        place = int(self.rng.choice(places))
+        place = int(self.rng.choice(starts))
         before = [0, *((p - 1) % self.period + 1 for p in range(1, place))][:place]
         after = [(p - 1) % self.period + 1 for p in range(place + count, n)]
         return before, after
 
-    def text(self, place, hidden):
+    def text(self, place: Places, hidden: Tensor) -> Tensor:
         """The vectors [n, L, H] of the text that :meth:`place` and :meth:`hidden` describe."""
         import torch
 
@@ -134,15 +159,15 @@ class Vectors:
         return torch.cat([self.before[before], hidden, self.after[after]])
 
 
-def draw_keys(count, rng):
+def draw_keys(count: int, rng: np.random.Generator) -> list[int]:
     """Numbers of five digits, half of them of two or three different ones."""
-    found = []
-    while len(found) < count:
-        digits = rng.choice(10, int(rng.integers(2, 4)), replace=False) if len(found) % 2 else range(10)
+    keys: list[int] = []
+    while len(keys) < count:
+        digits = rng.choice(10, int(rng.integers(2, 4)), replace=False) if len(keys) % 2 else range(10)
         key = int("".join(map(str, rng.choice(list(digits), 5))))
         if key >= 10_000:
-            found.append(key)
-    return found
+            keys.append(key)
+    return keys
 
 
 def main() -> None:
@@ -196,10 +221,10 @@ def main() -> None:
     optimizer = torch.optim.AdamW(learning, lr=how.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     most = model.window - 64
 
-    def autocast():
+    def autocast() -> torch.autocast:
         return torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
 
-    def batch():
+    def batch() -> tuple[Tensor, int, int]:
         """Texts of one length, as many as fit → the training pass's mean loss and how many they are."""
         n = int(2 ** rng.uniform(1, math.log2(min(arguments.longest, most))))
         length = round(2 ** rng.uniform(math.log2(shortest), math.log2(size)))
@@ -212,9 +237,12 @@ def main() -> None:
             hidden = vectors.hidden([number for number, _ in placed], length)
             rows = [vectors.text(place, found) for (_, place), found in zip(placed, hidden, strict=True)]
             states = torch.stack(rows).to(dtype)  # kept ones may be another machine's
-            prompts = prompts_and_targets([(question, asked[number]) for number, _ in placed], marks.eos)
+            prompts: dict[str, Any] = prompts_and_targets(
+                [(question, asked[number]) for number, _ in placed], marks.eos
+            )
             named = {k: states[:, :, i] for i, k in enumerate(model.projections.states)}
             out = decode_states(model, named, None, TrainingBatch(**prompts))
+        assert out.loss is not None
         return out.loss, len(rows), n
 
     start, step, seen, log = time.time(), 0, 0, []
@@ -241,9 +269,9 @@ def main() -> None:
         if step % 20 == 0:
             recent = [(entry["positions"], entry["loss"]) for entry in log[-60:]]
             shown = {
-                f"{low}-{2 * low}": f"{np.mean(some):.4f}"
+                f"{low}-{2 * low}": f"{np.mean(losses):.4f}"
                 for low in (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
-                if (some := [loss for n, loss in recent if low <= n < 2 * low])
+                if (losses := [loss for n, loss in recent if low <= n < 2 * low])
             }
             print(f"step {step}, {seen:,} texts, {time.time() - start:.0f} s", shown, flush=True)
     model.to(torch.bfloat16).save_pretrained(arguments.out)

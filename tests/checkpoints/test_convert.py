@@ -70,18 +70,18 @@ def build(folder: Path, variant: dict[str, Any]) -> tuple[Path, dict[str, Any], 
     made = {key: variant.pop(key) for key in ("encoder", "dtype") if key in variant}
     mixed = variant.pop("mixed", False)
     config = CONFIG | variant
-    found = weights(config, **made)
+    tensors = weights(config, **made)
     if mixed:
-        found = {name: t.float() * 1.001 if "norm" in name or "2gpt" in name else t for name, t in found.items()}
-    return save(folder / "theirs", config, found | buffers(config), **layout), config, found
+        tensors = {name: t.float() * 1.001 if "norm" in name or "2gpt" in name else t for name, t in tensors.items()}
+    return save(folder / "theirs", config, tensors | buffers(config), **layout), config, tensors
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_same_vectors_logits_and_tokens(tmp_path: Path, tokens: Any, variant: str) -> None:
-    source, config, found = build(tmp_path, VARIANTS[variant])
+    source, config, tensors = build(tmp_path, VARIANTS[variant])
     convert(source, tmp_path / "ours")
     model = RCCForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32)
-    theirs = Published(config, found, SEGMENT, RATE)
+    theirs = Published(config, tensors, SEGMENT, RATE)
     prompt = torch.tensor([PROMPT])
     for length in (1, 5, 8, 16, 32, 41):  # short, divides the segment, a segment, two, and more
         ids = tokens(length)
@@ -120,12 +120,12 @@ def test_every_tensor_that_is_used_matters(tmp_path: Path, tensors: dict[str, Te
 def test_the_published_segment(tmp_path: Path, tokens: Any) -> None:
     """2,048 tokens at 32×, as the checkpoint was trained, unless something else is said."""
     config = CONFIG | {"max_position_embeddings": 2048, "num_hidden_layers": 2, "num_attention_heads": 2}
-    found = weights(config)
-    convert_checkpoint(save(tmp_path / "theirs", config, found), tmp_path / "ours")
+    tensors = weights(config)
+    convert_checkpoint(save(tmp_path / "theirs", config, tensors), tmp_path / "ours")
     settings = RCCConfig.load(tmp_path / "ours")
     assert (settings.segment_length, settings.rates, settings.segment_padding) == (2048, [32], "repeat")
     model = RCCForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32)
-    theirs = Published(config, found, 2048, 32)
+    theirs = Published(config, tensors, 2048, 32)
     for length, positions in ((100, 64), (2048, 64), (2100, 128)):
         ids = tokens(length)
         vectors = theirs.vectors([ids])
@@ -138,7 +138,7 @@ def test_padding_by_hand(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
     """What the encoder reads, written out: the published rule without the two faults of the authors' code."""
     convert(save(tmp_path / "theirs", CONFIG, tensors), tmp_path / "ours", segment_length=4, rate=2)
     model = RCCForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32)
-    table = model.encoder.get_input_embeddings().weight
+    table: Any = model.encoder.get_input_embeddings().weight
     cases = {
         (7,): [7, 7, 7, 7],
         (7, 8): [7, 8, 7, 8],
@@ -156,12 +156,13 @@ def test_padding_by_hand(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("variant", ["one file", "tied", "bfloat16", "mixed types"])
 def test_folder(tmp_path: Path, variant: str) -> None:
     """Ordinary bases, byte for byte the tensors that were given, hashes that fit, and settings in today's form."""
-    source, config, found = build(tmp_path, VARIANTS[variant])
+    source, config, tensors = build(tmp_path, VARIANTS[variant])
     done = convert(source, tmp_path / "ours")
     ours = tmp_path / "ours"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["ours", "theirs"]
     assert sorted(p.name for p in ours.iterdir()) == ["config.json", "decoder", "encoder", "model.safetensors"]
-    for side, auto in (("decoder", AutoModelForCausalLM), ("encoder", AutoModel)):
+    autos: dict[str, Any] = {"decoder": AutoModelForCausalLM, "encoder": AutoModel}
+    for side, auto in autos.items():
         _, loading = auto.from_pretrained(ours / side, output_loading_info=True)
         assert not any(loading[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), loading
         with safe_open(ours / side / "model.safetensors", framework="pt") as file:
@@ -175,9 +176,9 @@ def test_folder(tmp_path: Path, variant: str) -> None:
         written |= {f"{side}/{name}": tensor for name, tensor in held.items()}
     used = {fate.note: fate.name for fate in done.tensors if fate.fate == "used"}
     assert set(used) == set(written)
-    for place, name in used.items():
-        assert written[place].dtype == found[name].dtype
-        assert torch.equal(written[place], found[name]), name
+    for number, name in used.items():
+        assert written[number].dtype == tensors[name].dtype
+        assert torch.equal(written[number], tensors[name]), name
 
     model = RCCForCausalLM.from_pretrained(ours)
     assert model.config.name == "ours"
@@ -229,11 +230,11 @@ def test_names_of_both_kinds_and_equal_copies(tmp_path: Path, tensors: dict[str,
 
 
 def test_a_tied_checkpoint_may_repeat_the_table(tmp_path: Path) -> None:
-    source, _, found = build(tmp_path, VARIANTS["tied"])
-    save_file({"embed_out.weight": found["gpt_neox.embed_in.weight"].clone()}, source / "more.safetensors")
+    source, _, tensors = build(tmp_path, VARIANTS["tied"])
+    save_file({"embed_out.weight": tensors["gpt_neox.embed_in.weight"].clone()}, source / "more.safetensors")
     done = convert(source, tmp_path / "ours")
     assert {fate.name: fate.note for fate in done.tensors}["embed_out.weight"].startswith("config.json ties it")
-    save_file({"embed_out.weight": found["gpt_neox.embed_in.weight"] + 1}, source / "more.safetensors")
+    save_file({"embed_out.weight": tensors["gpt_neox.embed_in.weight"] + 1}, source / "more.safetensors")
     with pytest.raises(ModelError, match=r"ties embed_out.weight .* but they differ: set tie_word_embeddings"):
         convert(source, tmp_path / "other")
 
@@ -292,12 +293,14 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def asked(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tensor], Callable]:
+def asked(
+    tokenizer: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Tensor], Callable[..., str]]:
     """A converted folder with a tokenizer, its tensors, and text → ids by the tokenizer's file itself."""
     folder = tmp_path_factory.mktemp("asked")
     config = CONFIG | {"vocab_size": 300, "num_hidden_layers": 2}
-    found = weights(config)
-    source = save(folder / "theirs", config, found)
+    tensors = weights(config)
+    source = save(folder / "theirs", config, tensors)
     for file in tokenizer.iterdir():
         shutil.copy(file, source)
     done = convert(source, folder / "ours")  # the tokenizer is in the same folder
@@ -306,8 +309,8 @@ def asked(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     inner = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
 
     def expected(texts: list[str], prompt: str, padding: str = "repeat") -> str:
-        """What is written behind a prompt that reads texts with a segment of their own each."""
-        theirs = Published(config, found, SEGMENT, RATE, padding)
+        """What is written after a prompt that reads texts with a segment of their own each."""
+        theirs = Published(config, tensors, SEGMENT, RATE, padding)
         vectors = theirs.vectors([inner.encode(text).ids for text in texts])
         written = inner.decode(theirs.greedy(vectors, inner.encode(prompt).ids, 8), skip_special_tokens=False)
         return written.split("<|im_end|>")[0].strip()
@@ -317,7 +320,7 @@ def asked(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
         [*inner.encode(TEXT).ids, *inner.encode(f"\n\n{QUESTION}").ids],
     )
     assert joined != apart
-    return folder, found, expected
+    return folder, tensors, expected
 
 
 @pytest.mark.parametrize("mode", ["reconstruct", "human", "compress"])
@@ -344,8 +347,8 @@ def test_ask_a_text(
     prompt, key = (HEADER, "reconstructed_question") if mode == "reconstruct" else ("Answer:", "answer")
     assert row[key] == expected(ways[padding], prompt, padding)
     assert row[key] != expected(ways["none" if padding == "repeat" else "repeat"], prompt, padding)
-    kept = list((tmp_path / "home").rglob("*.rcc"))
-    assert len(kept) == (padding == "none")  # what holds one question is of no use to another
+    stored = list((tmp_path / "home").rglob("*.rcc"))
+    assert len(stored) == (padding == "none")  # what holds one question is of no use to another
 
 
 def test_ask_several_questions_and_a_stored_context(
@@ -518,10 +521,10 @@ def test_bad_source(call: Call, source: Path, folder: Path, damage: str) -> None
 @pytest.mark.parametrize("encoder", ["rcc_encoder", "mamba"])
 def test_missing_tensors(call: Call, tmp_path: Path, folder: Path, encoder: str) -> None:
     """The first one and their number in the error; a line for each."""
-    found = weights(CONFIG, encoder)
+    tensors = weights(CONFIG, encoder)
     lost = [f"gpt_neox.{encoder}.gpt_neox.layers.1.mlp.dense_h_to_4h.bias", f"gpt_neox.{encoder}2gpt_embed.weight"]
-    kept = {name: tensor for name, tensor in found.items() if name not in lost}
-    done = call("convert-checkpoint", save(tmp_path / "theirs", CONFIG, kept), folder / "ours", *SIZES)
+    left = {name: tensor for name, tensor in tensors.items() if name not in lost}
+    done = call("convert-checkpoint", save(tmp_path / "theirs", CONFIG, left), folder / "ours", *SIZES)
     assert done.code == 2
     assert done.err.startswith("rcc: ")
     assert done.err.count("\n") == 1
@@ -530,7 +533,7 @@ def test_missing_tensors(call: Call, tmp_path: Path, folder: Path, encoder: str)
     assert [row for row in rows if row.startswith("missing")] == [
         f"missing   {name} – the model needs it" for name in lost
     ]
-    assert len(rows) == len(found)
+    assert len(rows) == len(tensors)
 
 
 def test_no_tensors_at_all(tmp_path: Path, folder: Path) -> None:
@@ -540,8 +543,8 @@ def test_no_tensors_at_all(tmp_path: Path, folder: Path) -> None:
 
 def test_the_last_projection_may_be_missing(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
     """It is not used."""
-    kept = {name: tensor for name, tensor in tensors.items() if name != "gpt_neox.rcc_encoder2gpt_A_matrix.2.weight"}
-    convert(save(tmp_path / "theirs", CONFIG, kept), tmp_path / "ours")
+    left = {name: tensor for name, tensor in tensors.items() if name != "gpt_neox.rcc_encoder2gpt_A_matrix.2.weight"}
+    convert(save(tmp_path / "theirs", CONFIG, left), tmp_path / "ours")
 
 
 def test_another_configuration(source: Path, folder: Path) -> None:

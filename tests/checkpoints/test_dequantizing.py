@@ -181,7 +181,9 @@ def expected_state(values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 # ---------------------------------------------------------------- tests
 @pytest.mark.parametrize("chunk", [1, 3000, 1 << 22])
-def test_every_tensor_is_what_the_format_says(gguf, chunk: int, tmp_path: Path, monkeypatch) -> None:
+def test_every_tensor_is_what_the_format_says(
+    gguf: tuple[Path, dict[str, torch.Tensor]], chunk: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file, values = gguf
     monkeypatch.setattr(dequantizing, "CHUNK", chunk)
     dequantizing.write_folder(file, tmp_path, "qwen2", tie_output=True)
@@ -196,7 +198,7 @@ def test_every_tensor_is_what_the_format_says(gguf, chunk: int, tmp_path: Path, 
     assert (tmp_path / "other.safetensors").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
 
 
-def test_an_untied_file_keeps_both(gguf, tmp_path: Path) -> None:
+def test_an_untied_file_keeps_both(gguf: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path) -> None:
     file, values = gguf
     dequantizing.write_folder(file, tmp_path, "qwen2")
     with safe_open(tmp_path / "model.safetensors", framework="pt") as made:
@@ -205,7 +207,9 @@ def test_an_untied_file_keeps_both(gguf, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "config.json").read_text())["tie_word_embeddings"] is False
 
 
-def test_a_base_of_three_parts(gguf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_base_of_three_parts(
+    gguf: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """From wheels that lie in downloads to a model that transformers loads."""
     from transformers import AutoModelForCausalLM
 
@@ -250,7 +254,7 @@ def test_a_base_of_three_parts(gguf, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert (config.num_key_value_heads, config.max_position_embeddings, config.vocab_size) == (2, 512, len(TOKENS))
 
 
-def test_qwen2s_tokenizer(gguf, tmp_path: Path) -> None:
+def test_qwen2s_tokenizer(gguf: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path) -> None:
     """The rules are those published with Qwen2: its expression, digits one by one, letters composed, no limit."""
     file, _ = gguf
     dequantizing.write_folder(file, tmp_path, "qwen2", tie_output=True)

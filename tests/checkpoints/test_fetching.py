@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from huggingface_hub import constants
@@ -93,7 +94,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 def gather(base: Base, downloads: Path) -> Callable[..., list[str]]:
     """Bring the file together, check it, and return the phrases."""
 
-    def run(**changes: object) -> list[str]:
+    def run(**changes: Any) -> list[str]:
         phrases: list[str] = []
         gguf = fetching.gather("some", replace(base, **changes), downloads, phrases.append)
         assert gguf.read_bytes() == WHOLE
@@ -215,7 +216,12 @@ def test_parts_come_second(
 
 
 def test_when_the_hub_is_not_asked(
-    hub: SimpleNamespace, base: Base, gather: Callable[..., list[str]], index: Path, downloads: Path, monkeypatch
+    hub: SimpleNamespace,
+    base: Base,
+    gather: Callable[..., list[str]],
+    index: Path,
+    downloads: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Offline, or where some of the parts are there already."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)

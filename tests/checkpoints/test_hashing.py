@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
+from conftest import MakeModel, MakeTokens
 from rcc import checkpoints
 from rcc.checkpoints import hashing
 from rcc.errors import ModelError
@@ -64,7 +65,7 @@ def test_begun_ahead(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("made", [None, "context"])
-def test_hash_ahead(tiny, tokens, tmp_path: Path, made: str | None) -> None:
+def test_hash_ahead(tiny: MakeModel, tokens: MakeTokens, tmp_path: Path, made: str | None) -> None:
     """The weights of a model and its base are hashed before it is loaded; of what is not there, nothing is said."""
     model = tiny()
     model.save_pretrained(tmp_path / "model", full=True)

@@ -37,9 +37,9 @@ def loading_calls() -> list[tuple[str, ast.Call]]:
 def test_no_call_of_the_package_lets_a_folder_run_code() -> None:
     calls = loading_calls()
     assert len(calls) >= 7
-    for where, call in calls:
+    for caller, call in calls:
         trusted = [word.value for word in call.keywords if word.arg == "trust_remote_code"]
-        assert [getattr(value, "value", None) for value in trusted] == [False], where
+        assert [getattr(value, "value", None) for value in trusted] == [False], caller
 
 
 @pytest.fixture

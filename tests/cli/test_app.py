@@ -67,12 +67,16 @@ def test_precision_follows_the_cpu(
 
 
 def test_inspect(call: Callable[..., Result], compressed_file: Path, text_length: int) -> None:
-    found = info(call, compressed_file)
-    assert {"source_tokens", "rate", "positions", "bytes", "model", "fingerprint"} <= set(found)
-    assert (found["source_tokens"], found["rate"], found["positions"]) == (text_length, 4, -(-text_length // 4))
-    assert found["model"] == MODEL
-    assert re.fullmatch("[0-9a-f]{64}", found["fingerprint"])
-    assert 0.99 < found["bytes"] / compressed_file.stat().st_size <= 1
+    described = info(call, compressed_file)
+    assert {"source_tokens", "rate", "positions", "bytes", "model", "fingerprint"} <= set(described)
+    assert (described["source_tokens"], described["rate"], described["positions"]) == (
+        text_length,
+        4,
+        -(-text_length // 4),
+    )
+    assert described["model"] == MODEL
+    assert re.fullmatch("[0-9a-f]{64}", described["fingerprint"])
+    assert 0.99 < described["bytes"] / compressed_file.stat().st_size <= 1
     told = call("inspect", compressed_file).ok()
     assert re.search(rf"^source tokens +{text_length:,}$", told.out, re.M)
     assert told.err == ""
@@ -107,13 +111,13 @@ def test_ask_in_a_pipe(compressed_file: Path) -> None:
 def test_ask_in_json(call: Callable[..., Result], compressed_file: Path) -> None:
     questions = ["Who is the father?", "Where is the village?"]
     plain = call("ask", compressed_file, *questions).ok()
-    found = json.loads(call("ask", compressed_file, *questions, "--json").ok().out)
-    assert found["model"] == MODEL
-    assert found["fingerprint"] == info(call, compressed_file)["fingerprint"]
-    assert [row["question"] for row in found["answers"]] == questions
+    answers = json.loads(call("ask", compressed_file, *questions, "--json").ok().out)
+    assert answers["model"] == MODEL
+    assert answers["fingerprint"] == info(call, compressed_file)["fingerprint"]
+    assert [row["question"] for row in answers["answers"]] == questions
     # what is streamed is the answer
-    assert plain.out == "".join(f"{row['question']}\n{row['answer']}\n" for row in found["answers"])
-    assert all(row["answer"] and row["mode"] == "human" for row in found["answers"])
+    assert plain.out == "".join(f"{row['question']}\n{row['answer']}\n" for row in answers["answers"])
+    assert all(row["answer"] and row["mode"] == "human" for row in answers["answers"])
 
 
 def test_ask_in_other_modes(call: Callable[..., Result], compressed_file: Path) -> None:
@@ -140,12 +144,12 @@ def test_standard_input_append_and_force(
     call(
         "compress", "-", "-o", both, "--context", compressed_file, "--rate", "8", stdin=b"And then they all went home."
     ).ok()
-    found = info(call, both)
+    described = info(call, both)
     assert compressed_file.read_bytes() == before
-    assert found["rate"] == [4, 8]
-    assert [piece["rate"] for piece in found["pieces"]] == [4, 8]
-    assert found["pieces"][0]["tokens"] == text_length
-    assert found["positions"] == sum(piece["positions"] for piece in found["pieces"])
+    assert described["rate"] == [4, 8]
+    assert [piece["rate"] for piece in described["pieces"]] == [4, 8]
+    assert described["pieces"][0]["tokens"] == text_length
+    assert described["positions"] == sum(piece["positions"] for piece in described["pieces"])
     assert "at 4/8×" in call("compress", short_text, "-o", both, "--context", eight, "--rate", "4", "--force").ok().err
     # two sources are two segments; what is read is not written to
     call("compress", short_text, short_text, "-o", eight, "--context", eight, "--rate", "8", "--force").refused(
@@ -199,10 +203,10 @@ def test_untrained_rate_warns(short_text: Path, tmp_path: Path) -> None:
 def test_ask_a_text(call: Callable[..., Result], short_text: Path, cli_home: Path, tmp_path: Path) -> None:
     question = "Who is the father?"
     first = process("ask", short_text, question).ok()
-    (kept,) = (cli_home / "contexts").iterdir()
-    assert first.err.startswith(f"kept as {kept}: ")
+    (stored,) = (cli_home / "contexts").iterdir()
+    assert first.err.startswith(f"kept as {stored}: ")
     again = call("ask", short_text, question).ok()
-    assert again.err.startswith(f"read {kept}: ")
+    assert again.err.startswith(f"read {stored}: ")
     assert again.out == first.out
     # by content, wherever it comes from
     assert call("ask", "-", question, stdin=short_text.read_bytes()).ok().err == again.err
@@ -210,12 +214,12 @@ def test_ask_a_text(call: Callable[..., Result], short_text: Path, cli_home: Pat
     assert "at 8×" in other.err
     assert len(list((cli_home / "contexts").iterdir())) == 2
     # a damaged one is made again
-    whole = kept.read_bytes()
-    kept.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    whole = stored.read_bytes()
+    stored.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     repaired = call("ask", short_text, question).ok()
-    assert repaired.err.startswith(f"kept as {kept}: ")
+    assert repaired.err.startswith(f"kept as {stored}: ")
     assert repaired.out == first.out
-    assert info(call, kept)["rate"] == 4
+    assert info(call, stored)["rate"] == 4
 
 
 def test_ask_a_text_where_nothing_can_be_kept(
@@ -247,8 +251,8 @@ def test_reconstruct(call: Callable[..., Result], compressed_file: Path, short_t
     written = call("reconstruct", compressed_file, "--tokens", "20").ok()
     assert written.out.startswith("SIMPLE SUSAN")  # the first ten tokens of the text are the prompt
     assert written.err == ""
-    found = json.loads(call("reconstruct", compressed_file, "--tokens", "20", "--json").ok().out)
-    assert (found["prompt"] + found["text"]).strip() == written.out.strip()
+    figures = json.loads(call("reconstruct", compressed_file, "--tokens", "20", "--json").ok().out)
+    assert (figures["prompt"] + figures["text"]).strip() == written.out.strip()
     prompt = "In a retired hamlet on the borders of Wales,"
     assert prompt in short_text.read_text(encoding="utf-8")
     assert call("reconstruct", compressed_file, "--tokens", "5", "--prompt", prompt).ok().out.startswith(prompt)
@@ -262,13 +266,13 @@ def test_reconstruct_against_the_text(
     assert "SIMPLE SUSAN" in done.out
     assert re.search(r"^written freely: [0-9.]+% of 30 tokens", done.out, re.M)
     (share,) = re.findall(r"^whole text: ([0-9.]+)% of [0-9,]+ tokens recovered", done.out, re.M)
-    found = json.loads(
+    figures = json.loads(
         call("reconstruct", compressed_file, "--against", short_text, "--tokens", "30", "--json").ok().out
     )
-    assert found["same_text"] is True
-    assert found["source_tokens"] == text_length
-    assert found["tokens_recovered"] == pytest.approx(float(share) / 100, abs=6e-4)
-    assert found["tokens_recovered"] > 0.6
+    assert figures["same_text"] is True
+    assert figures["source_tokens"] == text_length
+    assert figures["tokens_recovered"] == pytest.approx(float(share) / 100, abs=6e-4)
+    assert figures["tokens_recovered"] > 0.6
     # what was written and the text's own words can be read off the marks
     marked = done.out.split("written freely")[0]
     truth = re.sub(r" ?\{\+(.*?)\+\}", r" \1", re.sub(r" ?\[-.*?-\]", "", marked, flags=re.S), flags=re.S)
@@ -281,8 +285,8 @@ def test_reconstruct_against_another_text(call: Callable[..., Result], compresse
     done = call("reconstruct", compressed_file, "--against", other, "--tokens", "5").ok()
     assert "not the text that was compressed" in done.err
     assert "does not occur" in done.err
-    found = json.loads(call("reconstruct", compressed_file, "--against", other, "--tokens", "5", "--json").ok().out)
-    assert found["same_text"] is False
+    figures = json.loads(call("reconstruct", compressed_file, "--against", other, "--tokens", "5", "--json").ok().out)
+    assert figures["same_text"] is False
     other.write_text("too short")
     short = call("reconstruct", compressed_file, "--against", other, "--tokens", "1")
     assert short.code == 2

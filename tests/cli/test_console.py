@@ -10,9 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from rcc.cli import console
 from rcc.evaluation.results import markdown
+from rcc.runtime.terminal import shown
 
 Call = Callable[..., tuple[int, str, str]]
 HOSTILE = "a\x1b[2J\x07\r\x9b31m\x7f\u202eb\u2028\ud800"
@@ -23,16 +25,16 @@ def harmless(text: str) -> bool:
 
 
 def test_control_characters_are_shown() -> None:
-    assert console.shown("a\x1b[2J\nb\t\x9b\u202e") == r"a\x1b[2J\nb\t\x9b\u202e"
-    assert console.shown("a\nb\t", lines=True) == "a\nb\t"
-    assert console.shown("Größe – ×8 日本") == "Größe – ×8 日本"
-    assert harmless(console.shown(HOSTILE))
-    assert console.shown(console.shown(HOSTILE)) == console.shown(HOSTILE)
+    assert shown("a\x1b[2J\nb\t\x9b\u202e") == r"a\x1b[2J\nb\t\x9b\u202e"
+    assert shown("a\nb\t", lines=True) == "a\nb\t"
+    assert shown("Größe – ×8 日本") == "Größe – ×8 日本"
+    assert harmless(shown(HOSTILE))
+    assert shown(shown(HOSTILE)) == shown(HOSTILE)
 
 
 def test_consoles_and_tables_escape_what_they_are_given() -> None:
     stream = io.StringIO()
-    console.Console(file=stream, force_terminal=True, highlight=False).print(HOSTILE, markup=False)
+    Console(file=stream, force_terminal=True, highlight=False).print(HOSTILE, markup=False)
     assert harmless(stream.getvalue().replace("\x1b[0m", ""))
     table = markdown(["x"], [[HOSTILE + "\n| forged |"]])
     assert harmless(table)

@@ -61,8 +61,8 @@ def test_text_from_a_pipe_that_is_named_as_a_file_is_read_whole(
 
 def test_what_is_kept_is_private(command: Call, folder: Path, text: Path, home: Path) -> None:
     command("ask", text, "who?", "--model", folder, "--max-new-tokens", 1)
-    (kept,) = (home / "contexts").iterdir()
-    assert [stat.S_IMODE(p.stat().st_mode) for p in (kept, kept.parent)] == [0o600, 0o700]
+    (stored,) = (home / "contexts").iterdir()
+    assert [stat.S_IMODE(p.stat().st_mode) for p in (stored, stored.parent)] == [0o600, 0o700]
 
 
 def test_a_file_that_appears_while_rcc_works_stays(
@@ -157,7 +157,7 @@ def test_a_closed_terminal_leaves_nothing(folder: Path, text: Path, tmp_path: Pa
         "file._put = put; app.main()"
     )
     (tmp_path / "o").mkdir()
-    arguments = ["compress", text, "-o", tmp_path / "o" / "x.rcc", "--model", folder]
+    arguments: list[str | Path] = ["compress", text, "-o", tmp_path / "o" / "x.rcc", "--model", folder]
     process = subprocess.Popen([sys.executable, "-c", hold, *arguments], stdout=subprocess.PIPE)
     assert process.stdout is not None
     assert process.stdout.readline() == b"writing\n"
@@ -186,9 +186,9 @@ def test_a_second_process_in_a_folder_is_told_who_is_first(
     """And a killed one holds nothing."""
     shutil.copytree(MADE, tmp_path / "w")
     monkeypatch.chdir(tmp_path / "w")
-    where, what, line = WORKS[work]
+    target, what, line = WORKS[work]
     hold = (
-        f"import sys, time; from rcc.cli import app; {where}\n"
+        f"import sys, time; from rcc.cli import app; {target}\n"
         f"def hold(*a): print('at work', flush=True); time.sleep(600)\nAt.{what} = hold; app.main()"
     )
     process = subprocess.Popen([sys.executable, "-c", hold, *line.split()], stdout=subprocess.PIPE)

@@ -230,11 +230,11 @@ def flips(data: bytes) -> Sequence[int]:
 
 def test_one_byte_changed(call: Callable[..., Result], compressed_file: Path, tmp_path: Path) -> None:
     whole, changed = compressed_file.read_bytes(), tmp_path / "changed.rcc"
-    places = flips(whole)
-    assert len(places) >= 20
-    for i, place in enumerate(places):
-        changed.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << i % 8)]) + whole[place + 1 :])
-        call("ask", changed, "Who?").refused("changed.rcc" if place > 8 else "")
+    offsets = flips(whole)
+    assert len(offsets) >= 20
+    for i, offset in enumerate(offsets):
+        changed.write_bytes(whole[:offset] + bytes([whole[offset] ^ (1 << i % 8)]) + whole[offset + 1 :])
+        call("ask", changed, "Who?").refused("changed.rcc" if offset > 8 else "")
     done = process("ask", changed, "Who?")
     done.refused("changed.rcc", "damaged")
 

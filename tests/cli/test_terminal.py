@@ -76,7 +76,7 @@ def test_signal_while_writing(short_text: Path, tmp_path: Path, name: str, code:
     """The moment that matters: all is written but the rename. The old file stays, whole."""
     old = tmp_path / "x.rcc"
     old.write_text("the old one")
-    command = [sys.executable, "-c", SLOW_DISK, "compress", short_text, "-o", old, "--force"]
+    command: list[str | Path] = [sys.executable, "-c", SLOW_DISK, "compress", short_text, "-o", old, "--force"]
     running = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     end = time.monotonic() + LIMIT
     while not any(p.stat().st_size > 1e6 for p in tmp_path.glob(".*.tmp")):

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from transformers import GenerationConfig, StaticCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer
 
+from conftest import MakeExpected, MakeModel, MakeTokens
 from equality import CLOSE, new_tokens, one, plain_cache, prompt_logits
 from rcc.context.cache import BlockLayer, KVBlocks
 from rcc.model.backbones import CACHE
 
 
-def test_generation_writes_behind_the_prefix(tiny, tokens, monkeypatch):
+def test_generation_writes_after_the_prefix(
+    tiny: MakeModel, tokens: MakeTokens, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """generate and forward after compress write into the spare capacity: the block stays where it is and no tensor of
     the prefix's size is made; the prefix itself does not change."""
     model = tiny("llama")
@@ -36,41 +41,41 @@ def test_generation_writes_behind_the_prefix(tiny, tokens, monkeypatch):
     assert keys[:, :, len(context) : len(context) + 14].abs().min() > 0  # the question and its answer
 
 
-def test_borrowing(tiny, tokens):
+def test_borrowing(tiny: MakeModel, tokens: MakeTokens) -> None:
     """One borrower writes in place, a second at the same time gets a copy, afterwards it is free again; room that is
     not there is copied; an error inside gives it back."""
     model = tiny("llama")
     context = model.compress(one(tokens(64)))
     own = context.blocks.layers[0][0].data_ptr()
 
-    def where(cache) -> int:
+    def address(cache: Cache) -> int:
         return cache.layers[0].block[0].data_ptr()
 
     with context.borrow(8) as first, context.borrow(8) as second:
-        assert where(first) == own
-        assert where(second) != own
+        assert address(first) == own
+        assert address(second) != own
         assert second.layers[0].capacity >= len(context) + 8
         assert torch.equal(first.layers[0].keys, second.layers[0].keys)
         assert first.get_seq_length() == second.get_seq_length() == len(context)
     with pytest.raises(KeyError), context.borrow(8):
         raise KeyError
     with context.borrow(8) as third:
-        assert where(third) == own
+        assert address(third) == own
     capacity = context.blocks.capacity
     with context.borrow(capacity - len(context)) as all_of_it:
-        assert where(all_of_it) == own
+        assert address(all_of_it) == own
     with context.borrow(capacity - len(context) + 1) as too_much:
-        assert where(too_much) != own
+        assert address(too_much) != own
     child = model.compress(one(tokens(5)), context=context)
-    with context.borrow(1) as behind_a_child, child.borrow(1) as of_the_child:
-        assert where(behind_a_child) != own
-        assert where(of_the_child) == own
+    with context.borrow(1) as after_a_child, child.borrow(1) as of_the_child:
+        assert address(after_a_child) != own
+        assert address(of_the_child) == own
     for other in (context.expand(2), context[0]):
         with other.borrow(1) as copied:
-            assert where(copied) != own
+            assert address(copied) != own
 
 
-def test_an_append_shares_memory(tiny, tokens):
+def test_an_append_shares_memory(tiny: MakeModel, tokens: MakeTokens) -> None:
     """An append goes into the room after its parent, in the same memory; a second one to the same parent does not."""
     model = tiny("llama")
     parent = model.compress(one(tokens(64)))
@@ -82,7 +87,7 @@ def test_an_append_shares_memory(tiny, tokens):
     assert torch.equal(parent.layer(2)[1], third.layer(2)[1][:, :, : len(parent)])
 
 
-def test_a_failed_append_leaves_the_parent_usable(tiny, tokens, expected):
+def test_a_failed_append_leaves_the_parent_usable(tiny: MakeModel, tokens: MakeTokens, expected: MakeExpected) -> None:
     """An append that breaks off half-way (an error in a progress callback) changes nothing and can be repeated."""
     model = tiny("llama")
     parent = model.compress(one(tokens(20)))
@@ -101,7 +106,7 @@ def test_a_failed_append_leaves_the_parent_usable(tiny, tokens, expected):
     torch.testing.assert_close(got, want.logits([tokens(20)], [5, 6]), **CLOSE)
 
 
-def test_threads(tiny, tokens, expected):
+def test_threads(tiny: MakeModel, tokens: MakeTokens, expected: MakeExpected) -> None:
     """Eight threads ask and append to one context at once: each gets its own reference answer."""
     model = tiny("llama")
     want = expected(model)
@@ -142,7 +147,7 @@ def layers_of_both_kinds() -> tuple[BlockLayer, DynamicLayer]:
     return block, plain
 
 
-ACTIONS = {
+ACTIONS: dict[str, Callable[[Any], object]] = {
     "update in place": lambda layer: layer.update(torch.ones(3, 2, 2, 4), torch.ones(3, 2, 2, 4)),
     "update beyond": lambda layer: layer.update(torch.ones(3, 2, 9, 4), torch.ones(3, 2, 9, 4)),
     "crop": lambda layer: layer.crop(-2),
@@ -157,7 +162,7 @@ ACTIONS = {
 
 
 @pytest.mark.parametrize("action", ACTIONS)
-def test_block_layer_behaves_like_dynamic_layer(action):
+def test_block_layer_behaves_like_dynamic_layer(action: str) -> None:
     """Each operation of a cache layer, then a write, leaves what transformers' own layer would hold."""
     block, plain = layers_of_both_kinds()
     for layer in (block, plain):
@@ -175,7 +180,7 @@ def test_block_layer_behaves_like_dynamic_layer(action):
 
 
 @pytest.mark.parametrize("action", ["reorder", "repeat", "select", "crop", "reset"])
-def test_empty_block_layer_behaves_like_dynamic_layer(action):
+def test_empty_block_layer_behaves_like_dynamic_layer(action: str) -> None:
     """The same on a layer that holds nothing yet: nothing happens."""
     block, plain = BlockLayer(8), DynamicLayer()
     for layer in (plain, block):
@@ -183,7 +188,7 @@ def test_empty_block_layer_behaves_like_dynamic_layer(action):
         assert layer.get_seq_length() == 0
 
 
-def test_block_layer_refuses_what_dynamic_layer_refuses():
+def test_block_layer_refuses_what_dynamic_layer_refuses() -> None:
     """A positive crop (the old meaning) would show memory that was never written: it is refused."""
     block, plain = layers_of_both_kinds()
     for layer in (plain, block):
@@ -191,7 +196,7 @@ def test_block_layer_refuses_what_dynamic_layer_refuses():
             layer.crop(2)
 
 
-def test_block_layer_does_not_copy():
+def test_block_layer_does_not_copy() -> None:
     """Writing within the capacity moves nothing; what is shown is a view of the block."""
     block, _ = layers_of_both_kinds()
     assert block.capacity == 8
@@ -206,27 +211,27 @@ def test_block_layer_does_not_copy():
     assert block.capacity > 9
 
 
-def test_an_ordinary_cache_takes_a_context(tiny, tokens, expected):
+def test_an_ordinary_cache_takes_a_context(tiny: MakeModel, tokens: MakeTokens, expected: MakeExpected) -> None:
     """A context is an ordinary KV cache: transformers' own caches continue from its keys and values."""
     model = tiny("gpt_neox")
     text, prompt = tokens(37), tokens(6, 1)
     context = model.compress(one(text))
     want = expected(model).logits([text], prompt)
-    places = torch.arange(10, 16)[None]
-    got = model.decoder(one(prompt), **{CACHE: plain_cache(context)}, position_ids=places).logits[0]
+    positions = torch.arange(10, 16)[None]
+    got = model.decoder(one(prompt), **{CACHE: plain_cache(context)}, position_ids=positions).logits[0]
     torch.testing.assert_close(got, want, **CLOSE)
     static = StaticCache(config=model.decoder.config, max_cache_len=32)
     for i in range(3):
         static.update(*context.layer(i), i)
     mask = torch.ones(1, 16, dtype=torch.long)
-    got = model.decoder(one(prompt), **{CACHE: static}, position_ids=places, attention_mask=mask).logits[0]
+    got = model.decoder(one(prompt), **{CACHE: static}, position_ids=positions, attention_mask=mask).logits[0]
     torch.testing.assert_close(got, want, **CLOSE)
 
 
-def test_the_cache_that_generate_hands_out_is_the_callers(tiny, tokens) -> None:
+def test_the_cache_that_generate_hands_out_is_the_callers(tiny: MakeModel, tokens: MakeTokens) -> None:
     model = tiny()
     context = model.compress(torch.tensor([tokens(40)]), rate=4)
-    how = {"context": context, "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    how: dict[str, Any] = {"context": context, "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     configured = {"generation_config": GenerationConfig(return_dict_in_generate=True)}
     for settings in ({"return_dict_in_generate": True}, configured):
         out = model.generate(torch.tensor([tokens(4)]), **settings, **how)

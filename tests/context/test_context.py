@@ -8,6 +8,7 @@ import io
 import json
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,11 +16,12 @@ import pytest
 import torch
 
 from appended_context import answer
+from conftest import MakeBatch, MakeModel, MakeTokens
 from equality import same_bits
-from rcc import CompressedContext, InputError
+from rcc import CompressedContext, InputError, RCCForCausalLM
 
 
-def test_value(appended, tiny_llama, tokens):
+def test_value(appended: CompressedContext, tiny_llama: RCCForCausalLM, tokens: MakeTokens) -> None:
     """Length, bytes, rate, tokens, digests and batch size are what they should be, by hand."""
 
     assert len(appended) == 10 + 5
@@ -47,7 +49,9 @@ def test_value(appended, tiny_llama, tokens):
     assert batch.source_tokens == 46 + 37
 
 
-def test_repr_tells_a_person_something(appended, tiny_llama, tokens):
+def test_repr_tells_a_person_something(
+    appended: CompressedContext, tiny_llama: RCCForCausalLM, tokens: MakeTokens
+) -> None:
     """Tokens, rates, positions, size, precision, place and model, in one line."""
     text = repr(appended)
     for part in ("46 tokens", "2×/4×", "15 positions", "MB", "float32", "cpu", "tiny-llama", appended.fingerprint[:12]):
@@ -57,7 +61,7 @@ def test_repr_tells_a_person_something(appended, tiny_llama, tokens):
     assert "2,000 tokens" in repr(tiny_llama.compress(torch.tensor([tokens(2000)]), rate=16))
 
 
-def test_info(appended):
+def test_info(appended: CompressedContext) -> None:
     """What `rcc inspect --json` prints is plain JSON with the promised names."""
     info = json.loads(json.dumps(appended.info()))
     assert info["source_tokens"] == 46
@@ -70,13 +74,13 @@ def test_info(appended):
     assert [piece["tokens"] for piece in info["pieces"]] == [37, 9]
 
 
-def test_it_is_a_value(appended):
+def test_it_is_a_value(appended: CompressedContext) -> None:
     """Its parts cannot be replaced."""
     with pytest.raises(AttributeError):
-        appended.length = 3
+        appended.length = 3  # type: ignore[misc]
 
 
-def test_expand(appended, tiny_llama, tokens):
+def test_expand(appended: CompressedContext, tiny_llama: RCCForCausalLM, tokens: MakeTokens) -> None:
     """expand shares memory until it is used, refuses several texts, and equals the one context."""
     many = appended.expand(3)
     assert (many.batch_size, len(many), many.lengths) == (3, 15, [15] * 3)
@@ -92,7 +96,7 @@ def test_expand(appended, tiny_llama, tokens):
             appended.expand(n)
 
 
-def test_to(appended):
+def test_to(appended: CompressedContext) -> None:
     """to changes the precision and leaves the original; where nothing changes it is the context itself."""
     assert appended.to() is appended
     assert appended.to("cpu", torch.float32) is appended
@@ -107,17 +111,17 @@ def test_to(appended):
     assert half.pieces == appended.pieces
 
 
-def test_getitem_and_iteration(appended):
+def test_getitem_and_iteration(appended: CompressedContext) -> None:
     """Negative indices count from the end, others are an IndexError, so a batch can be iterated over."""
     batch = CompressedContext.stack([appended, appended.to()])
     assert same_bits(batch[-1], appended)
     for i in (2, -3):
         with pytest.raises(IndexError):
             batch[i]
-    assert [c.lengths for c in batch] == [[15], [15]]
+    assert [c.lengths for c in batch] == [[15], [15]]  # type: ignore[attr-defined]  # by __getitem__
 
 
-def test_stack(appended, tiny_llama, tokens):
+def test_stack(appended: CompressedContext, tiny_llama: RCCForCausalLM, tokens: MakeTokens) -> None:
     """Gaps stand before shorter texts and are masked; nothing and contexts of different models are refused."""
     short = tiny_llama.compress(torch.tensor([tokens(3)]))
     batch = CompressedContext.stack([short, appended])
@@ -144,7 +148,9 @@ def _through_torch(value: Any) -> Any:
 
 @pytest.mark.parametrize("how", COPIES)
 @pytest.mark.parametrize("source", ["made", "asked", "header", "batch", "expanded"])
-def test_a_copy_answers_the_same(tiny, tokens, batch, tmp_path, how: str, source: str) -> None:
+def test_a_copy_answers_the_same(
+    tiny: MakeModel, tokens: MakeTokens, batch: MakeBatch, tmp_path: Path, how: str, source: str
+) -> None:
     model = tiny()
     ids, mask = batch([tokens(40), tokens(25)] if source == "batch" else [tokens(40)])
     context = model.compress(ids, mask, rate=4)

@@ -11,8 +11,9 @@ import torch
 from safetensors import safe_open
 
 from appended_context import answer
+from conftest import MakeBatch, MakeTokens
 from equality import same_bits
-from rcc import CompressedContext, InputError
+from rcc import CompressedContext, InputError, RCCForCausalLM
 from rcc.context.cache import KVBlocks
 from rcc.runtime import allocator
 from rcc.runtime.memory import peak_mb, reset_peak, resident
@@ -33,7 +34,14 @@ def mapped(context: CompressedContext, file: Path) -> bool:
 
 @pytest.mark.parametrize("verify", ["full", "header"])
 @pytest.mark.parametrize("with_model", [True, False])
-def test_save_and_load(appended, appended_file, tiny_llama, tokens, verify, with_model):
+def test_save_and_load(
+    appended: CompressedContext,
+    appended_file: Path,
+    tiny_llama: RCCForCausalLM,
+    tokens: MakeTokens,
+    verify: str,
+    with_model: bool,
+) -> None:
     """The same bits, the same description and the same answer, whichever way it is checked; the file is an ordinary
     safetensors file, and appending to what was loaded works."""
     loaded = CompressedContext.load(appended_file, model=tiny_llama if with_model else None, verify=verify)
@@ -50,7 +58,9 @@ def test_save_and_load(appended, appended_file, tiny_llama, tokens, verify, with
         assert plain.metadata()["format"] == "rcc-context"
 
 
-def test_full_is_read_and_header_is_mapped(appended, appended_file, tiny_llama, tokens):
+def test_full_is_read_and_header_is_mapped(
+    appended: CompressedContext, appended_file: Path, tiny_llama: RCCForCausalLM, tokens: MakeTokens
+) -> None:
     """verify="header" maps the file, allocates nothing for the keys and values, and never writes to it;
     verify="full" reads them into memory with room after them."""
     before = appended_file.read_bytes()
@@ -72,7 +82,7 @@ def test_full_is_read_and_header_is_mapped(appended, appended_file, tiny_llama, 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
 @pytest.mark.parametrize("verify", ["full", "header"])
-def test_a_file_is_not_in_memory_twice(appended, tmp_path, verify):
+def test_a_file_is_not_in_memory_twice(appended: CompressedContext, tmp_path: Path, verify: str) -> None:
     """What was copied out of a mapped file is let go of, layer by layer; the file can be used again afterwards."""
     layers = [(torch.rand(1, 2, 2**15, 32), torch.rand(1, 2, 2**15, 32)) for _ in range(8)]
     piece = replace(appended.pieces[0][0], positions=2**15)
@@ -90,7 +100,9 @@ def test_a_file_is_not_in_memory_twice(appended, tmp_path, verify):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_every_precision(appended, tiny_llama, tmp_path, dtype):
+def test_every_precision(
+    appended: CompressedContext, tiny_llama: RCCForCausalLM, tmp_path: Path, dtype: torch.dtype
+) -> None:
     """Each precision comes back as it is without a model, in the model's with one."""
     cast = appended.to(dtype=dtype)
     cast.save(tmp_path / "c")
@@ -101,7 +113,9 @@ def test_every_precision(appended, tiny_llama, tmp_path, dtype):
         assert CompressedContext.load(tmp_path / "c", tiny_llama, verify).dtype == torch.float32
 
 
-def test_saving_a_part_of_something(appended, tiny_llama, tokens, batch, tmp_path):
+def test_saving_a_part_of_something(
+    appended: CompressedContext, tiny_llama: RCCForCausalLM, tokens: MakeTokens, batch: MakeBatch, tmp_path: Path
+) -> None:
     """A text of a batch (with and without gaps), a parent whose memory a longer context shares, and a context that was
     itself loaded are saved as if they were alone; several texts at once are refused."""
     short = tiny_llama.compress(torch.tensor([tokens(3)]))
@@ -120,7 +134,9 @@ def test_saving_a_part_of_something(appended, tiny_llama, tokens, batch, tmp_pat
     assert sorted(p.name for p in tmp_path.iterdir()) == ["c", "d"]
 
 
-def test_saving_over_the_file_that_is_mapped(appended, tiny_llama, tokens, tmp_path):
+def test_saving_over_the_file_that_is_mapped(
+    appended: CompressedContext, tiny_llama: RCCForCausalLM, tokens: MakeTokens, tmp_path: Path
+) -> None:
     """A mapped context that is saved over its own file, or whose file is replaced, keeps its content."""
     path = tmp_path / "c"
     appended.save(path)
@@ -130,7 +146,7 @@ def test_saving_over_the_file_that_is_mapped(appended, tiny_llama, tokens, tmp_p
     assert same_bits(header, appended)
 
 
-def test_the_same_context_makes_the_same_bytes(appended, tmp_path):
+def test_the_same_context_makes_the_same_bytes(appended: CompressedContext, tmp_path: Path) -> None:
     """Two files of one context differ in the time of writing and the digest at most."""
     appended.save(tmp_path / "a")
     appended.save(tmp_path / "b")

@@ -5,15 +5,18 @@ from __future__ import annotations
 import errno
 import os
 import threading
+from pathlib import Path
+from typing import Any, Self
 
 import pytest
 import torch
 
+from conftest import MakeTokens
 from equality import same_bits
-from rcc import CompressedContext, FileError
+from rcc import CompressedContext, FileError, RCCForCausalLM
 
 
-def test_places_that_cannot_be_written(appended, tmp_path):
+def test_places_that_cannot_be_written(appended: CompressedContext, tmp_path: Path) -> None:
     """A folder that is missing, a path below a file, a folder in the file's place, a name that is too long, and no
     name at all: a FileError that names the path, and no leftovers."""
     folder, plain = tmp_path / "folder", tmp_path / "plain"
@@ -22,21 +25,28 @@ def test_places_that_cannot_be_written(appended, tmp_path):
     for path in (tmp_path / "no" / "c", plain / "c", folder, tmp_path / ("x" * 300)):
         with pytest.raises(FileError, match="cannot be written"):
             appended.save(path)
-    for path in ("", ".", "/"):
+    for name in ("", ".", "/"):
         with pytest.raises(FileError, match="cannot be written"):
-            appended.save(path)
+            appended.save(name)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "plain"]
     assert not list(folder.iterdir())
     assert plain.read_text() == "x"
 
 
-def no_space(*args, **kwargs):
+def no_space(*args: Any, **kwargs: Any) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 @pytest.mark.parametrize("older", [True, False])
 @pytest.mark.parametrize("step", ["fsync", "replace", "write"])
-def test_a_full_disk(appended, appended_file, tmp_path, monkeypatch, step, older):
+def test_a_full_disk(
+    appended: CompressedContext,
+    appended_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    step: str,
+    older: bool,
+) -> None:
     """No space left while writing, flushing or renaming: a FileError that says so, no half-written file, no temporary
     one, and an older file unchanged."""
     path = tmp_path / "book.rcc"
@@ -47,22 +57,22 @@ def test_a_full_disk(appended, appended_file, tmp_path, monkeypatch, step, older
 
         real = builtins.open
 
-        def full(name, mode="r", *args, **kwargs):
+        def full(name: str, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
             opened = real(name, mode, *args, **kwargs)
             if "x" in mode or "w" in mode:
 
                 class Full:
-                    def __enter__(self):
+                    def __enter__(self) -> Self:
                         opened.__enter__()
                         return self
 
-                    def __exit__(self, *error):
-                        return opened.__exit__(*error)
+                    def __exit__(self, *error: Any) -> None:
+                        opened.__exit__(*error)
 
-                    def __getattr__(self, attribute):
+                    def __getattr__(self, attribute: str) -> Any:
                         return getattr(opened, attribute)
 
-                    def write(self, data):
+                    def write(self, data: bytes) -> int:
                         if len(data) > 1000:
                             opened.write(bytes(data[:100]))
                             no_space()
@@ -84,7 +94,7 @@ def test_a_full_disk(appended, appended_file, tmp_path, monkeypatch, step, older
     assert same_bits(CompressedContext.load(path), appended)
 
 
-def test_a_file_system_that_is_full(appended, tmp_path):
+def test_a_file_system_that_is_full(appended: CompressedContext, tmp_path: Path) -> None:
     """A real limit: the process may write files of 2,000 bytes only; there are no leftovers."""
     import resource
     import signal
@@ -101,10 +111,12 @@ def test_a_file_system_that_is_full(appended, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_an_interrupt_while_writing(appended, tmp_path, monkeypatch):
+def test_an_interrupt_while_writing(
+    appended: CompressedContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Ctrl-C in the middle leaves nothing, and an older file as it was."""
 
-    def interrupt(*args):
+    def interrupt(*args: Any) -> None:
         raise KeyboardInterrupt
 
     path = tmp_path / "c"
@@ -116,7 +128,9 @@ def test_an_interrupt_while_writing(appended, tmp_path, monkeypatch):
     assert path.read_text() == "older"
 
 
-def test_two_writers(appended, tiny_llama, tokens, tmp_path):
+def test_two_writers(
+    appended: CompressedContext, tiny_llama: RCCForCausalLM, tokens: MakeTokens, tmp_path: Path
+) -> None:
     """Threads that save to one path, and read it, at once: every reader gets one whole file, description and contents
     of the same context, and one whole file is left."""
     path = tmp_path / "c"

@@ -7,16 +7,18 @@ import json
 import random
 import struct
 import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from rcc import CompressedContext, CompressedVectors, ContextError, RCCError
+from conftest import MakeTokens
+from rcc import CompressedContext, CompressedVectors, ContextError, RCCError, RCCForCausalLM
 
 
 @pytest.mark.parametrize("verify", ["full", "header"])
-def test_truncation(appended_file, tmp_path, verify):
+def test_truncation(appended_file: Path, tmp_path: Path, verify: str) -> None:
     """A file cut anywhere is refused in both ways of checking: at every byte of the header, then in steps; so is one
     with more after it."""
     data = appended_file.read_bytes()
@@ -33,7 +35,7 @@ def test_truncation(appended_file, tmp_path, verify):
 
 
 @pytest.mark.parametrize("verify", ["full", "header"])
-def test_a_header_of_many_brackets(appended_file, tmp_path, verify):
+def test_a_header_of_many_brackets(appended_file: Path, tmp_path: Path, verify: str) -> None:
     """JSON nested too deeply for the parser, with whatever digest, is damaged too: no RecursionError."""
     text = b'{"__metadata__":{"sha256":"' + b"0" * 64 + b'"},"x":' + b"[" * 200_000
     path = tmp_path / "deep"
@@ -58,7 +60,7 @@ def use(context: CompressedContext) -> None:
         pass
 
 
-def load_damaged(path: Path, verify: str, model=None) -> str | None:
+def load_damaged(path: Path, verify: str, model: RCCForCausalLM = None) -> str | None:
     """Load a damaged file: None where it is refused or, by its header alone, loaded in a usable form; else what is
     wrong."""
     try:
@@ -74,7 +76,7 @@ def load_damaged(path: Path, verify: str, model=None) -> str | None:
     return "accepted" if verify == "full" else None
 
 
-def mutations(data: bytes, count: int, seed: int):
+def mutations(data: bytes, count: int, seed: int) -> Iterator[tuple[str, bytes]]:
     """`count` damaged copies of `data`: bits flipped, bytes replaced, inserted, deleted, doubled, swapped, zeroed, cut;
     half of them in the header."""
     generator = random.Random(seed)
@@ -114,7 +116,7 @@ def mutations(data: bytes, count: int, seed: int):
 
 
 @pytest.mark.parametrize("verify", ["full", "header"])
-def test_a_thousand_mutations(appended_file, tmp_path, verify):
+def test_a_thousand_mutations(appended_file: Path, tmp_path: Path, verify: str) -> None:
     """1,000 damaged files: verify="full" refuses each with an RCCError; verify="header" refuses it or loads something
     that can be looked at and borrowed; never another exception."""
     path = tmp_path / "damaged"
@@ -136,21 +138,23 @@ def test_a_thousand_mutations(appended_file, tmp_path, verify):
         *((kind, "header") for kind in ("lowest bit", "case bit", "highest bit", "zero", "quote")),
     ],
 )
-def test_every_byte_of_the_header(appended_file, tiny_llama, tmp_path, verify, kind):
+def test_every_byte_of_the_header(
+    appended_file: Path, tiny_llama: RCCForCausalLM, tmp_path: Path, verify: str, kind: str
+) -> None:
     """Every single byte of the header damaged in several ways: as above, with the model at hand."""
-    damage = {
+    damages: dict[str, Callable[[int], int]] = {
         "lowest bit": lambda byte: byte ^ 1,
         "case bit": lambda byte: byte ^ 0x20,
         "highest bit": lambda byte: byte ^ 0x80,
         "zero": lambda byte: ord("0"),
         "quote": lambda byte: ord('"'),
-    }[kind]
+    }
     path = tmp_path / "damaged"
     data = bytearray(appended_file.read_bytes())
     wrong = []
     for at in range(8 + struct.unpack("<Q", data[:8])[0]):
         byte = data[at]
-        data[at] = damage(byte)
+        data[at] = damages[kind](byte)
         if data[at] != byte:
             path.write_bytes(data)
             problem = load_damaged(path, verify, tiny_llama)
@@ -160,7 +164,7 @@ def test_every_byte_of_the_header(appended_file, tiny_llama, tmp_path, verify, k
     assert not wrong, f"{len(wrong)}:\n" + "\n".join(wrong[:20])
 
 
-def test_every_byte_behind_the_header(appended_file, tmp_path):
+def test_every_byte_after_the_header(appended_file: Path, tmp_path: Path) -> None:
     """One byte of the keys and values changed, wherever it is: refused under verify="full"."""
     path = tmp_path / "damaged"
     data = bytearray(appended_file.read_bytes())
@@ -172,7 +176,7 @@ def test_every_byte_behind_the_header(appended_file, tmp_path):
         data[at] ^= 1 << at % 8
 
 
-def test_vectors_are_checked_the_same_way(tiny_llama, tokens, tmp_path):
+def test_vectors_are_checked_the_same_way(tiny_llama: RCCForCausalLM, tokens: MakeTokens, tmp_path: Path) -> None:
     """300 damaged files of vectors: each refused."""
     path = tmp_path / "v"
     tiny_llama.encode(torch.tensor([tokens(20)])).save(path)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from conftest import MakeModel, MakeTokens
 from equality import one
 from rcc import CompressedContext, ContextError, InputError
 from rcc.context import file as fileformat
@@ -20,7 +22,7 @@ PREFIXES = ["residual", "direct"]
 
 
 @pytest.mark.parametrize("n", [1, GROUP, GROUP + 1, 3 * GROUP - 1])
-def test_rounding(n):
+def test_rounding(n: int) -> None:
     """Every value is within half a step, and a step is a 127th of the largest value of its channel and 64 positions."""
     values = torch.randn(2, 3, n, 5, generator=torch.Generator().manual_seed(n))
     eight = EightBits.of(values)
@@ -32,7 +34,7 @@ def test_rounding(n):
         assert bool(((again[:, :, part] - values[:, :, part]).abs() <= step * 0.5001).all())
 
 
-def test_zeros_and_again():
+def test_zeros_and_again() -> None:
     """What is zero stays zero, and rounding what was rounded changes nothing."""
     assert not EightBits.of(torch.zeros(1, 1, 7, 4)).values().any()
     values = EightBits.of(torch.randn(1, 2, 100, 8).bfloat16()).values()
@@ -40,7 +42,7 @@ def test_zeros_and_again():
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)
-def test_kept_and_asked(tiny, tokens, tmp_path, prefix):
+def test_kept_and_asked(tiny: MakeModel, tokens: MakeTokens, tmp_path: Path, prefix: str) -> None:
     """A context in 8 bits takes half the bytes, in memory and as a file, and gives the logits of its rounded values."""
     model = tiny(prefix=prefix)
     context, prompt = model.compress(one(tokens(300)), rate=2).to(dtype=torch.bfloat16), one(tokens(6, 1))
@@ -65,7 +67,7 @@ def test_kept_and_asked(tiny, tokens, tmp_path, prefix):
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)
-def test_it_is_a_value(tiny, tokens, prefix):
+def test_it_is_a_value(tiny: MakeModel, tokens: MakeTokens, prefix: str) -> None:
     """Copies, batches, joins and appends are those of its rounded values."""
     model = tiny(prefix=prefix)
     context = model.compress(one(tokens(70)), rate=2)
@@ -91,7 +93,7 @@ def test_it_is_a_value(tiny, tokens, prefix):
             assert all(torch.equal(a, b) for a, b in zip(got.layer(i), want.layer(i), strict=True))
 
 
-def test_refusals(tiny, tokens, tmp_path):
+def test_refusals(tiny: MakeModel, tokens: MakeTokens, tmp_path: Path) -> None:
     """An unknown precision is named; a file whose numbers or steps do not fit is damaged; the format says that it is
     newer than what old readers know."""
     context = tiny().compress(one(tokens(70)), rate=2).to(dtype=torch.bfloat16)

@@ -6,17 +6,25 @@ import hashlib
 import json
 import random
 import struct
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from conftest import MakeModel, MakeTokens
 from equality import same_bits
-from rcc import CompressedContext, CompressedVectors, ContextError, FileError, RCCError
+from rcc import CompressedContext, CompressedVectors, ContextError, FileError, RCCError, RCCForCausalLM
 
 
-def rewrite(file: Path, target: Path, change, manifest_change=None) -> None:
+def rewrite(
+    file: Path,
+    target: Path,
+    change: Callable[[dict[str, Any]], object] | None,
+    manifest_change: Callable[[dict[str, Any]], object] | None = None,
+) -> None:
     """A file with another header, with a right digest: what another version of rcc might write."""
 
     data = file.read_bytes()
@@ -38,7 +46,14 @@ def rewrite(file: Path, target: Path, change, manifest_change=None) -> None:
 
 
 @pytest.mark.parametrize("verify", ["full", "header"])
-def test_versions_and_kinds(appended, appended_file, tiny_llama, tokens, tmp_path, verify):
+def test_versions_and_kinds(
+    appended: CompressedContext,
+    appended_file: Path,
+    tiny_llama: RCCForCausalLM,
+    tokens: MakeTokens,
+    tmp_path: Path,
+    verify: str,
+) -> None:
     """A newer format is refused with what to do; vectors are not a context and a context is not vectors; with an
     unchanged header the rewritten file is accepted, so it is the version that is refused."""
     path = tmp_path / "other"
@@ -90,7 +105,9 @@ MANIFESTS = {
 
 @pytest.mark.parametrize("with_model", [False, True])
 @pytest.mark.parametrize("verify", ["full", "header"])
-def test_manifests_that_make_no_sense(appended_file, tiny_llama, tmp_path, verify, with_model):
+def test_manifests_that_make_no_sense(
+    appended_file: Path, tiny_llama: RCCForCausalLM, tmp_path: Path, verify: str, with_model: bool
+) -> None:
     """A manifest with a missing, wrong or contradicting entry is refused even where the digest is right."""
     wrong = []
     for name, change in MANIFESTS.items():
@@ -105,7 +122,7 @@ def test_manifests_that_make_no_sense(appended_file, tiny_llama, tmp_path, verif
     assert not wrong, "\n" + "\n".join(wrong)
 
 
-def test_tensors_of_the_wrong_kind(appended_file, tiny_llama, tmp_path):
+def test_tensors_of_the_wrong_kind(appended_file: Path, tiny_llama: RCCForCausalLM, tmp_path: Path) -> None:
     """Keys that are whole numbers of the right size, layers of different shapes, and a tensor with another name are
     refused."""
     wrong = []
@@ -130,7 +147,7 @@ def test_tensors_of_the_wrong_kind(appended_file, tiny_llama, tmp_path):
     assert not wrong, "\n" + "\n".join(wrong)
 
 
-def test_another_model(appended, appended_file, tiny):
+def test_another_model(appended: CompressedContext, appended_file: Path, tiny: MakeModel) -> None:
     """A context is refused by any other model, before anything of it is used, in both ways of checking."""
     for verify in ("full", "header"):
         for other in (tiny("llama", seed=7), tiny("gpt_neox"), tiny("llama", segment_length=32)):
@@ -139,7 +156,7 @@ def test_another_model(appended, appended_file, tiny):
 
 
 @pytest.mark.parametrize("verify", ["full", "header"])
-def test_what_is_not_a_context(appended, tmp_path, verify):
+def test_what_is_not_a_context(appended: CompressedContext, tmp_path: Path, verify: str) -> None:
     """A missing file, a folder, an empty file, a text, zeros, random bytes, JSON, another safetensors file: each is
     refused with its path; what cannot be opened is a FileError."""
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from conftest import MakeBatch, MakeExpected, MakeModel, MakeTokens
 from equality import CLOSE, FAMILIES, LENGTHS, one, prompt_logits, same_bits
 from rcc import (
     CompressedVectors,
@@ -14,7 +17,16 @@ from rcc import (
 @pytest.mark.parametrize("states", ["all", "last"])
 @pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_encode_then_prefix_equals_compress(tiny, expected, tokens, batch, tmp_path, family, share, states):
+def test_encode_then_prefix_equals_compress(
+    tiny: MakeModel,
+    expected: MakeExpected,
+    tokens: MakeTokens,
+    batch: MakeBatch,
+    tmp_path: Path,
+    family: str,
+    share: bool,
+    states: str,
+) -> None:
     """The two halves give the whole, bit for bit where one chunk holds the text; the vectors are the reference's; saved
     and loaded they are the same bits and make the same context."""
     model = tiny(family, share=share, states=states)
@@ -39,7 +51,7 @@ def test_encode_then_prefix_equals_compress(tiny, expected, tokens, batch, tmp_p
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_encode_then_prefix_of_a_batch(tiny, tokens, batch, family):
+def test_encode_then_prefix_of_a_batch(tiny: MakeModel, tokens: MakeTokens, batch: MakeBatch, family: str) -> None:
     """Different lengths, several chunks, another rate and an append through the two halves: as compress."""
     model = tiny(family)
     ids, mask = batch([tokens(75), tokens(20, 2), tokens(33, 3)])
@@ -58,7 +70,7 @@ def test_encode_then_prefix_of_a_batch(tiny, tokens, batch, family):
                 torch.testing.assert_close(x, y, **CLOSE)
 
 
-def test_vectors_of_another_precision(tiny, tokens):
+def test_vectors_of_another_precision(tiny: MakeModel, tokens: MakeTokens) -> None:
     """Vectors can be kept in another precision and cast back by the projections."""
     model = tiny("llama")
     vectors = model.encode(one(tokens(37)))

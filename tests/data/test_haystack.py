@@ -6,6 +6,7 @@ import itertools
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ from rcc.data.haystack import (
 from rcc.model import segments
 from rcc.text.tokens import token_ids
 
-TOKENIZER = rcc.load_tokenizer("rcc-smollm2-135m")
+TOKENIZER: Any = rcc.load_tokenizer("rcc-smollm2-135m")
 BOOK = Path(__file__).resolve().parents[2] / "examples/simple-susan.txt"
 TOKENS = 1500
 
@@ -58,7 +59,7 @@ def write(sentences: list[np.ndarray]) -> Callable[..., Text]:
 def test_texts(variant: str, position: str, write: Callable[..., Text], sentences: list[np.ndarray]) -> None:
     """The key stands where it should, as often as the wording says, in a text of the length that was asked for."""
     longest = max(map(len, sentences if variant == "prose" else map(encode, FILLER)))
-    keys, places = set(), set()
+    keys, starts = set(), set()
     for sample in range(6):
         text = write(variant, position, sample)
         assert TOKENS - longest < len(text.ids) <= TOKENS
@@ -75,16 +76,16 @@ def test_texts(variant: str, position: str, write: Callable[..., Text], sentence
         assert low - slack <= (start - len(told)) / filler <= high + slack
         assert re.fullmatch(r"\d{5}|\d{7}|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", text.key)
         keys.add(text.key)
-        places.add(start)
+        starts.add(start)
     assert len(keys) == 6
-    assert len(places) > 3
+    assert len(starts) > 3
 
 
 def test_the_plain_text_is_the_one_of_training(write: Callable[..., Text]) -> None:
     """Token by token the text that models are trained on, and its question."""
     text = write("plain")
-    where = (np.arange(0, 1, 1e-3) * 1).tolist()
-    assert any(np.array_equal(passkey_ids(int(text.key), w, TOKENS, encode), text.ids) for w in where)
+    depths = (np.arange(0, 1, 1e-3) * 1).tolist()
+    assert any(np.array_equal(passkey_ids(int(text.key), w, TOKENS, encode), text.ids) for w in depths)
     assert text.question == QUESTION
     assert TOKENIZER.decode(text.ids).startswith(OPENING + " The grass is green.")
 
@@ -92,24 +93,24 @@ def test_the_plain_text_is_the_one_of_training(write: Callable[..., Text]) -> No
 def test_wordings(write: Callable[..., Text]) -> None:
     """What hides the key, what else is hidden, and what is asked."""
     several, similar, ruler = write("several"), write("similar"), write("niah-multikey")
-    found = dict(re.findall(r"The pass key of (\w+) is (\d{5})\. Remember it\.", TOKENIZER.decode(several.ids)))
+    hidden = dict(re.findall(r"The pass key of (\w+) is (\d{5})\. Remember it\.", TOKENIZER.decode(several.ids)))
     asked = re.fullmatch(r"What is the pass key of (\w+)\? The pass key of \1 is", several.question)[1]
-    assert len(found) == 4
-    assert found[asked] == several.key
-    found = dict(re.findall(r"The (\w+ \w+) is (\d{5})\. Remember it\. \2 is the \1\.", TOKENIZER.decode(similar.ids)))
-    assert len(found) == 4
-    assert found["pass key"] == similar.key
+    assert len(hidden) == 4
+    assert hidden[asked] == several.key
+    hidden = dict(re.findall(r"The (\w+ \w+) is (\d{5})\. Remember it\. \2 is the \1\.", TOKENIZER.decode(similar.ids)))
+    assert len(hidden) == 4
+    assert hidden["pass key"] == similar.key
     assert similar.question == QUESTION
     whole = TOKENIZER.decode(ruler.ids)
     assert whole.startswith("A special magic number is hidden within the following text. Make sure to memorize it. I ")
-    found = dict(re.findall(r" One of the special magic numbers for (\w+) is: (\d{7})\. ", whole))
+    hidden = dict(re.findall(r" One of the special magic numbers for (\w+) is: (\d{7})\. ", whole))
     asked = re.fullmatch(
         r"What is the special magic number for (\w+) mentioned in the provided text\?"
         r" The special magic number for \1 mentioned in the provided text is",
         ruler.question,
     )[1]
-    assert len(found) == 4
-    assert found[asked] == ruler.key
+    assert len(hidden) == 4
+    assert hidden[asked] == ruler.key
     assert TOKENIZER.decode(write("niah-single").ids).count("One of the special magic numbers for") == 1
     uuid = write("uuid")
     assert f" The pass key is {uuid.key}. Remember it. {uuid.key} is the pass key." in TOKENIZER.decode(uuid.ids)
@@ -157,10 +158,10 @@ def test_the_control_holds_no_key(variant: str, padding: str, write: Callable[..
         assert text.key not in TOKENIZER.decode(control)
         start, end = text.key_at
         before, after = (segments.split(torch.from_numpy(ids), config) for ids in (text.ids, control))
-        places = segments.split(torch.arange(len(control)), config)
-        own = {int(i) for place in places if set(range(start, end)) & set(place.tolist()) for i in place}
-        for old, new, place in zip(before, after, places, strict=True):
-            assert own & set(place.tolist()) or torch.equal(old, new)  # what pads the first segment stands in the last
+        parts = segments.split(torch.arange(len(control)), config)
+        own = {int(i) for part in parts if set(range(start, end)) & set(part.tolist()) for i in part}
+        for old, new, part in zip(before, after, parts, strict=True):
+            assert own & set(part.tolist()) or torch.equal(old, new)  # what pads the first segment stands in the last
         if variant == "plain":
             assert not re.search(r"\d", TOKENIZER.decode(control))
 

@@ -62,7 +62,7 @@ def test_a_source_names_the_key_that_cannot_be_used(key: str, value: Any) -> Non
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.xz", "a.json.gz", "a.txt", "a.md", "a.txt.xz", "notes"])
 def test_every_kind_of_file(tmp_path: Path, name: str) -> None:
     content = lines([{"text": "w3 w1"}, {"text": "w4"}]) if ".json" in name else "w3 w1\nw4\n".encode("utf-8-sig")
-    pack = {".xz": lzma.compress, ".gz": gzip.compress}.get(Path(name).suffix, lambda content: content)
+    pack: Any = {".xz": lzma.compress, ".gz": gzip.compress}.get(Path(name).suffix, lambda content: content)
     (tmp_path / name).write_bytes(pack(content))
     corpus = open_text(Source(str(tmp_path / name)), tokenizer)
     assert documents(corpus) == ([[3, 1], [4]] if ".json" in name else [[3, 1, 4]])

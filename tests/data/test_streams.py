@@ -273,20 +273,20 @@ def test_long_contexts_are_cut_to_the_passage_that_holds_the_answer(tmp_path: Pa
     rows.append(question(words(*range(70, 90)), "w400", "w500"))
     corpus = question_corpus(tmp_path / "a.jsonl", rows)
     stream = QuestionStream([corpus], everything([corpus]), 0, 32)
-    found = {int(row.question[0]): row for row in (stream.draw(k) for k in range(4))}
+    cut = {int(row.question[0]): row for row in (stream.draw(k) for k in range(4))}
     assert len(stream) == 4
-    assert {i: found[200 + i].context.tolist() for i in (0, 2, 4)} == {
+    assert {i: cut[200 + i].context.tolist() for i in (0, 2, 4)} == {
         0: [*range(25, 49)],
         2: [*range(49, 73)],
         4: [97, 98, 99, 100, *range(1, 21)],
     }
-    assert found[400].context.tolist() == [*range(70, 90)]
-    assert len({row.hash for row in found.values()}) == 4
+    assert cut[400].context.tolist() == [*range(70, 90)]
+    assert len({row.hash for row in cut.values()}) == 4
     rng = np.random.default_rng(0)
-    for row in found.values():
+    for row in cut.values():
         assert stream.same(rng, row.hash).question.tolist() == row.question.tolist()
         others = {stream.other(rng, row.hash).hash for _ in range(60)}
-        assert others == {other.hash for other in found.values()} - {row.hash}
+        assert others == {other.hash for other in cut.values()} - {row.hash}
 
 
 def test_a_distractor_is_never_the_same_context(tmp_path: Path) -> None:

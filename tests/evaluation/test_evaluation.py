@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from rcc.evaluation.reconstruction.run import ReconstructionEvaluation
 from rcc.evaluation.resources.run import ResourcesEvaluation
 from rcc.evaluation.results import Case, Results
 
-KINDS = {
+KINDS: dict[str, Any] = {
     "passkey": PasskeyEvaluation,
     "qa": QAEvaluation,
     "reconstruction": ReconstructionEvaluation,
@@ -49,7 +50,7 @@ class Squares:
         return 3
 
     def cases(self) -> list[Case]:
-        return [Case({"number": n}, lambda n=n: self.measure(n)) for n in range(3)]
+        return [Case({"number": n}, partial(self.measure, n)) for n in range(3)]
 
     def measure(self, number: int) -> dict[str, Any]:
         assert self.open
@@ -85,7 +86,7 @@ class Squares:
 
 def test_one_loop_measures_and_writes(tmp_path: Path) -> None:
     """Cases are measured within what they need; figures, notes, plots and further figures are in the folder."""
-    squares, seen = Squares(), []
+    squares, seen = Squares(), list[int]()
     measured = evaluate(squares, tmp_path / "out", seen.append)
     assert not squares.open
     assert seen == [2, 4, 6]

@@ -10,7 +10,7 @@ import pytest
 from rcc.evaluation import metrics
 
 
-def test_metrics_by_hand():
+def test_metrics_by_hand() -> None:
     truth = "the cat sat on the mat"
     # 5 of 6 words, 3 of 5 pairs, 2 of 4 triples, 1 of 3 quadruples
     assert metrics.bleu("the cat sat on a mat", truth) == pytest.approx((5 / 6 * 3 / 5 * 2 / 4 * 1 / 3) ** 0.25)

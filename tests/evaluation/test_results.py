@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,21 +16,23 @@ from rcc import FileError, InputError
 from rcc.evaluation import compare, results
 from rcc.evaluation.results import Case, Results, Skipped, interval
 
-SETTINGS = {"model": "a", "rates": [4, 8]}
+SETTINGS: dict[str, Any] = {"model": "a", "rates": [4, 8]}
 
 
-def cases(count=6, better=0.0, fails_at=None):
+def cases(
+    count: int = 6, better: float = 0.0, fails_at: int | None = None
+) -> tuple[list[Case], list[tuple[int, int, int]]]:
     """Two documents, two rates; `calls` says what was measured."""
-    calls = []
+    calls: list[tuple[int, int, int]] = []
 
-    def measure(rate, document, sample):
+    def measure(rate: int, document: int, sample: int) -> dict[str, Any]:
         if sample == fails_at:
             raise KeyboardInterrupt
         calls.append((rate, document, sample))
         return {"accuracy": 1 / rate + 0.01 * document + better, "right": sample % 2 == 0, "text": "kept"}
 
     made = [
-        Case({"rate": rate, "document": s // 3, "sample": s}, lambda r=rate, s=s: measure(r, s // 3, s))
+        Case({"rate": rate, "document": s // 3, "sample": s}, partial(measure, rate, s // 3, s))
         for rate in (4, 8)
         for s in range(count)
     ]
@@ -37,14 +42,14 @@ def cases(count=6, better=0.0, fails_at=None):
 class Drawn:
     """A plot that is a word."""
 
-    def draw(self, path):
+    def draw(self, path: Path) -> None:
         path.write_text("drawn")
 
 
-def test_a_folder(tmp_path):
+def test_a_folder(tmp_path: Path) -> None:
     """Samples, figures by cell, table and plots are written; figures are the means of the samples."""
     run = Results("demo", SETTINGS, tmp_path / "out", cluster="document")
-    seen = []
+    seen: list[int] = []
     run.collect(cases()[0], seen.append)
     assert seen == list(range(1, 13))
     run.notes.append("a note")
@@ -62,7 +67,7 @@ def test_a_folder(tmp_path):
     assert (tmp_path / "out/plot.txt").read_text() == "drawn"
 
 
-def test_resuming(tmp_path):
+def test_resuming(tmp_path: Path) -> None:
     """After an interruption, and a line cut short, only what is missing is measured."""
     folder = tmp_path / "out"
     made, calls = cases(fails_at=4)
@@ -80,7 +85,7 @@ def test_resuming(tmp_path):
     assert len((folder / "samples.jsonl").read_text().splitlines()) == 12
 
 
-def test_folders_of_something_else(tmp_path):
+def test_folders_of_something_else(tmp_path: Path) -> None:
     """Other settings, another task and a folder of other files are refused, and nothing in them is changed."""
     Results("demo", SETTINGS, tmp_path / "out").collect(cases()[0])
     before = (tmp_path / "out/samples.jsonl").read_bytes()
@@ -99,10 +104,10 @@ def test_folders_of_something_else(tmp_path):
         results.load(tmp_path / "out")
 
 
-def test_skipped_cells(tmp_path):
+def test_skipped_cells(tmp_path: Path) -> None:
     """A case that cannot be measured says why, and the others go on."""
 
-    def impossible():
+    def impossible() -> None:
         raise Skipped("the prefix does not fit")
 
     run = Results("demo", SETTINGS, tmp_path / "out")
@@ -112,38 +117,39 @@ def test_skipped_cells(tmp_path):
     assert cells[1]["x"].mean == 1.0
 
 
-def test_intervals():
+def test_intervals() -> None:
     """Wilson's interval by hand; the bootstrap covers a known mean about 95 times in 100; samples of one document
     count as little as they tell."""
-    found = interval([1] * 20)
-    assert (found.mean, found.high) == (1.0, 1.0)
-    assert found.low == pytest.approx(0.8389, abs=1e-4)
-    found = interval([1] * 7 + [0] * 3)
-    assert (found.low, found.high) == (pytest.approx(0.3968, abs=1e-4), pytest.approx(0.8922, abs=1e-4))
+    got = interval([1] * 20)
+    assert (got.mean, got.high) == (1.0, 1.0)
+    assert got.low == pytest.approx(0.8389, abs=1e-4)
+    got = interval([1] * 7 + [0] * 3)
+    assert (got.low, got.high) == pytest.approx((0.3968, 0.8922), abs=1e-4)
     generator = np.random.default_rng(1)
     inside = 0
     for _ in range(200):
-        found = interval(generator.normal(3, 1, 40).tolist())
-        inside += found.low < 3 < found.high
+        got = interval(generator.normal(3, 1, 40).tolist())
+        inside += got.low < 3 < got.high
     assert 180 <= inside <= 198
     values = np.repeat(generator.normal(0, 1, 30), 10).tolist()
     alone, grouped = interval(values), interval(values, [i // 10 for i in range(300)])
     assert grouped.high - grouped.low > 2 * (alone.high - alone.low)
     for one in (interval([0.3]), interval([0.2, 0.4], [7, 7])):  # nothing is known of other documents
-        assert (one.mean, one.low, one.high) == (pytest.approx(0.3), None, None)
+        assert one.mean == pytest.approx(0.3)
+        assert (one.low, one.high) == (None, None)
     assert results.show(one) == "0.300"
     with pytest.raises(ValueError, match="no values"):
         interval([])
 
 
-def test_compare(tmp_path):
+def test_compare(tmp_path: Path) -> None:
     """Differences sample by sample: small ones are seen where the samples are the same, whatever separates samples."""
     for name, better in (("a", 0.0), ("b", 0.002)):
         run = Results("demo", {**SETTINGS, "model": name}, tmp_path / name, cluster="document")
         run.collect(cases(6 if name == "a" else 5, better)[0])
         run.finish(["rate"], "")
-    found, notes = compare.compare(tmp_path / "a", tmp_path / "b")
-    first = found[0]
+    table, notes = compare.compare(tmp_path / "a", tmp_path / "b")
+    first = table[0]
     assert (first.key, first.metric) == ({"rate": 4}, "accuracy")
     assert first.change.mean == pytest.approx(0.002)
     assert first.change.low == pytest.approx(0.002)
@@ -152,12 +158,12 @@ def test_compare(tmp_path):
         f"2 samples of {tmp_path / 'a'} are not in the other and were left out.",
         "settings that differ: model ('a', 'b').",
     ]
-    text = compare.table(found, "a", "b")
+    text = compare.table(table, "a", "b")
     assert "| rate 4 | accuracy | 0.254 | 0.256 | **+0.002 [+0.002, +0.002]** | 5 |" in text
     assert "| rate 4 | right | 0.600 | 0.600 | +0.000 [+0.000, +0.000] | 5 |" in text
 
 
-def test_equal_evaluations_do_not_differ(tmp_path):
+def test_equal_evaluations_do_not_differ(tmp_path: Path) -> None:
     """Differences that happen to be all 0 or all 1 are no shares."""
     assert vars(results.paired([1.0, 0.0, 3.0], [1.0, 0.0, 3.0])) == {"mean": 0, "low": 0, "high": 0, "n": 3}
     assert vars(results.paired([1.0, 2.0], [2.0, 3.0])) == {"mean": 1, "low": 1, "high": 1, "n": 2}
@@ -165,7 +171,7 @@ def test_equal_evaluations_do_not_differ(tmp_path):
         results.paired([], [])
 
 
-def test_compare_from_the_command_line(tmp_path):
+def test_compare_from_the_command_line(tmp_path: Path) -> None:
     """`rcc eval compare A B` prints the table and the notes, or JSON; what it refuses is one sentence and code 2."""
     for name, better in (("a", 0.0), ("b", 0.5)):
         run = Results("demo", {**SETTINGS, "model": name}, tmp_path / name)
@@ -183,7 +189,7 @@ def test_compare_from_the_command_line(tmp_path):
     assert "no finished evaluation" in done.stderr
 
 
-def test_compare_refuses(tmp_path):
+def test_compare_refuses(tmp_path: Path) -> None:
     """Another task, nothing in common, and a damaged file: one sentence."""
     for name, task, rate in (("a", "demo", 4), ("b", "other", 4), ("c", "demo", 8)):
         run = Results(task, SETTINGS, tmp_path / name)

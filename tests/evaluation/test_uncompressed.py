@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from conftest import MakeBackbone, MakeModel
 from rcc import InputError, RCCForCausalLM
 from rcc.cli.evaluation_options import QAOptions, ReconstructionOptions
 from rcc.evaluation.uncompressed import base_decoder, read_plain
 
 
-def test_a_base_is_read_without_a_trace(fresh, backbone):
+def test_a_base_is_read_without_a_trace(fresh: MakeModel, backbone: MakeBackbone) -> None:
     """Within `base_decoder` the decoder is its base; after it all is as before: results, fingerprint, what learns."""
     model, base = fresh(), backbone("llama", seed=1)
     next(p for name, p in model.decoder.named_parameters() if ".lora_" in name).requires_grad_(False)
@@ -28,7 +31,7 @@ def test_a_base_is_read_without_a_trace(fresh, backbone):
     assert model.fingerprint == fingerprint
 
 
-def test_a_merged_decoder_is_refused(fresh, tmp_path):
+def test_a_merged_decoder_is_refused(fresh: MakeModel, tmp_path: Path) -> None:
     """Merged LoRA cannot be taken out: no figure of a base may come from it. So `rcc eval` keeps it apart for them."""
     fresh().save_pretrained(tmp_path / "model", full=True)
     model = RCCForCausalLM.from_pretrained(tmp_path / "model", adapters="merged")

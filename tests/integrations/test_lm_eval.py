@@ -31,10 +31,10 @@ from rcc.integrations.requests import Parts
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = "rcc-smollm2-135m"
-TOKENIZER = rcc.load_tokenizer(MODEL)
+TOKENIZER: Any = rcc.load_tokenizer(MODEL)
 WORDS = (ROOT / "examples/simple-susan.txt").read_text(encoding="utf-8").split()[100:]
 SEGMENT, RATE, TEXT, LEAST = 16, 4, 12, 8
-OPTIONS = {"rate": RATE, "text_tokens": TEXT, "min_context": LEAST, "device": "cpu"}
+OPTIONS: dict[str, Any] = {"rate": RATE, "text_tokens": TEXT, "min_context": LEAST, "device": "cpu"}
 SHORT, LONG = " ".join(WORDS[:6]), " ".join(WORDS[20:70])
 
 
@@ -45,7 +45,7 @@ def backbone(seed: int, window: int = 8192) -> PreTrainedModel:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random model with LoRA on a base, and the default model's tokenizer."""
-    settings = {"share_base": True, "encoder": SideConfig(4), "decoder": SideConfig(4), "name": "tiny"}
+    settings: dict[str, Any] = {"share_base": True, "encoder": SideConfig(4), "decoder": SideConfig(4), "name": "tiny"}
     config = RCCConfig(segment_length=SEGMENT, rates=[RATE, 8], **settings)
     return save(RCCForCausalLM.from_base(backbone(1), config=config), tmp_path_factory.mktemp("harness"))
 
@@ -72,7 +72,7 @@ def ids(text: str) -> list[int]:
 
 def asked(*arguments: tuple[Any, ...]) -> list[Any]:
     """What the harness hands over."""
-    return [SimpleNamespace(args=some) for some in arguments]
+    return [SimpleNamespace(args=values) for values in arguments]
 
 
 def plain(decoder: PreTrainedModel, before: list[int], answer: list[int]) -> float:
@@ -82,8 +82,10 @@ def plain(decoder: PreTrainedModel, before: list[int], answer: list[int]) -> flo
     return sum(logits.double().log_softmax(-1)[i, token].item() for i, token in enumerate(answer))
 
 
-def behind(model: RCCForCausalLM, head: list[int], before: list[int], answer: list[int], rate: int = RATE) -> float:
-    """The log-probability behind a compressed text."""
+def compressed_score(
+    model: RCCForCausalLM, head: list[int], before: list[int], answer: list[int], rate: int = RATE
+) -> float:
+    """The log-probability after a compressed text."""
     context = model.compress(torch.tensor([head]), rate=rate)
     logits = model(torch.tensor([before + answer[:-1]]), context=context).logits[0, len(before) - 1 :]
     return sum(logits.double().log_softmax(-1)[i, token].item() for i, token in enumerate(answer))
@@ -118,33 +120,33 @@ def test_a_prompt_is_cut_at_a_mark(lm: Callable[..., RCCLM]) -> None:
 # ---------------------------------------------------------------- log-likelihoods
 def test_a_short_prompt_is_scored_as_the_base_does(tmp_path: Path) -> None:
     """Where the decoder has no LoRA, it is the base, number by number: also of an empty prompt, and in a batch."""
-    settings = {"share_base": False, "encoder": SideConfig(0), "decoder": SideConfig(0)}
+    settings: dict[str, Any] = {"share_base": False, "encoder": SideConfig(0), "decoder": SideConfig(0)}
     base = backbone(3)
     own = RCCForCausalLM.from_base(backbone(4), base, RCCConfig(segment_length=SEGMENT, rates=[RATE], **settings))
     lm = RCCLM(save(own, tmp_path), batch_size=3, **OPTIONS)
     pairs = [(SHORT, " the willow tree"), (SHORT, " a"), ("", "Susan"), ("Susan said ", "so it was")]
-    found = lm.loglikelihood(asked(*pairs), disable_tqdm=True)
+    scores = lm.loglikelihood(asked(*pairs), disable_tqdm=True)
     expected = [
         plain(base, ids(SHORT), ids(" the willow tree")),
         plain(base, ids(SHORT), ids(" a")),
         plain(base, [TOKENIZER.bos_token_id], ids("Susan")),
         plain(base, ids("Susan said"), ids(" so it was")),  # lm-eval's rule: a space goes with the answer
     ]
-    assert [score for score, _ in found] == pytest.approx(expected, abs=1e-4)
+    assert [score for score, _ in scores] == pytest.approx(expected, abs=1e-4)
     assert lm._counts["compressed"] == 0
 
 
 def test_a_short_prompt_is_read_by_the_models_decoder(lm: Callable[..., RCCLM], model: RCCForCausalLM) -> None:
     """LoRA included."""
     answer = " the willow tree"
-    (found,) = lm().loglikelihood(asked((SHORT, answer)), disable_tqdm=True)
-    assert found[0] == pytest.approx(plain(model.decoder, ids(SHORT), ids(answer)), abs=1e-4)
+    (scored,) = lm().loglikelihood(asked((SHORT, answer)), disable_tqdm=True)
+    assert scored[0] == pytest.approx(plain(model.decoder, ids(SHORT), ids(answer)), abs=1e-4)
     with base_decoder(model):
-        assert found[0] != pytest.approx(plain(model.decoder, ids(SHORT), ids(answer)), abs=1e-2)
+        assert scored[0] != pytest.approx(plain(model.decoder, ids(SHORT), ids(answer)), abs=1e-2)
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_a_long_prompt_is_scored_behind_its_compressed_head(
+def test_a_long_prompt_is_scored_after_its_compressed_head(
     batch: int, lm: Callable[..., RCCLM], model: RCCForCausalLM, expected: Callable[..., Any]
 ) -> None:
     """As the model does directly, and as the reference computation without any cache; long, short and unequal prompts
@@ -152,19 +154,19 @@ def test_a_long_prompt_is_scored_behind_its_compressed_head(
     texts = [LONG, " ".join(WORDS[200:240]), SHORT]
     pairs = [(text, answer) for text in texts for answer in (" the willow tree", " a", " Susan said")]
     pairs = pairs[::2] + pairs[1::2]
-    found = lm(batch_size=batch).loglikelihood(asked(*pairs), disable_tqdm=True)
-    for (text, answer), (score, greedy) in zip(pairs, found, strict=True):
+    scores = lm(batch_size=batch).loglikelihood(asked(*pairs), disable_tqdm=True)
+    for (text, answer), (score, greedy) in zip(pairs, scores, strict=True):
         tokens = ids(text)
         if text == SHORT:
             right = plain(model.decoder, tokens, ids(answer))
         else:
-            right = behind(model, tokens[:-TEXT], tokens[-TEXT:], ids(answer))
+            right = compressed_score(model, tokens[:-TEXT], tokens[-TEXT:], ids(answer))
         assert score == pytest.approx(right, abs=1e-4)
         assert not greedy
-    tokens, answer = ids(LONG), ids(" a")
-    logits = expected(model).logits([tokens[:-TEXT]], tokens[-TEXT:] + answer, RATE)
-    right = logits[-2].double().log_softmax(-1)[answer[0]].item()
-    assert found[pairs.index((LONG, " a"))][0] == pytest.approx(right, abs=1e-3)
+    tokens, one = ids(LONG), ids(" a")
+    logits = expected(model).logits([tokens[:-TEXT]], tokens[-TEXT:] + one, RATE)
+    right = logits[-2].double().log_softmax(-1)[one[0]].item()
+    assert scores[pairs.index((LONG, " a"))][0] == pytest.approx(right, abs=1e-3)
 
 
 def test_greedy_is_said_of_the_likeliest_answer(lm: Callable[..., RCCLM], model: RCCForCausalLM) -> None:
@@ -172,8 +174,8 @@ def test_greedy_is_said_of_the_likeliest_answer(lm: Callable[..., RCCLM], model:
     context = model.compress(torch.tensor([tokens[:-TEXT]]), rate=RATE)
     written = model.generate(torch.tensor([tokens[-TEXT:]]), context=context, max_new_tokens=1, do_sample=False)
     likeliest = TOKENIZER.decode(written[0, -1:])
-    found = lm().loglikelihood(asked((LONG, likeliest), (LONG, " a")), disable_tqdm=True)
-    assert [greedy for _, greedy in found] == [ids(likeliest) == written[0, -1:].tolist(), False]
+    scores = lm().loglikelihood(asked((LONG, likeliest), (LONG, " a")), disable_tqdm=True)
+    assert [greedy for _, greedy in scores] == [ids(likeliest) == written[0, -1:].tolist(), False]
 
 
 def test_a_head_is_compressed_once(lm: Callable[..., RCCLM], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,15 +193,15 @@ def test_a_head_is_compressed_once(lm: Callable[..., RCCLM], monkeypatch: pytest
 
 @pytest.mark.parametrize("length", [5, TEXT, 3 * TEXT + 5])
 def test_a_whole_text(length: int, lm: Callable[..., RCCLM], model: RCCForCausalLM) -> None:
-    """Block by block behind all that stands before it, the segment that is not full included; the first one as text."""
+    """Block by block after all that stands before it, the segment that is not full included; the first one as text."""
     text = TOKENIZER.decode(ids(LONG)[:length])
     tokens = ids(text)
     assert len(tokens) == length
-    (found,) = lm().loglikelihood_rolling(asked((text,)), disable_tqdm=True)
+    (scored,) = lm().loglikelihood_rolling(asked((text,)), disable_tqdm=True)
     right = plain(model.decoder, [TOKENIZER.bos_token_id], tokens[:TEXT])
     for start in range(TEXT, length, TEXT):
-        right += behind(model, tokens[:start], tokens[start - 1 : start], tokens[start : start + TEXT])
-    assert found == pytest.approx(right, abs=1e-3)
+        right += compressed_score(model, tokens[:start], tokens[start - 1 : start], tokens[start : start + TEXT])
+    assert scored == pytest.approx(right, abs=1e-3)
 
 
 def test_a_whole_text_that_does_not_fit_begins_anew(tmp_path: Path) -> None:
@@ -209,17 +211,17 @@ def test_a_whole_text_that_does_not_fit_begins_anew(tmp_path: Path) -> None:
     tokens = ids(" ".join(WORDS[:80]))[:80]
     text = TOKENIZER.decode(tokens)
     lm = RCCLM(save(own, tmp_path), text_tokens=8, device="cpu")
-    (found,) = lm.loglikelihood_rolling(asked((text,)), disable_tqdm=True)
+    (scored,) = lm.loglikelihood_rolling(asked((text,)), disable_tqdm=True)
     # a block of 8 leaves room for 8 positions of 8 tokens each: the 10th block is the first one that has more before it
     right = plain(own.decoder, [TOKENIZER.bos_token_id], tokens[:8]) + plain(own.decoder, tokens[71:72], tokens[72:])
     for start in range(8, 72, 8):
-        right += behind(own, tokens[:start], tokens[start - 1 : start], tokens[start : start + 8], 8)
-    assert found == pytest.approx(right, abs=1e-3)
+        right += compressed_score(own, tokens[:start], tokens[start - 1 : start], tokens[start : start + 8], 8)
+    assert scored == pytest.approx(right, abs=1e-3)
 
 
 # ---------------------------------------------------------------- answers
 def directly(model: RCCForCausalLM, prompt: str, new: int, **settings: Any) -> list[int]:
-    """The tokens that the model writes behind a long prompt."""
+    """The tokens that the model writes after a long prompt."""
     tokens = ids(prompt)
     context, tail = model.compress(torch.tensor([tokens[:-TEXT]]), rate=RATE), torch.tensor([tokens[-TEXT:]])
     settings = {"do_sample": False, "eos_token_id": 2, "pad_token_id": 2, **settings}
@@ -236,17 +238,17 @@ def test_answers(batch: int, lm: Callable[..., RCCLM], model: RCCForCausalLM) ->
         torch.tensor([ids(SHORT)]), max_new_tokens=8, do_sample=False, eos_token_id=2, pad_token_id=2
     )
     tokens[SHORT] = short[0, len(ids(SHORT)) :].tolist()
-    written = {text: TOKENIZER.decode(some, skip_special_tokens=True) for text, some in tokens.items()}
+    written = {text: TOKENIZER.decode(ids_of, skip_special_tokens=True) for text, ids_of in tokens.items()}
     harness = lm(batch_size=batch)
     prompts = [texts[1], SHORT, texts[0], texts[2]]
-    found = harness.generate_until(asked(*((p, settings) for p in prompts)), disable_tqdm=True)
-    assert found == [written[p] for p in prompts]
+    answers = harness.generate_until(asked(*((p, settings) for p in prompts)), disable_tqdm=True)
+    assert answers == [written[p] for p in prompts]
     # a stop string that begins within a token and stands in one answer only
     whole = written[LONG]
     stop = whole[len(whole) // 2 :][1:4]
     until = {**settings, "until": [stop, ""]}
-    found = harness.generate_until(asked(*((p, until) for p in prompts)), disable_tqdm=True)
-    assert found == [written[p].split(stop)[0] for p in prompts]
+    answers = harness.generate_until(asked(*((p, until) for p in prompts)), disable_tqdm=True)
+    assert answers == [written[p].split(stop)[0] for p in prompts]
     assert harness.generate_until(asked((LONG, {**settings, "max_gen_toks": 2})), disable_tqdm=True) == [
         TOKENIZER.decode(tokens[LONG][:2], skip_special_tokens=True)
     ]
@@ -262,8 +264,8 @@ def test_an_answer_ends_at_the_end_token(
     harness = lm(batch_size=2)
     monkeypatch.setattr(harness.model.decoder.generation_config, "eos_token_id", [2, end])
     settings = {"until": [], "max_gen_toks": 6}
-    found = harness.generate_until(asked((LONG, settings), (other, settings)), disable_tqdm=True)
-    assert found == [TOKENIZER.decode(first[: first.index(end)]), TOKENIZER.decode(second)]
+    answers = harness.generate_until(asked((LONG, settings), (other, settings)), disable_tqdm=True)
+    assert answers == [TOKENIZER.decode(first[: first.index(end)]), TOKENIZER.decode(second)]
 
 
 def test_sampling(lm: Callable[..., RCCLM], model: RCCForCausalLM) -> None:
@@ -271,11 +273,11 @@ def test_sampling(lm: Callable[..., RCCLM], model: RCCForCausalLM) -> None:
     settings = {"until": [], "max_gen_toks": 6, "do_sample": True, "temperature": 1.5, "top_k": 20}
     harness = lm()
     torch.manual_seed(5)
-    found = harness.generate_until(asked((LONG, settings), (LONG, settings)), disable_tqdm=True)
+    answers = harness.generate_until(asked((LONG, settings), (LONG, settings)), disable_tqdm=True)
     torch.manual_seed(5)
     right = [directly(model, LONG, 6, do_sample=True, temperature=1.5, top_k=20) for _ in range(2)]
-    assert found == [TOKENIZER.decode(some, skip_special_tokens=True) for some in right]
-    assert found[0] != found[1]
+    assert answers == [TOKENIZER.decode(sampled, skip_special_tokens=True) for sampled in right]
+    assert answers[0] != answers[1]
 
 
 def test_the_human_mode_asks_as_rcc_does(lm: Callable[..., RCCLM], model: RCCForCausalLM) -> None:
@@ -285,12 +287,12 @@ def test_the_human_mode_asks_as_rcc_does(lm: Callable[..., RCCLM], model: RCCFor
     harness = lm(mode="human", split_at="Question:")
     context = model.compress(torch.tensor([ids(f"{LONG} ")]), rate=RATE)
     form = prompting.build(question, "human")
-    right = answering.ask(model, TOKENIZER, context, form, 6, do_sample=False)[1]
-    (found,) = harness.generate_until(asked((prompt, {"until": ["\n\n"], "max_gen_toks": 6})), disable_tqdm=True)
-    assert found.split("\n\n")[0].strip() == right.split("\n\n")[0].strip()
+    written = answering.ask(model, TOKENIZER, context, form, 6, do_sample=False)[1]
+    (answer,) = harness.generate_until(asked((prompt, {"until": ["\n\n"], "max_gen_toks": 6})), disable_tqdm=True)
+    assert answer.split("\n\n")[0].strip() == written.split("\n\n")[0].strip()
     (score,) = harness.loglikelihood(asked((prompt, " A girl")), disable_tqdm=True)
     asking = token_ids(TOKENIZER, form.decoder_text, allow_special=True)[0].tolist()
-    right = behind(model, ids(f"{LONG} "), asking, ids("A girl"))
+    right = compressed_score(model, ids(f"{LONG} "), asking, ids("A girl"))
     assert score[0] == pytest.approx(right, abs=1e-4)
     with pytest.raises(InputError, match="mode=human puts prompts into a chat's form itself"):
         harness.apply_chat_template([{"role": "user", "content": "Hello"}])
@@ -366,9 +368,9 @@ def test_a_batch_fits_where_each_of_it_does(tmp_path: Path) -> None:
     tokens = ids(" ".join(WORDS[:300]))
     pairs = [(TOKENIZER.decode(tokens[:200]), " a"), (LONG, " the" * 25)]
     (first, _), (second, _) = lm.loglikelihood(asked(*pairs), disable_tqdm=True)
-    assert first == pytest.approx(behind(own, tokens[:188], tokens[188:200], ids(" a")), abs=1e-4)
+    assert first == pytest.approx(compressed_score(own, tokens[:188], tokens[188:200], ids(" a")), abs=1e-4)
     long = ids(LONG)
-    assert second == pytest.approx(behind(own, long[:-12], long[-12:], ids(" the" * 25)), abs=1e-3)
+    assert second == pytest.approx(compressed_score(own, long[:-12], long[-12:], ids(" the" * 25)), abs=1e-3)
 
 
 def test_an_untrained_rate_and_a_task_of_short_prompts_are_said(
@@ -418,7 +420,7 @@ def test_the_command(
     """lm-eval's own, offline: local tasks of both kinds, whose answers are those of the model in this process, and
     RULER's first needle, at its own length."""
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"text": " ".join(WORDS[i : i + 50]), "question": "Who?", "answers": ["Susan", "a lamb"], "label": i % 2}
         for i in range(3)
     ]
@@ -438,8 +440,8 @@ def test_the_command(
 
     def samples(task: str) -> list[dict[str, Any]]:
         (path,) = (tmp_path / "out").rglob(f"samples_{task}_*.jsonl")
-        found = [json.loads(line) for line in path.read_text().splitlines()]
-        return sorted(found, key=lambda row: row["doc_id"])
+        logged = [json.loads(line) for line in path.read_text().splitlines()]
+        return sorted(logged, key=lambda row: row["doc_id"])
 
     (results,) = (tmp_path / "out").rglob("results_*.json")
     said = json.loads(results.read_text())
@@ -487,4 +489,6 @@ def test_the_default_model() -> None:
     right = TOKENIZER.decode(out[0, question.shape[1] :], skip_special_tokens=True)
     assert written == right.split("\n")[0]
     (score,) = lm.loglikelihood(asked((prompt, " A girl")), disable_tqdm=True)
-    assert score[0] == pytest.approx(behind(lm.model, ids(text), question[0].tolist(), ids(" A girl"), 8), abs=1e-3)
+    assert score[0] == pytest.approx(
+        compressed_score(lm.model, ids(text), question[0].tolist(), ids(" A girl"), 8), abs=1e-3
+    )

@@ -6,20 +6,23 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from conftest import MakeBatch, MakeModel, MakeTokens
 from equality import CLOSE, FAMILIES, gradients
 
 
 @pytest.mark.parametrize("states", ["all", "last"])
 @pytest.mark.parametrize(("share", "lora"), [(True, 4), (False, 0), (False, 4)])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_gradients_reach_everything_that_is_trained(fresh, tokens, batch, family, share, lora, states):
+def test_gradients_reach_everything_that_is_trained(
+    fresh: MakeModel, tokens: MakeTokens, batch: MakeBatch, family: str, share: bool, lora: int, states: str
+) -> None:
     """Every trainable parameter gets a gradient that is not zero and every frozen one none; what is trained is what
     should be: LoRA alone where there is LoRA, else everything but what reaches no loss (with all states, the encoder's
     last block and final norm)."""
     model = fresh(family, share=share, lora=lora, states=states)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    found = gradients(model, tokens, batch)
-    for name, gradient in found.items():
+    got = gradients(model, tokens, batch)
+    for name, gradient in got.items():
         if name in trained:
             assert gradient is not None, name
             assert gradient.abs().max() > 0, name
@@ -34,12 +37,12 @@ def test_gradients_reach_everything_that_is_trained(fresh, tokens, batch, family
         own = name.startswith("projections.") or ".lora_" in name or not lora
         return own and not reaches_no_loss(name)
 
-    assert trained == {name for name in found if wanted(name)}
+    assert trained == {name for name in got if wanted(name)}
     assert any(name.startswith("encoder.layers.0.") for name in trained)
     assert any(name.startswith("decoder.") for name in trained)
 
 
-def test_a_shared_base_is_shared(fresh):
+def test_a_shared_base_is_shared(fresh: MakeModel) -> None:
     """The encoder's base weights are the decoder's very tensors, in any precision; LoRA is each side's own."""
     for model in (fresh("llama"), fresh("gpt_neox").to(torch.bfloat16)):
         decoder = {id(p) for p in model.decoder.parameters()}
@@ -49,7 +52,7 @@ def test_a_shared_base_is_shared(fresh):
 
 @pytest.mark.parametrize(("alpha", "scale"), [(None, 1.0), (6.0, 1.5)])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_lora_scale(tiny, family, alpha, scale):
+def test_lora_scale(tiny: MakeModel, family: str, alpha: float | None, scale: float) -> None:
     """Every linear layer of every block on both sides computes W x + b + (alpha / rank) · B A x; alpha defaults to the
     rank."""
     model = tiny(family, lora_alpha=alpha)

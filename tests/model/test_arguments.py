@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from conftest import MakeModel, MakeTokens
 from equality import FAMILIES, one, run_training_pass
 from rcc import (
     InputError,
@@ -17,7 +18,7 @@ from rcc import (
 )
 
 
-def bad(model: RCCForCausalLM, tokens) -> dict[str, tuple]:
+def bad(model: RCCForCausalLM, tokens: MakeTokens) -> dict[str, Any]:
     """Calls that must fail, by name: the call, the error's class, and what its message must say."""
     text, context = one(tokens(20)), model.compress(one(tokens(20)))
     prompt = one(tokens(5))
@@ -29,7 +30,7 @@ def bad(model: RCCForCausalLM, tokens) -> dict[str, tuple]:
         "rate too large": (lambda: model.compress(text, rate=32), InputError, "rate=32"),
         "rate zero": (lambda: model.compress(text, rate=0), InputError, "rate=0"),
         "rate negative": (lambda: model.encode(text, rate=-4), InputError, "rate=-4"),
-        "rate no number": (lambda: model.compress(text, rate="4"), InputError, "rate='4'"),
+        "rate no number": (lambda: model.compress(text, rate="4"), InputError, "rate='4'"),  # type: ignore[arg-type]
         "rate in training": (
             lambda: run_training_pass(model, input_ids=prompt, context_ids=text, rate=5),
             InputError,
@@ -58,7 +59,7 @@ def bad(model: RCCForCausalLM, tokens) -> dict[str, tuple]:
             InputError,
             "context_ids.*97",
         ),
-        "not a tensor": (lambda: model.compress([[1, 2]]), InputError, "input_ids"),
+        "not a tensor": (lambda: model.compress([[1, 2]]), InputError, "input_ids"),  # type: ignore[arg-type]
         "one dimension": (lambda: model.compress(text[0]), InputError, "input_ids"),
         "floating ids": (lambda: model.compress(text.float()), InputError, "input_ids"),
         "mask of another length": (
@@ -136,7 +137,7 @@ def bad(model: RCCForCausalLM, tokens) -> dict[str, tuple]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_bad_input(tiny, tokens, family):
+def test_bad_input(tiny: MakeModel, tokens: MakeTokens, family: str) -> None:
     """Each unusable argument is refused with the right class and a one-line message that names the argument."""
     model = tiny(family)
     wrong = []
@@ -151,7 +152,7 @@ def test_bad_input(tiny, tokens, family):
     assert not wrong, "\n" + "\n".join(wrong)
 
 
-def test_untrained_rate_warns(tiny, tokens, caplog):
+def test_untrained_rate_warns(tiny: MakeModel, tokens: MakeTokens, caplog: pytest.LogCaptureFixture) -> None:
     """A rate that divides the segment but was not trained works and says so, once; a trained one is silent."""
     model = tiny("llama", rates=(4, 8))
     with caplog.at_level(logging.WARNING, "rcc"):
@@ -165,7 +166,7 @@ def test_untrained_rate_warns(tiny, tokens, caplog):
 
 
 @pytest.mark.parametrize("after_context", [True, False])
-def test_forward_gives_hidden_states_and_attentions(fresh, tokens, after_context: bool) -> None:
+def test_forward_gives_hidden_states_and_attentions(fresh: MakeModel, tokens: MakeTokens, after_context: bool) -> None:
     model = fresh(attn="eager")
     context = model.compress(torch.tensor([tokens(40)]), rate=4) if after_context else None
     out = model(torch.tensor([tokens(5)]), context=context, output_hidden_states=True, output_attentions=True)
@@ -175,7 +176,7 @@ def test_forward_gives_hidden_states_and_attentions(fresh, tokens, after_context
 
 
 @pytest.mark.parametrize("name", ["return_dict", "use_cache", "position_ids", "inputs_embeds", "past_key_values"])
-def test_forward_refuses_by_name_what_it_cannot_give(tiny, tokens, name: str) -> None:
+def test_forward_refuses_by_name_what_it_cannot_give(tiny: MakeModel, tokens: MakeTokens, name: str) -> None:
     value = {"return_dict": False, "use_cache": True}.get(name, torch.zeros(1, 5))
     with pytest.raises(InputError, match=name):
         tiny()(torch.tensor([tokens(5)]), **{name: value})
@@ -183,6 +184,6 @@ def test_forward_refuses_by_name_what_it_cannot_give(tiny, tokens, name: str) ->
 
 @pytest.mark.parametrize("wrong", ["c.rcc", Path("c.rcc"), 5, torch.zeros(1)])
 @pytest.mark.parametrize("use", ["forward", "generate", "compress"])
-def test_what_is_no_context_is_refused_by_name(tiny, tokens, use: str, wrong: Any) -> None:
+def test_what_is_no_context_is_refused_by_name(tiny: MakeModel, tokens: MakeTokens, use: str, wrong: Any) -> None:
     with pytest.raises(InputError, match="context must be a CompressedContext"):
         getattr(tiny(), use)(torch.tensor([tokens(5)]), context=wrong)

@@ -3,6 +3,9 @@ and as encoder, is shown by the tests of tests/model/ that run on conftest.SIDES
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -10,7 +13,7 @@ from transformers import AutoModelForCausalLM
 import conftest
 import rcc.model.backbones
 import rcc.model.encoder
-from conftest import batch, make_model, randomise, tokens
+from conftest import MakeBackbone, MakeExpected, MakeModel, batch, make_model, randomise, tokens
 from equality import (
     CLOSE,
     LENGTHS,
@@ -31,7 +34,7 @@ state_space = pytest.mark.parametrize("sides", STATE_SPACE.values(), ids=STATE_S
 
 
 # ---------------------------------------------------------------- refusals
-def test_mamba_is_no_decoder(backbone, tmp_path):
+def test_mamba_is_no_decoder(backbone: MakeBackbone, tmp_path: Path) -> None:
     """Mamba on the decoder's side, or shared, is refused as a module and as a folder."""
     mamba = backbone("mamba")
     mamba.save_pretrained(tmp_path / "mamba")
@@ -40,27 +43,28 @@ def test_mamba_is_no_decoder(backbone, tmp_path):
             RCCForCausalLM.from_base(*sides)
 
 
-def test_a_decoder_that_slides_everywhere(backbone, expected):
+def test_a_decoder_that_slides_everywhere(backbone: MakeBackbone, expected: MakeExpected) -> None:
     """Refused where its window is narrower than its positions; as an encoder it reads as its model defines, and a
     window as wide as the positions changes nothing."""
     narrow, wide = backbone("mistral", sliding_window=5), backbone("mistral", sliding_window=512)
-    for sides in ([narrow], [wide, narrow], [narrow, narrow], [backbone("qwen3", **SLIDING, max_window_layers=0)]):
+    all_slide = backbone("qwen3", **SLIDING, max_window_layers=0)
+    for sides in ((narrow, None), (wide, narrow), (narrow, narrow), (all_slide, None)):
         with pytest.raises(ModelError, match=r"last \d positions only \(sliding_window\).*full attention as decoder"):
             RCCForCausalLM.from_base(*sides)
     config = RCCConfig(segment_length=16, rates=[2])
     text, prompt = tokens(90), tokens(12, 1)
-    found = []
-    for sides in ([wide], [narrow, wide], [wide, wide]):
+    logits_of = []
+    for sides in ((wide, None), (narrow, wide), (wide, wide)):
         model = randomise(RCCForCausalLM.from_base(*sides, config=config))
-        found.append(model(input_ids=one(prompt), context=model.compress(one(text))).logits[0])
-        torch.testing.assert_close(found[-1], expected(model).logits([text], prompt), **CLOSE)
-    assert (found[1] - found[2]).abs().max() > 1e-2
+        logits_of.append(model(input_ids=one(prompt), context=model.compress(one(text))).logits[0])
+        torch.testing.assert_close(logits_of[-1], expected(model).logits([text], prompt), **CLOSE)
+    assert (logits_of[1] - logits_of[2]).abs().max() > 1e-2
 
 
-def test_both_directions_are_refused(backbone):
+def test_both_directions_are_refused(backbone: MakeBackbone) -> None:
     """A backbone whose attention is not causal is refused on either side."""
     both = backbone("gemma3_text", use_bidirectional_attention=True)
-    for sides in ([both], [both, backbone("llama")]):
+    for sides in ((both, None), (both, backbone("llama"))):
         with pytest.raises(ModelError, match="attends in both directions"):
             RCCForCausalLM.from_base(*sides)
 
@@ -78,7 +82,7 @@ SLIDING = {"use_sliding_window": True, "sliding_window": 7}
         ("qwen3", {**SLIDING, "max_window_layers": 2}),
     ],
 )
-def test_sliding_layers(expected, family, more, attn):
+def test_sliding_layers(expected: MakeExpected, family: str, more: Any, attn: str) -> None:
     """A prefix much longer than the window: the layers that slide see no more of it, those that do not see it whole;
     in batches with gaps, where windows count positions and not gaps, cached and in one training pass; and written on
     from a cache that holds every position of every layer."""
@@ -108,13 +112,15 @@ def test_sliding_layers(expected, family, more, attn):
 @pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize("tie", [True, False])
 @pytest.mark.parametrize("family", conftest.DECODERS)
-def test_tied_and_untied_embeddings(backbone, expected, tmp_path, family, tie, share):
+def test_tied_and_untied_embeddings(
+    backbone: MakeBackbone, expected: MakeExpected, tmp_path: Path, family: str, tie: bool, share: bool
+) -> None:
     """Whether head and embeddings are one matrix or two: the reference's logits, saved and loaded, whole too."""
     body = backbone(family, tie_word_embeddings=tie)
     same = body.get_output_embeddings().weight is body.get_input_embeddings().weight
     assert same == tie
     body.save_pretrained(tmp_path / "base")
-    sides = [tmp_path / "base"] * (1 if share else 2)
+    sides = tmp_path / "base", None if share else tmp_path / "base"
     model = randomise(RCCForCausalLM.from_base(*sides, config=RCCConfig(segment_length=16, rates=[4])))
     got = model(input_ids=one(tokens(6, 1)), context=model.compress(one(tokens(37)))).logits[0]
     torch.testing.assert_close(got, expected(model).logits([tokens(37)], tokens(6, 1)), **CLOSE)
@@ -126,7 +132,9 @@ def test_tied_and_untied_embeddings(backbone, expected, tmp_path, family, tie, s
 # ---------------------------------------------------------------- Mamba as encoder
 @pytest.mark.parametrize("settings", [{"states": "last"}, {"layer_map": "average"}, {"lora": 4}])
 @state_space
-def test_mamba_encoder(tiny, expected, sides, settings):
+def test_mamba_encoder(
+    tiny: MakeModel, expected: MakeExpected, sides: dict[str, Any], settings: dict[str, Any]
+) -> None:
     """Text of every kind of length, an append at another rate and a generated answer: the reference's."""
     model = tiny(**sides, **settings)
     want, prompt = expected(model), tokens(6, 1)
@@ -142,19 +150,20 @@ def test_mamba_encoder(tiny, expected, sides, settings):
 
 @state_space
 @torch.no_grad()
-def test_mamba_states(tiny, sides):
+def test_mamba_states(tiny: MakeModel, sides: dict[str, Any]) -> None:
     """The vectors are transformers' own hidden states of each segment: embeddings, each block's output, the last one
-    behind the final norm; a segment's first token reaches them all; encode and prefix make what compress makes."""
+    after the final norm; a segment's first token reaches them all; encode and prefix make what compress makes."""
     model = tiny(**sides)
     ids = one(tokens(37))
     vectors = model.encode(ids)
     for start, length in ((0, 16), (16, 16), (32, 5)):
         segment = ids[:, start : start + length]
-        hidden = model.encoder(input_ids=segment, output_hidden_states=True)
-        states = [model.encoder.embeddings(segment), *hidden.hidden_states[:3], hidden.last_hidden_state]
-        places = [min(i + 3, length - 1) for i in range(0, length, 4)]
-        want = torch.stack(states, 2)[0, places]
-        torch.testing.assert_close(vectors.states[0, start // 4 :][: len(places)], want, **CLOSE)
+        encoder: Any = model.encoder
+        hidden = encoder(input_ids=segment, output_hidden_states=True)
+        states = [encoder.embeddings(segment), *hidden.hidden_states[:3], hidden.last_hidden_state]
+        ends = [min(i + 3, length - 1) for i in range(0, length, 4)]
+        want = torch.stack(states, 2)[0, ends]
+        torch.testing.assert_close(vectors.states[0, start // 4 :][: len(ends)], want, **CLOSE)
     other = ids.clone()
     other[0, 0] += 1
     changed = (model.encode(other).states - vectors.states)[0, :4, 1:].abs().amax(-1)
@@ -164,7 +173,7 @@ def test_mamba_states(tiny, sides):
 
 @pytest.mark.parametrize("lora", [0, 4])
 @state_space
-def test_mamba_gradients(sides, lora):
+def test_mamba_gradients(sides: dict[str, Any], lora: int) -> None:
     """Every trained parameter of the encoder gets a gradient, LoRA on every block's in_proj and on nothing else;
     recomputing activations does not change it."""
     model = exact_in_float64(make_model(**sides, lora=lora))
@@ -174,19 +183,19 @@ def test_mamba_gradients(sides, lora):
     else:
         assert {n.split(".")[0] for n in names} == {"embeddings", "layers"}
         assert sum(n.endswith("A_log") for n in names) == 3  # the last block reaches no loss
-    found = {k: None if g is None else g.clone() for k, g in gradients(model, tokens, batch).items()}
-    for name, gradient in found.items():
+    got = {k: None if g is None else g.clone() for k, g in gradients(model, tokens, batch).items()}
+    for name, gradient in got.items():
         trained = model.get_parameter(name).requires_grad
         assert trained == (gradient is not None and bool(gradient.abs().max() > 0)), name
     model.train().gradient_checkpointing_enable()
     for name, gradient in gradients(model, tokens, batch).items():
         if gradient is not None:
-            torch.testing.assert_close(gradient, found[name], rtol=1e-4, atol=1e-6, msg=name)
+            torch.testing.assert_close(gradient, got[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize("lora", [0, 4])
 @pytest.mark.parametrize("family", conftest.STATE_SPACE)
-def test_mamba_save_and_load(backbone, tmp_path, family, lora):
+def test_mamba_save_and_load(backbone: MakeBackbone, tmp_path: Path, family: str, lora: int) -> None:
     """Saved and loaded from folders it is the same model; an attention implementation concerns the decoder only; a
     segment may be longer than the decoder's window."""
     backbone(family, layers=4, hidden=32).save_pretrained(tmp_path / "mamba")
@@ -200,23 +209,24 @@ def test_mamba_save_and_load(backbone, tmp_path, family, lora):
     assert_same_model(model, loaded, tokens)
     sdpa = RCCForCausalLM.from_pretrained(tmp_path / "model", attn_implementation="sdpa")
     assert sdpa.decoder.config._attn_implementation == attention.NAME
-    given = [AutoModelForCausalLM.from_pretrained(side) for side in sides]
-    assert RCCForCausalLM.from_base(*given, config=config, attn_implementation="sdpa").encoder.config.hidden_size == 32
+    encoder, decoder = (AutoModelForCausalLM.from_pretrained(side) for side in sides)
+    model = RCCForCausalLM.from_base(encoder, decoder, config, attn_implementation="sdpa")
+    assert model.encoder.config.hidden_size == 32
 
 
-def test_nothing_is_captured_outside_a_pass(tiny, monkeypatch):
+def test_nothing_is_captured_outside_a_pass(tiny: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """The encoder by itself runs as ever, also after a pass that was cut short or failed."""
     model = tiny(**MAMBA)
     model.compress(one(tokens(20)))
     assert rcc.model.encoder._capture.get() is None
     monkeypatch.setattr(rcc.model.encoder._Capture, "take", lambda *_: pytest.fail("captured"))
     model.encoder(input_ids=one(tokens(20)))
-    monkeypatch.setattr(rcc.model.encoder._Capture, "take", lambda *_: {}["fails"])
+    monkeypatch.setattr(rcc.model.encoder._Capture, "take", lambda *_: dict[str, int]()["fails"])
     with pytest.raises(KeyError):
         model.compress(one(tokens(20)))
     assert rcc.model.encoder._capture.get() is None
 
 
-def test_every_listed_family_is_tested():
+def test_every_listed_family_is_tested() -> None:
     """A family in the table is one of those that the tests run on."""
     assert set(rcc.model.backbones.BLOCKS) == set(conftest.SHAPES)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,12 +12,13 @@ from transformers.cache_utils import DynamicCache
 
 import conftest
 import reference as ref
+from conftest import MakeBackbone, MakeBatch, MakeModel, MakeTokens
 from equality import run_training_pass
 from rcc import CompressedContext, CompressedVectors, ContextError, InputError, RCCConfig, RCCForCausalLM, WindowError
 from rcc.model.backbones import CACHE
 
 sides = pytest.mark.parametrize("sides", conftest.SIDES.values(), ids=conftest.SIDES)
-CLOSE = {"atol": 1e-4, "rtol": 1e-4}
+CLOSE: dict[str, Any] = {"atol": 1e-4, "rtol": 1e-4}
 LENGTHS = [3, 37, 48]
 """Shorter than a group, a partial segment and group, whole segments."""
 
@@ -31,7 +35,7 @@ def same_bits(a: CompressedContext, b: CompressedContext) -> bool:
 # ---------------------------------------------------------------- what it computes
 @pytest.mark.parametrize("rate", [1, 4, 16])
 @sides
-def test_direct_equals_the_reference(tiny, tokens, sides, rate):
+def test_direct_equals_the_reference(tiny: MakeModel, tokens: MakeTokens, sides: dict[str, Any], rate: int) -> None:
     """Compress-then-forward, one training pass, and compress-then-generate give the reference's logits and tokens, for
     every family on both sides and every kind of length."""
     model = tiny(**sides, prefix="direct")
@@ -50,7 +54,9 @@ def test_direct_equals_the_reference(tiny, tokens, sides, rate):
 
 
 @pytest.mark.parametrize("family", conftest.DECODERS)
-def test_direct_untrained_at_1x_is_the_cache_of_the_base(backbone, tokens, family):
+def test_direct_untrained_at_1x_is_the_cache_of_the_base(
+    backbone: MakeBackbone, tokens: MakeTokens, family: str
+) -> None:
     """Before training, a context at rate 1 is the base's own KV cache of the sink token and the text; and so is, in one
     segment, what the encoder's path makes of every token's state."""
     base = backbone(family)
@@ -69,7 +75,7 @@ def test_direct_untrained_at_1x_is_the_cache_of_the_base(backbone, tokens, famil
     torch.testing.assert_close(model(one(prompt), context=placed).logits[0], plain, **CLOSE)
 
 
-def test_direct_untrained_encoder_keeps_the_states_of_the_base(backbone, tokens):
+def test_direct_untrained_encoder_keeps_the_states_of_the_base(backbone: MakeBackbone, tokens: MakeTokens) -> None:
     """At 4x the kept positions are every fourth of the base's own cache, before their rotation."""
     base = backbone("llama")
     model = RCCForCausalLM.from_base(
@@ -83,7 +89,9 @@ def test_direct_untrained_encoder_keeps_the_states_of_the_base(backbone, tokens)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
-def test_direct_batches_of_different_lengths(tiny, tokens, batch, family):
+def test_direct_batches_of_different_lengths(
+    tiny: MakeModel, tokens: MakeTokens, batch: MakeBatch, family: str
+) -> None:
     """Each text of a batch is answered as if it were alone: compressed, stacked, expanded and in training."""
     model = tiny(family, prefix="direct", rate_embeddings=True)
     rows, prompts = [tokens(37), tokens(9, 2), tokens(20, 3)], [tokens(5, 4), tokens(3, 5), tokens(5, 6)]
@@ -104,7 +112,7 @@ def test_direct_batches_of_different_lengths(tiny, tokens, batch, family):
         torch.testing.assert_close(three[2], want[0], **CLOSE)
 
 
-def test_direct_vectors_make_the_same_context(tiny, tokens, tmp_path):
+def test_direct_vectors_make_the_same_context(tiny: MakeModel, tokens: MakeTokens, tmp_path: Path) -> None:
     """Encoder and decoder apart, with a file between them, give what `compress` gives."""
     model = tiny(prefix="direct")
     vectors = model.encode(one(tokens(37)), rate=4)
@@ -118,7 +126,7 @@ def test_direct_vectors_make_the_same_context(tiny, tokens, tmp_path):
 
 # ---------------------------------------------------------------- training
 @pytest.mark.parametrize("rate", [1, 4])
-def test_direct_gradients_reach_everything_that_is_used(fresh, tokens, rate):
+def test_direct_gradients_reach_everything_that_is_used(fresh: MakeModel, tokens: MakeTokens, rate: int) -> None:
     """Gradients of a training pass are the reference's: of the sink, projections and LoRA of both sides."""
     model = fresh(prefix="direct", rate_embeddings=True)
     ids, prompt = tokens(32), tokens(12, 1)
@@ -137,7 +145,7 @@ def test_direct_gradients_reach_everything_that_is_used(fresh, tokens, rate):
 
 
 # ---------------------------------------------------------------- sums of pieces
-def test_join_equals_compressing_in_that_order(tiny, tokens, tmp_path):
+def test_join_equals_compressing_in_that_order(tiny: MakeModel, tokens: MakeTokens, tmp_path: Path) -> None:
     """Joined contexts, from memory and from files, have the bits of one text where the cut is a segment boundary, of
     appending elsewhere, and read as the reference does, at rates of their own."""
     model = tiny(prefix="direct", rate_embeddings=True)
@@ -160,7 +168,7 @@ def test_join_equals_compressing_in_that_order(tiny, tokens, tmp_path):
     torch.testing.assert_close(model(one(prompt), context=mixed).logits[0], want, **CLOSE)
 
 
-def test_select_any_segments_in_any_order(tiny, tokens):
+def test_select_any_segments_in_any_order(tiny: MakeModel, tokens: MakeTokens) -> None:
     """Chosen segments have the bits of compressing them in that order; a whole text at rate 1 is one segment."""
     model = tiny(prefix="direct")
     ids = tokens(55)
@@ -176,10 +184,10 @@ def test_select_any_segments_in_any_order(tiny, tokens):
     assert same_bits(exact.select([4]), model.compress(one(tokens(40, 2)), rate=1))
     for wrong in ([], [4], [-1], [True, "0"]):
         with pytest.raises(InputError, match="segments"):
-            context.select(wrong)
+            context.select(wrong)  # type: ignore[arg-type]
 
 
-def test_many_contexts_are_joined(tiny, tokens):
+def test_many_contexts_are_joined(tiny: MakeModel, tokens: MakeTokens) -> None:
     """64 contexts are one, each where its turn is (`benchmarks/join.py` says how fast)."""
     model = tiny(prefix="direct")
     parts = [model.compress(one(tokens(500, seed)), rate=4) for seed in range(8)] * 8
@@ -188,7 +196,7 @@ def test_many_contexts_are_joined(tiny, tokens):
     assert same_bits(joined.select(range(32 * 9, 32 * 10)), parts[1])
 
 
-def test_residual_contexts_cannot_be_joined(tiny, tokens):
+def test_residual_contexts_cannot_be_joined(tiny: MakeModel, tokens: MakeTokens) -> None:
     """Their positions depend on one another: the message says what can be."""
     context = tiny().compress(one(tokens(20)), rate=4)
     with pytest.raises(ContextError, match='prefix="direct"'):
@@ -204,7 +212,7 @@ def test_residual_contexts_cannot_be_joined(tiny, tokens):
 
 
 # ---------------------------------------------------------------- files, windows, settings
-def test_direct_model_and_context_files(fresh, tokens, tmp_path):
+def test_direct_model_and_context_files(fresh: MakeModel, tokens: MakeTokens, tmp_path: Path) -> None:
     """A saved model is the same one, and a saved context is answered the same, with and without a model at hand."""
     model = fresh(prefix="direct", rate_embeddings=True)
     prompt = tokens(5, 1)
@@ -223,7 +231,7 @@ def test_direct_model_and_context_files(fresh, tokens, tmp_path):
     assert torch.equal(again(one(prompt), context=mapped).logits, want)
 
 
-def test_a_residual_folder_says_nothing_of_prefixes(fresh, tmp_path):
+def test_a_residual_folder_says_nothing_of_prefixes(fresh: MakeModel, tmp_path: Path) -> None:
     """So an earlier rcc reads it, and its fingerprint is what it was."""
     model = fresh()
     model.save_pretrained(tmp_path, full=True)
@@ -233,7 +241,7 @@ def test_a_residual_folder_says_nothing_of_prefixes(fresh, tmp_path):
     assert "prefix" not in model.config.method()
 
 
-def test_questions_share_the_placed_cache(tiny, tokens):
+def test_questions_share_the_placed_cache(tiny: MakeModel, tokens: MakeTokens) -> None:
     """The decoder's cache is made once for all questions, and no question leaves anything in it."""
     model = tiny(prefix="direct")
     context, prompt = model.compress(one(tokens(37)), rate=4), tokens(5, 1)
@@ -245,7 +253,7 @@ def test_questions_share_the_placed_cache(tiny, tokens):
     assert torch.equal(model(one(prompt), context=context).logits, first)
 
 
-def test_the_window_counts_the_sink(tiny, tokens):
+def test_the_window_counts_the_sink(tiny: MakeModel, tokens: MakeTokens) -> None:
     """A context and prompt that leave no position for the sink are refused, and one less is not."""
     model = tiny(prefix="direct", window=64)
     context = model.compress(one(tokens(200)), rate=4)
@@ -267,7 +275,7 @@ def test_the_window_counts_the_sink(tiny, tokens):
         ({"prefix": "direct", "sink_token": -1}, "sink_token"),
     ],
 )
-def test_settings_that_cannot_be(settings, named):
+def test_settings_that_cannot_be(settings: dict[str, Any], named: str) -> None:
     """Each is refused with a sentence that begins with the argument."""
     with pytest.raises(InputError, match=f"^{named}"):
         RCCConfig(**settings)

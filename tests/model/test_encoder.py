@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 import rcc.model.encoder
+from conftest import MakeBatch, MakeExpected, MakeModel, MakeTokens
 from equality import CLOSE, one, run_training_pass, segments_read
 from rcc.model.backbones import CACHE
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 16, 33, 10_000])
-def test_chunking_does_not_change_the_result(tiny, expected, tokens, batch, batch_tokens):
+def test_chunking_does_not_change_the_result(
+    tiny: MakeModel, expected: MakeExpected, tokens: MakeTokens, batch: MakeBatch, batch_tokens: int
+) -> None:
     """However many segments the encoder reads at once, the result is the reference's; progress ends at the total."""
     model = tiny("gpt_neox")
     rows = [tokens(75), tokens(20, 2), tokens(64, 3)]
@@ -27,7 +32,9 @@ def test_chunking_does_not_change_the_result(tiny, expected, tokens, batch, batc
         torch.testing.assert_close(got[b], expected(model).logits([row], prompt), **CLOSE)
 
 
-def test_equal_segments_are_read_once(tiny, expected, tokens, batch):
+def test_equal_segments_are_read_once(
+    tiny: MakeModel, expected: MakeExpected, tokens: MakeTokens, batch: MakeBatch
+) -> None:
     """What repeats within a batch is read once, and the result is the reference's of reading it each time; also for
     equal segments of different rows and for an equal, shorter end, cached and with gradients."""
     model = tiny("llama")
@@ -37,7 +44,7 @@ def test_equal_segments_are_read_once(tiny, expected, tokens, batch):
     with segments_read(model) as read:
         context = model.compress(ids, mask)
         trained = run_training_pass(model, one(prompt).expand(3, -1), context_ids=ids, context_mask=mask).logits
-    assert read == [6, 6]  # the filler, its short end, and behind the key every segment is shifted
+    assert read == [6, 6]  # the filler, its short end, and after the key every segment is shifted
     cached = model(one(prompt).expand(3, -1), context=context).logits
     for b, row in enumerate(rows):
         want = expected(model).logits([row], prompt)
@@ -45,7 +52,9 @@ def test_equal_segments_are_read_once(tiny, expected, tokens, batch):
         torch.testing.assert_close(trained[b], want, **CLOSE)
 
 
-def test_segments_that_repeat_are_kept_for_the_next_batch(tiny, expected, tokens):
+def test_segments_that_repeat_are_kept_for_the_next_batch(
+    tiny: MakeModel, expected: MakeExpected, tokens: MakeTokens
+) -> None:
     """Filler is read once in a whole text, whatever the batch; where nothing repeats, nothing is kept."""
     model = tiny("llama")
     filler, key, prompt = tokens(16), tokens(21, 1), tokens(5, 2)
@@ -59,7 +68,7 @@ def test_segments_that_repeat_are_kept_for_the_next_batch(tiny, expected, tokens
     torch.testing.assert_close(got, expected(model).logits([row], prompt), **CLOSE)
 
 
-def test_filler_is_remembered_from_text_to_text(tiny, expected, tokens):
+def test_filler_is_remembered_from_text_to_text(tiny: MakeModel, expected: MakeExpected, tokens: MakeTokens) -> None:
     """While remembering, what repeats in a text is not read again in the next, at each rate; afterwards it is."""
     model = tiny("llama")
     filler, prompt = tokens(16), tokens(5, 2)
@@ -78,39 +87,42 @@ def test_filler_is_remembered_from_text_to_text(tiny, expected, tokens):
 
 @pytest.mark.parametrize("lengths", [(64,), (37,), (16,), (10,), (64, 37, 5), (16, 16)])
 @pytest.mark.parametrize("rate", [2, 4, 16])
-def test_encoding_keeps_no_dropped_positions(tiny, tokens, monkeypatch, rate, lengths):
+def test_encoding_keeps_no_dropped_positions(
+    tiny: MakeModel, tokens: MakeTokens, monkeypatch: pytest.MonkeyPatch, rate: int, lengths: list[int]
+) -> None:
     """What the encoder's hooks keep, and what encoding yields, occupies memory for the kept positions only: no tensor
     is a view of all positions, and none of a state that no projection reads is kept."""
     model = tiny("llama")
-    rows = [(torch.tensor(tokens(length)),) for length in lengths]
+    rows: list[tuple[Tensor, ...]] = [(torch.tensor(tokens(length)),) for length in lengths]
     wanted = model.projections.states
-    kept: list[Tensor] = []
+    held: list[Tensor] = []
     take = rcc.model.encoder._Capture.take
 
-    def watch(self, i: int, hidden: Tensor) -> None:
+    def watch(self: Any, i: int, hidden: Tensor) -> None:
         try:
             take(self, i, hidden)
         finally:
-            kept.extend(self.states.values())
+            held.extend(self.states.values())
 
     monkeypatch.setattr(rcc.model.encoder._Capture, "take", watch)
     with torch.no_grad():
         for states, _, _ in rcc.model.encoder.encode(model.encoder, rows, rate, model.config, wanted, 32):
             assert sorted(states) == wanted
-            kept.extend(states.values())
-    assert kept
-    for tensor in kept:
+            held.extend(states.values())
+    assert held
+    for tensor in held:
         assert tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
-def test_compressing_holds_one_batch_of_segments(tiny, tokens, batch):
+def test_compressing_holds_one_batch_of_segments(tiny: MakeModel, tokens: MakeTokens, batch: MakeBatch) -> None:
     """The encoder never reads more than `batch_tokens` at once (or one segment of each text), reads every segment once,
     never runs blocks that feed nothing; the KV prefix is allocated once and written in place."""
     model = tiny("llama", window=4096)
     sizes, blocks, last = [], [], []
+    encoder: Any = model.encoder
     hooks = [
         model.encoder.register_forward_pre_hook(lambda m, a, k: sizes.append(k["input_ids"].numel()), with_kwargs=True),
-        model.encoder.layers[2].self_attn.register_forward_pre_hook(lambda *_: last.append(1)),
+        encoder.layers[2].self_attn.register_forward_pre_hook(lambda *_: last.append(1)),
         model.decoder.model.register_forward_hook(
             lambda m, a, k, o: blocks.append(k[CACHE].layers[0].block[0].data_ptr()), with_kwargs=True
         ),

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from conftest import MakeModel, MakeTokens
 from equality import one
 from rcc import (
     CompressedContext,
@@ -16,7 +20,7 @@ from rcc import (
 )
 
 
-def test_fingerprint(fresh, tokens, tmp_path):
+def test_fingerprint(fresh: MakeModel, tokens: MakeTokens, tmp_path: Path) -> None:
     """The fingerprint stays through save, load and any precision of loading; it changes with any weight (projection,
     LoRA, base), also in place, and with any setting that changes contexts, but not with the model's name."""
     model = fresh("llama")
@@ -39,7 +43,7 @@ def test_fingerprint(fresh, tokens, tmp_path):
         with torch.no_grad():
             parameter.view(-1)[3] += 0.01
         names.add(other.fingerprint)
-    settings = [
+    settings: list[dict[str, Any]] = [
         {"segment_length": 32},
         {"states": "last"},
         {"layer_map": "average"},
@@ -50,11 +54,11 @@ def test_fingerprint(fresh, tokens, tmp_path):
     assert len(names) == 1 + 4 + len(settings)
 
 
-def test_context_of_another_model(tiny, tokens):
+def test_context_of_another_model(tiny: MakeModel, tokens: MakeTokens) -> None:
     """A context or vectors that another model made are refused in every place where they can be given."""
     model, other = tiny("llama"), tiny("llama", seed=9)
     context, prompt = other.compress(one(tokens(20))), one(tokens(5))
-    calls = [
+    calls: list[Callable[[], object]] = [
         lambda: model(input_ids=prompt, context=context),
         lambda: model.generate(prompt, context=context),
         lambda: model.compress(prompt, context=context),

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from conftest import MakeBatch, MakeExpected, MakeModel, MakeTokens
 from equality import CLOSE, FAMILIES, new_tokens, one, plain_cache, prompt_logits
 from rcc.model.backbones import CACHE
 
 
-def test_without_context_no_token_is_padding(tiny, tokens):
+def test_without_context_no_token_is_padding(tiny: MakeModel, tokens: MakeTokens) -> None:
     """Token 0, named as padding, in a prompt without a context is read like any other."""
     model = tiny("llama")
     prompt = [0, *tokens(5), 0]
@@ -24,7 +26,9 @@ def test_without_context_no_token_is_padding(tiny, tokens):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_one_context_many_questions(tiny, expected, tokens, batch, family):
+def test_one_context_many_questions(
+    tiny: MakeModel, expected: MakeExpected, tokens: MakeTokens, batch: MakeBatch, family: str
+) -> None:
     """One context expanded to many questions of different lengths answers each like alone, appending to it included."""
     model = tiny(family)
     want = expected(model)
@@ -45,16 +49,16 @@ def test_one_context_many_questions(tiny, expected, tokens, batch, family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_sampling(tiny, expected, tokens, family):
+def test_sampling(tiny: MakeModel, expected: MakeExpected, tokens: MakeTokens, family: str) -> None:
     """Sampling with a fixed seed repeats itself and equals sampling over transformers' own concatenating cache, with
     one and with several returned sequences; with top_k=1 it is the reference's greedy answer."""
     model = tiny(family)
     text, prompt = tokens(37), tokens(6, 1)
     context = model.compress(one(text))
 
-    def sample(cached: bool = True, **kwargs) -> list[list[int]]:
+    def sample(cached: bool = True, **kwargs: Any) -> list[list[int]]:
         torch.manual_seed(3)
-        settings = {"max_new_tokens": 8, "do_sample": True, "temperature": 1.5, **kwargs}
+        settings: dict[str, Any] = {"max_new_tokens": 8, "do_sample": True, "temperature": 1.5, **kwargs}
         if cached:
             return new_tokens(model.generate(input_ids=one(prompt), context=context, **settings), 6)
         cache = plain_cache(context)
@@ -62,7 +66,8 @@ def test_sampling(tiny, expected, tokens, family):
         if copies > 1:
             cache.batch_repeat_interleave(copies)
         mask = torch.ones(1, len(context) + 6, dtype=torch.long)
-        out = model.decoder.generate(one(prompt), attention_mask=mask, **{CACHE: cache}, **settings)
+        decoder: Any = model.decoder
+        out = decoder.generate(one(prompt), attention_mask=mask, **{CACHE: cache}, **settings)
         return new_tokens(out, 6)
 
     assert sample() == sample() == sample(cached=False)
@@ -83,7 +88,7 @@ def test_sampling(tiny, expected, tokens, family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_beams(tiny, expected, tokens, batch, family):
+def test_beams(tiny: MakeModel, expected: MakeExpected, tokens: MakeTokens, batch: MakeBatch, family: str) -> None:
     """Beam search over a batch of different texts and ragged prompts gives the beams of a search written by hand over
     forward passes without a cache, all returned sequences in order; settings given as a GenerationConfig too."""
     model = tiny(family)
@@ -92,7 +97,7 @@ def test_beams(tiny, expected, tokens, batch, family):
     prompts = [tokens(6, 1), tokens(3, 2)]
     context = model.compress(*batch(texts))
     ids, mask = batch(prompts, "left")
-    settings = {"max_new_tokens": 5, "num_beams": 3, "do_sample": False}
+    settings: dict[str, Any] = {"max_new_tokens": 5, "num_beams": 3, "do_sample": False}
     out = model.generate(input_ids=ids, attention_mask=mask, context=context, num_return_sequences=3, **settings)
     rows = new_tokens(out, 6)
     best = model.generate(input_ids=ids, attention_mask=mask, context=context, **settings)
@@ -110,7 +115,7 @@ def test_beams(tiny, expected, tokens, batch, family):
     assert new_tokens(greedy, 6)[0] == want.greedy([texts[0]], prompts[0], 5)  # beams left nothing behind
 
 
-def test_streamer(tiny, tokens):
+def test_streamer(tiny: MakeModel, tokens: MakeTokens) -> None:
     """A streamer sees the prompt, then every token as it comes, and its end."""
     model = tiny("llama")
     context = model.compress(one(tokens(37)))
@@ -129,7 +134,9 @@ def test_streamer(tiny, tokens):
     assert ended == [True]
 
 
-def test_generation_stops_at_the_end_token(tiny, expected, tokens, batch):
+def test_generation_stops_at_the_end_token(
+    tiny: MakeModel, expected: MakeExpected, tokens: MakeTokens, batch: MakeBatch
+) -> None:
     """A row that reaches the end token is padded while the other goes on, as without a context."""
     model = tiny("llama")
     texts, prompts = [tokens(37), tokens(10, 2)], [tokens(6, 1), tokens(3, 2)]

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from conftest import MakeModel, MakeTokens
 from equality import one
 from rcc import InputError, ModelError, RCCConfig, RCCForCausalLM, checkpoints
 
-MERGED = {"rtol": 1e-4, "atol": 1e-4}
+MERGED: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4}
 """Float32: sums in another order."""
 CASES = [
     ("llama", True, "residual"),
@@ -24,10 +27,10 @@ CASES = [
 
 
 @pytest.fixture
-def saved(fresh, tmp_path):
+def saved(fresh: MakeModel, tmp_path: Path) -> Callable[..., Path]:
     """A random model's folder, its bases written along."""
 
-    def save(family: str = "llama", share: bool = True, prefix: str = "residual", **more) -> Path:
+    def save(family: str = "llama", share: bool = True, prefix: str = "residual", **more: Any) -> Path:
         model = fresh(family, share=share, lora=4, prefix=prefix, **more)
         model.save_pretrained(tmp_path / "model", full=True)
         return tmp_path / "model"
@@ -36,7 +39,9 @@ def saved(fresh, tmp_path):
 
 
 @pytest.mark.parametrize(("family", "share", "prefix"), CASES)
-def test_merged_equals_separate(saved, tokens, family, share, prefix):
+def test_merged_equals_separate(
+    saved: Callable[..., Path], tokens: MakeTokens, family: str, share: bool, prefix: str
+) -> None:
     """Contexts and answers are those of separate adapters to rounding, and either reads the other's contexts."""
     folder = (
         saved(family, share, prefix, rate_embeddings=True, lora_alpha=6.0) if share else saved(family, share, prefix)
@@ -55,7 +60,7 @@ def test_merged_equals_separate(saved, tokens, family, share, prefix):
     assert merged.fingerprint == apart.fingerprint  # also with the encoder read
 
 
-def test_asking_reads_no_encoder(saved, tokens):
+def test_asking_reads_no_encoder(saved: Callable[..., Path], tokens: MakeTokens) -> None:
     """A stored context is asked without the encoder; compressing reads it, once though two threads need it."""
     folder = saved()
     context = RCCForCausalLM.from_pretrained(folder).compress(one(tokens(20)), rate=4)
@@ -74,16 +79,17 @@ def test_asking_reads_no_encoder(saved, tokens):
 
 
 @pytest.mark.parametrize("prefix", ["residual", "direct"])
-def test_sides_share_what_they_can(saved, prefix):
+def test_sides_share_what_they_can(saved: Callable[..., Path], prefix: str) -> None:
     """The embeddings of a shared base are there once, and each side's merged weights are its own."""
     model = RCCForCausalLM.from_pretrained(saved(prefix=prefix), adapters="merged")
     table = model.decoder.get_input_embeddings().weight
     assert model.encoder.get_input_embeddings().weight is table
-    ours, theirs = (side.layers[0].mlp.up_proj.weight for side in (model.encoder, model.decoder.base_model))
+    sides: list[Any] = [model.encoder, model.decoder.base_model]
+    ours, theirs = (side.layers[0].mlp.up_proj.weight for side in sides)
     assert not torch.equal(ours, theirs)
 
 
-def test_bfloat16(saved, tokens):
+def test_bfloat16(saved: Callable[..., Path], tokens: MakeTokens) -> None:
     """In bfloat16 a merged weight is rounded once more: logits stay within what bfloat16 tells apart."""
     folder = saved(dtype=torch.bfloat16)
     apart = RCCForCausalLM.from_pretrained(folder, dtype="bfloat16")
@@ -94,7 +100,7 @@ def test_bfloat16(saved, tokens):
     assert float((got - want).square().mean()) < 2 * float((near - want).square().mean())
 
 
-def test_default_precision(saved, monkeypatch):
+def test_default_precision(saved: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a precision, a CPU without bfloat16 computes in float32; contexts say what the base is stored in."""
     folder = saved(dtype=torch.bfloat16)
     monkeypatch.setattr("rcc.runtime.precision.has_bfloat16", lambda: False)
@@ -104,7 +110,7 @@ def test_default_precision(saved, monkeypatch):
     assert RCCForCausalLM.from_pretrained(folder, adapters="merged", dtype="bfloat16").dtype == torch.bfloat16
 
 
-def test_refusals(saved, tmp_path):
+def test_refusals(saved: Callable[..., Path], tmp_path: Path) -> None:
     """Merged adapters cannot be saved; weights that do not fit are named; so is an unknown word."""
     folder = saved()
     with pytest.raises(InputError, match="merged adapters"):

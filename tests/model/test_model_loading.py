@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import conftest
 import reference as ref
+from conftest import MakeBackbone, MakeExpected, MakeModel, MakeTokens
 from equality import CLOSE, FAMILIES, assert_same_model, one, prompt_logits, sides
 from rcc import (
     FileError,
@@ -25,27 +28,27 @@ from rcc import (
 )
 
 
-def test_backbones_given_as_modules_are_left_alone(backbone, tokens):
+def test_backbones_given_as_modules_are_left_alone(backbone: MakeBackbone, tokens: MakeTokens) -> None:
     """The reference on the original modules, which rcc never touched, gives the same: nothing of rcc is in them."""
-    lower, upper = backbone("llama", seed=5), backbone("gpt_neox", seed=6)
-    before = [{k: v.clone() for k, v in side.state_dict().items()} for side in (lower, upper)]
+    decoder, encoder = backbone("llama", seed=5), backbone("gpt_neox", seed=6)
+    before = [{k: v.clone() for k, v in side.state_dict().items()} for side in (decoder, encoder)]
     config = RCCConfig(segment_length=16, rates=[4])
-    model = RCCForCausalLM.from_base(upper, lower, config=config)
+    model = RCCForCausalLM.from_base(encoder, decoder, config=config)
     with torch.no_grad():
-        for linear in model.projections:
-            linear.weight.normal_(0, 0.1)
-    projections = [linear.weight for linear in model.projections]
+        for weight in model.projections.parameters():
+            weight.normal_(0, 0.1)
+    projections: list[torch.Tensor] = [linear.get_parameter("weight") for linear in model.projections]
     ids, prompt = tokens(37), tokens(6, 1)
-    want, _ = ref.reference(upper.gpt_neox, lower, projections, [ids], prompt, segment=16, rate=4)
+    want, _ = ref.reference(encoder.gpt_neox, decoder, projections, [ids], prompt, segment=16, rate=4)
     got = prompt_logits(model, model.compress(one(ids)), prompt)
     torch.testing.assert_close(got, want, **CLOSE)
-    for side, weights in zip((lower, upper), before, strict=True):
+    for side, weights in zip((decoder, encoder), before, strict=True):
         assert not any(m._forward_pre_hooks for m in side.modules())
         assert all(torch.equal(v, weights[k]) for k, v in side.state_dict().items())
 
 
-def save_base(model: PreTrainedModel, folder: Path) -> Path:
-    model.save_pretrained(folder)
+def save_base(model: Any, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+    model.to(dtype).save_pretrained(folder)
     return folder
 
 
@@ -61,14 +64,23 @@ CASES = [
 
 @pytest.mark.parametrize("full", [True, False])
 @pytest.mark.parametrize(("family", "share", "lora", "dtype"), CASES)
-def test_save_and_load(backbone, tokens, tmp_path, family, share, lora, dtype, full):
+def test_save_and_load(
+    backbone: MakeBackbone,
+    tokens: MakeTokens,
+    tmp_path: Path,
+    family: str,
+    share: bool,
+    lora: int,
+    dtype: torch.dtype,
+    full: bool,
+) -> None:
     """save_pretrained → from_pretrained gives the same model bit for bit, twice in a row, with bases written along or
     referred to, shared or separate, and in the precision it was saved in; a reference writes no base, `full` makes the
     folder complete; weights at most once."""
-    lower = save_base(backbone(family, seed=1).to(dtype), tmp_path / "lower")
-    upper = save_base(backbone(family, layers=2, hidden=32, seed=2).to(dtype), tmp_path / "upper")
+    decoder = save_base(backbone(family, seed=1), tmp_path / "lower", dtype)
+    encoder = save_base(backbone(family, layers=2, hidden=32, seed=2), tmp_path / "upper", dtype)
     config = RCCConfig(segment_length=16, rates=[4], encoder=SideConfig(lora), decoder=SideConfig(lora))
-    model = RCCForCausalLM.from_base(*([lower] if share else [upper, lower]), config=config)
+    model = RCCForCausalLM.from_base(decoder if share else encoder, None if share else decoder, config)
     conftest.randomise(model)
     assert model.dtype == dtype
     folder = tmp_path / "model"
@@ -77,8 +89,8 @@ def test_save_and_load(backbone, tokens, tmp_path, family, share, lora, dtype, f
     assert (folder / "decoder").exists() == has_base
     assert (folder / "encoder").exists() == (has_base and not share)
     if has_base:
-        shutil.rmtree(lower)
-        shutil.rmtree(upper)
+        shutil.rmtree(decoder)
+        shutil.rmtree(encoder)
         written = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
         unique = {p.data_ptr(): p.nbytes for p in model.parameters()}
         assert written < sum(unique.values()) + 100_000
@@ -91,7 +103,9 @@ def test_save_and_load(backbone, tokens, tmp_path, family, share, lora, dtype, f
 
 
 @sides
-def test_save_and_load_of_a_model_made_of_modules(fresh, tokens, tmp_path, sides):
+def test_save_and_load_of_a_model_made_of_modules(
+    fresh: MakeModel, tokens: MakeTokens, tmp_path: Path, sides: dict[str, Any]
+) -> None:
     """Bases that came as modules have no folder to refer to: they are written without being asked for."""
     model = fresh(**sides)
     model.save_pretrained(tmp_path / "model")
@@ -99,7 +113,9 @@ def test_save_and_load_of_a_model_made_of_modules(fresh, tokens, tmp_path, sides
 
 
 @pytest.mark.parametrize("share", [True, False])
-def test_a_model_cast_with_to_is_saved_in_that_precision(fresh, backbone, tokens, tmp_path, share):
+def test_a_model_cast_with_to_is_saved_in_that_precision(
+    fresh: MakeModel, backbone: MakeBackbone, tokens: MakeTokens, tmp_path: Path, share: bool
+) -> None:
     """`.to(bfloat16)`, save, load: the same model bit for bit."""
     base = save_base(backbone("llama", seed=1), tmp_path / "base")
     config = RCCConfig(segment_length=16, rates=[4], share_base=share)
@@ -109,7 +125,7 @@ def test_a_model_cast_with_to_is_saved_in_that_precision(fresh, backbone, tokens
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_cast_leaves_positions_exact(fresh, family):
+def test_a_cast_leaves_positions_exact(fresh: MakeModel, family: str) -> None:
     """`.to(bfloat16)` casts weights, not the rotary frequencies: rounded, position 2,000 would be turned by radians."""
     model, cast = fresh(family), fresh(family).to(torch.bfloat16)
     assert cast.dtype == torch.bfloat16
@@ -119,7 +135,9 @@ def test_a_cast_leaves_positions_exact(fresh, family):
         assert torch.equal(dict(cast.named_buffers())[name].float(), buffer), name
 
 
-def test_a_reference_to_a_relative_folder_survives_a_change_of_folder(backbone, tokens, tmp_path, monkeypatch):
+def test_a_reference_to_a_relative_folder_survives_a_change_of_folder(
+    backbone: MakeBackbone, tokens: MakeTokens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A base named by a relative path is found again from another working folder."""
     save_base(backbone("llama"), tmp_path / "base")
     monkeypatch.chdir(tmp_path)
@@ -131,9 +149,9 @@ def test_a_reference_to_a_relative_folder_survives_a_change_of_folder(backbone, 
     assert loaded.fingerprint == model.fingerprint
 
 
-def test_settings_survive(fresh, tmp_path):
+def test_settings_survive(fresh: MakeModel, tmp_path: Path) -> None:
     """Every setting comes back from config.json; encoder and decoder rules too."""
-    config = {
+    config: dict[str, Any] = {
         "states": "all",
         "layer_map": "average",
         "segment_padding": "repeat",
@@ -150,7 +168,9 @@ def test_settings_survive(fresh, tmp_path):
     assert loaded.encoder.lora_rank == 2
 
 
-def test_loading_in_another_precision(fresh, expected, tokens, tmp_path):
+def test_loading_in_another_precision(
+    fresh: MakeModel, expected: MakeExpected, tokens: MakeTokens, tmp_path: Path
+) -> None:
     """A float32 model loaded in bfloat16 reads a float32 context of its own, and the other way round."""
     model = fresh("llama")
     model.save_pretrained(tmp_path / "m")
@@ -177,13 +197,13 @@ def test_loading_in_another_precision(fresh, expected, tokens, tmp_path):
         ({"decoder": 4}, "decoder must be a SideConfig"),
     ],
 )
-def test_bad_settings(settings, words):
+def test_bad_settings(settings: dict[str, Any], words: str) -> None:
     """A configuration is checked where it is made."""
     with pytest.raises(InputError, match=words):
         RCCConfig(**{"segment_length": 16, "rates": [4], **settings})
 
 
-def test_unsupported_family(backbone, tmp_path):
+def test_unsupported_family(backbone: MakeBackbone, tmp_path: Path) -> None:
     """A family without a test is refused by name, as a module, as a folder and on either side."""
     other = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=20, n_positions=32))
     folder = save_base(other, tmp_path / "gpt2")
@@ -192,14 +212,14 @@ def test_unsupported_family(backbone, tmp_path):
             RCCForCausalLM.from_base(*pair)
 
 
-def test_contradicting_bases(backbone):
+def test_contradicting_bases(backbone: MakeBackbone) -> None:
     """A shared base and a decoder of its own contradict each other."""
     with pytest.raises(InputError, match="share_base"):
         RCCForCausalLM.from_base(backbone("llama"), backbone("llama"), config=RCCConfig(share_base=True))
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory) -> Path:
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A complete model folder."""
     folder = tmp_path_factory.mktemp("saved") / "model"
     conftest.make_model("llama").save_pretrained(folder, full=True)
@@ -212,13 +232,13 @@ def flip(file: Path, at: int) -> None:
     file.write_bytes(data)
 
 
-def edit(file: Path, **changes) -> None:
+def edit(file: Path, **changes: Any) -> None:
     data = json.loads(file.read_text())
     data.update(changes)
     file.write_text(json.dumps(data))
 
 
-DAMAGES = {
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "safetensors"),
     "no weights of the base": (lambda f: (f / "decoder" / "model.safetensors").unlink(), "decoder"),
     "no base": (lambda f: shutil.rmtree(f / "decoder"), "decoder"),
@@ -249,7 +269,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_model_folder(saved, tmp_path, damage):
+def test_damaged_model_folder(saved: Path, tmp_path: Path, damage: str) -> None:
     """Every way in which a model's folder can be incomplete, damaged or of another version is refused in one line."""
     folder = tmp_path / "model"
     shutil.copytree(saved, folder)
@@ -261,7 +281,7 @@ def test_damaged_model_folder(saved, tmp_path, damage):
     assert "\n" not in str(caught.value)
 
 
-def test_missing_model(tmp_path):
+def test_missing_model(tmp_path: Path) -> None:
     """A folder that is not there, an empty one, and a file in its place."""
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("x")
@@ -272,7 +292,7 @@ def test_missing_model(tmp_path):
             RCCForCausalLM.from_base(path)
 
 
-def test_model_folder_that_cannot_be_written(tiny, tmp_path):
+def test_model_folder_that_cannot_be_written(tiny: MakeModel, tmp_path: Path) -> None:
     """Saving a model below a file says which folder cannot be written."""
     (tmp_path / "file").write_text("x")
     with pytest.raises(FileError, match="cannot be written"):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
+from conftest import MakeBatch, MakeExpected, MakeModel, MakeTokens
 from equality import CLOSE, LENGTHS, new_tokens, one, run_training_pass, same_bits, sides
 from rcc import (
     WindowError,
@@ -13,8 +16,10 @@ from rcc import (
 
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 @sides
-def test_texts_of_different_lengths(tiny, expected, tokens, batch, sides, attn):
-    """Texts of every kind of length in one batch, padded on either side, behind ragged prompts padded on either side
+def test_texts_of_different_lengths(
+    tiny: MakeModel, expected: MakeExpected, tokens: MakeTokens, batch: MakeBatch, sides: dict[str, Any], attn: str
+) -> None:
+    """Texts of every kind of length in one batch, padded on either side, before ragged prompts padded on either side
     (forward) or on the left (generate): each row is the reference's of that text and prompt alone."""
     model = tiny(**sides, attn=attn)
     want = expected(model)
@@ -37,7 +42,7 @@ def test_texts_of_different_lengths(tiny, expected, tokens, batch, sides, attn):
         assert new_tokens(out, 9)[b] == want.greedy([text], prompt, 5)
 
 
-def test_window(tiny, tokens):
+def test_window(tiny: MakeModel, tokens: MakeTokens) -> None:
     """More positions than the decoder has are refused before anything is computed, wherever they come from: the text,
     an append, the prompt, the answer, vectors, training; exactly as many are accepted."""
     model = tiny("llama", window=40)
@@ -69,7 +74,7 @@ def test_window(tiny, tokens):
     assert issubclass(WindowError, ValueError)
 
 
-def test_window_counts_each_text_by_itself(tiny, tokens, batch):
+def test_window_counts_each_text_by_itself(tiny: MakeModel, tokens: MakeTokens, batch: MakeBatch) -> None:
     """A batch in which every text fits is accepted, though the longest parts together would not."""
     model = tiny("llama", window=40)
     context = model.compress(*batch([tokens(120), tokens(8, 2)]))

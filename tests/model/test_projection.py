@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 
 import reference as ref
+from conftest import MakeExpected, MakeModel, MakeTokens
 from equality import CLOSE, new_tokens, one, prompt_logits, sides
 from rcc import (
     RCCConfig,
@@ -15,7 +17,9 @@ from rcc import (
 
 
 @sides
-def test_every_part_of_the_tiny_models_matters(tiny, expected, tokens, sides):
+def test_every_part_of_the_tiny_models_matters(
+    tiny: MakeModel, expected: MakeExpected, tokens: MakeTokens, sides: dict[str, Any]
+) -> None:
     """Zeroing any one projection, swapping two segments, dropping the encoder's LoRA or changing one token of the
     last, partial group moves the prompt's logits by more than 1e-2: a fault in any of them cannot hide."""
     model = tiny(**sides)
@@ -24,7 +28,7 @@ def test_every_part_of_the_tiny_models_matters(tiny, expected, tokens, sides):
     assert len(model.projections) == 3
     for i in range(len(model.projections)):
         damaged = copy.deepcopy(model)
-        torch.nn.init.zeros_(damaged.projections[i].weight)
+        torch.nn.init.zeros_(damaged.get_parameter(f"projections.{i}.weight"))
         assert (expected(damaged).logits([ids], prompt) - want).abs().max() > 1e-2, f"P_{i}"
     swapped = ids[16:32] + ids[:16] + ids[32:]
     assert (expected(model).logits([swapped], prompt) - want).abs().max() > 1e-2
@@ -41,7 +45,15 @@ def test_every_part_of_the_tiny_models_matters(tiny, expected, tokens, sides):
 @pytest.mark.parametrize("layer_map", ["duplicate", "average"])
 @pytest.mark.parametrize("layers", [(2, 4), (4, 2), (3, 4), (5, 3)])
 @pytest.mark.parametrize(("encoder", "family"), [("gpt_neox", "llama"), ("llama", "gpt_neox")])
-def test_unequal_depth_and_width(tiny, expected, tokens, encoder, family, layers, layer_map):
+def test_unequal_depth_and_width(
+    tiny: MakeModel,
+    expected: MakeExpected,
+    tokens: MakeTokens,
+    encoder: str | None,
+    family: str,
+    layers: tuple[int, int],
+    layer_map: str,
+) -> None:
     """Separate backbones of another family, depth and width follow the rules of `layer_map`, against the reference's
     own derivation of them; the vectors carry every encoder state."""
     model = tiny(family, encoder=encoder, share=False, layers=layers, hidden=(32, 48), layer_map=layer_map)
@@ -57,7 +69,7 @@ def test_unequal_depth_and_width(tiny, expected, tokens, encoder, family, layers
 
 
 @pytest.mark.parametrize("layers", [(3, 3), (2, 4), (4, 2), (3, 5), (30, 24)])
-def test_layer_map_by_hand(layers):
+def test_layer_map_by_hand(layers: tuple[int, int]) -> None:
     """The map of encoder states, written down from the definition in exact arithmetic; equal depths are the paper's."""
     from rcc.model.projection import layer_map
 

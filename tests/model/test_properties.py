@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import VOCABULARY, batch
+from conftest import VOCABULARY, MakeExpected, MakeModel, batch
 from equality import run_training_pass
 from rcc import CompressedContext
 
-CLOSE = {"atol": 1e-4, "rtol": 1e-4}
+CLOSE: dict[str, Any] = {"atol": 1e-4, "rtol": 1e-4}
 quick = settings(max_examples=40, deadline=None, derandomize=True)
 
 families = st.sampled_from(["llama", "gpt_neox"])
@@ -25,7 +27,9 @@ def divisors(n: int) -> list[int]:
 
 @quick
 @given(data=st.data(), family=families, segment=segment_lengths, states=st.sampled_from(["all", "last"]))
-def test_any_appends_equal_the_definition(tiny, expected, data, family, segment, states):
+def test_any_appends_equal_the_definition(
+    tiny: MakeModel, expected: MakeExpected, data: st.DataObject, family: str, segment: int, states: str
+) -> None:
     """Any texts, each appended at any rate: positions = Σ ceil(Tᵢ / rateᵢ), and the prompt's logits are those of the
     definition; whichever number of tokens the encoder reads at once."""
     model = tiny(family, segment_length=segment, rates=(1,), states=states)
@@ -43,7 +47,9 @@ def test_any_appends_equal_the_definition(tiny, expected, data, family, segment,
 
 @quick
 @given(data=st.data(), family=families, segment=segment_lengths, padding=st.sampled_from(["none", "repeat"]))
-def test_any_batch_equals_one_by_one(tiny, expected, data, family, segment, padding):
+def test_any_batch_equals_one_by_one(
+    tiny: MakeModel, expected: MakeExpected, data: st.DataObject, family: str, segment: int, padding: str
+) -> None:
     """Any batch of texts, padded on either side, with an append or not, asked ragged prompts: each row's logits are
     those of the definition for that row alone, cached and in one training pass."""
     model = tiny(family, segment_length=segment, rates=(1,), segment_padding=padding)
@@ -76,7 +82,9 @@ def test_any_batch_equals_one_by_one(tiny, expected, data, family, segment, padd
 
 @quick
 @given(data=st.data(), family=families, segment=segment_lengths, ids=texts)
-def test_cuts_at_segments_change_nothing(tiny, data, family, segment, ids):
+def test_cuts_at_segments_change_nothing(
+    tiny: MakeModel, data: st.DataObject, family: str, segment: int, ids: list[int]
+) -> None:
     """A text cut anywhere between segments and appended piece by piece makes the context of the whole text; the two
     halves, encode and prefix, make it too."""
     model = tiny(family, segment_length=segment, rates=(1,))
@@ -99,7 +107,7 @@ def test_cuts_at_segments_change_nothing(tiny, data, family, segment, ids):
 
 @quick
 @given(data=st.data(), family=families)
-def test_stack_and_take_apart(tiny, data, family):
+def test_stack_and_take_apart(tiny: MakeModel, data: st.DataObject, family: str) -> None:
     """Any contexts, stacked in any order and taken apart again, are what they were, bit for bit."""
     model = tiny(family)
     rows = data.draw(st.lists(texts, min_size=1, max_size=4))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
-from conftest import batch, make_model, tokens
+from conftest import MakeExpected, batch, make_model, tokens
 from equality import (
     CLOSE,
     assert_central_difference,
@@ -18,15 +21,15 @@ from equality import (
 )
 from rcc import InputError, ModelError, RCCForCausalLM
 
-RATES = {"rates": (4, 16), "rate_embeddings": True}
-SIDES = [
+RATES: dict[str, Any] = {"rates": (4, 16), "rate_embeddings": True}
+SIDES: list[dict[str, Any]] = [
     {"family": "llama"},
     {"family": "llama", "readout": "memory_tokens"},
     {"family": "gpt_neox", "share": False, "encoder": "mamba", "layers": (2, 3), "hidden": (32, 48)},
 ]
 
 
-def learnt(family: str = "llama", **sides) -> RCCForCausalLM:
+def learnt(family: str = "llama", **sides: Any) -> RCCForCausalLM:
     """A model whose embeddings of the rates 4 and 16 are not zero."""
     model = make_model(family, **sides, **RATES)
     with torch.no_grad():
@@ -35,7 +38,7 @@ def learnt(family: str = "llama", **sides) -> RCCForCausalLM:
 
 
 @pytest.mark.parametrize("sides", SIDES)
-def test_every_rate_reads_with_its_own(expected, sides):
+def test_every_rate_reads_with_its_own(expected: MakeExpected, sides: dict[str, Any]) -> None:
     """Trained rates, one between them, those beyond; texts of several rates; one pass as in training; a batch."""
     model = learnt(**sides)
     four, sixteen = model.rate_embeddings.detach()
@@ -62,7 +65,7 @@ def test_every_rate_reads_with_its_own(expected, sides):
     torch.testing.assert_close(got, want.logits(texts, prompt, [4, 16]), **CLOSE)
 
 
-def test_the_order_of_rates_does_not_matter():
+def test_the_order_of_rates_does_not_matter() -> None:
     model, other = learnt(), make_model("llama", rates=(16, 4), rate_embeddings=True)
     with torch.no_grad():
         other.rate_embeddings.copy_(model.rate_embeddings.flip(0))
@@ -70,7 +73,7 @@ def test_the_order_of_rates_does_not_matter():
         assert same_bits(model.compress(one(tokens(37)), rate=rate), other.compress(one(tokens(37)), rate=rate))
 
 
-def test_nothing_changes_before_they_are_learnt():
+def test_nothing_changes_before_they_are_learnt() -> None:
     """A model that is given embeddings, or other rates, answers as before; what it had learnt of rates is kept."""
     model = make_model("llama", rates=(4,))
     before = {rate: model.compress(one(tokens(37)), rate=rate) for rate in (2, 4, 8, 16)}
@@ -90,15 +93,15 @@ def test_nothing_changes_before_they_are_learnt():
         model.set_rates([3], embeddings=True)
 
 
-def test_gradients():
+def test_gradients() -> None:
     """Central differences in float64; the rate that is not read has none."""
     model = exact_in_float64(learnt())
-    found = gradients(model, tokens, batch)
-    assert found["rate_embeddings"].abs().amax(1).gt(0).tolist() == [True, False]
+    got = gradients(model, tokens, batch)
+    assert got["rate_embeddings"].abs().amax(1).gt(0).tolist() == [True, False]
     assert_central_difference(model, model.rate_embeddings, tokens, batch)
 
 
-def test_save_and_load(tmp_path):
+def test_save_and_load(tmp_path: Path) -> None:
     model = learnt()
     model.save_pretrained(tmp_path / "model")
     loaded = RCCForCausalLM.from_pretrained(tmp_path / "model")

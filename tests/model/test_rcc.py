@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 
+from conftest import MakeBatch, MakeExpected, MakeModel, MakeTokens
 from equality import CLOSE, FAMILIES, LENGTHS, new_tokens, one, prompt_logits, same_bits, sides
 from rcc import (
     CompressedContext,
@@ -19,7 +21,16 @@ from rcc.model import attention
 @pytest.mark.parametrize("states", ["all", "last"])
 @pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_compress_then_forward_and_generate(tiny, expected, tokens, family, share, states, attn, rate):
+def test_compress_then_forward_and_generate(
+    tiny: MakeModel,
+    expected: MakeExpected,
+    tokens: MakeTokens,
+    family: str,
+    share: bool,
+    states: str,
+    attn: str,
+    rate: int,
+) -> None:
     """Compress-then-forward gives the logits, and compress-then-generate the greedy tokens, of one full forward pass
     without any cache, for every kind of length, and one position per `rate` tokens or part of that."""
     model = tiny(family, share=share, states=states, attn=attn)
@@ -41,7 +52,9 @@ def test_compress_then_forward_and_generate(tiny, expected, tokens, family, shar
 
 @pytest.mark.parametrize(("states", "attn"), [("all", "sdpa"), ("all", "eager"), ("last", "sdpa")])
 @sides
-def test_bfloat16(tiny, expected, tokens, sides, states, attn):
+def test_bfloat16(
+    tiny: MakeModel, expected: MakeExpected, tokens: MakeTokens, sides: dict[str, Any], states: str, attn: str
+) -> None:
     """In bfloat16 the logits stay within rounding of the float32 reference on the same weights: correlation above
     0.99, nearly all argmaxes equal, and the mean deviation far below the logits' own spread."""
     model = tiny(**sides, states=states, attn=attn, dtype=torch.bfloat16)
@@ -62,7 +75,7 @@ def test_bfloat16(tiny, expected, tokens, sides, states, attn):
     assert same >= 0.85 * total
 
 
-def test_without_context_it_is_the_plain_decoder(tiny, tokens, batch):
+def test_without_context_it_is_the_plain_decoder(tiny: MakeModel, tokens: MakeTokens, batch: MakeBatch) -> None:
     """No context: the decoder's own logits and tokens, with padding on either side."""
     model = tiny("llama")
     rows = [tokens(9, 1), tokens(4, 2)]
@@ -74,13 +87,14 @@ def test_without_context_it_is_the_plain_decoder(tiny, tokens, batch):
             torch.testing.assert_close(logits[b][mask[b].bool()], want, **CLOSE)
     ids, mask = batch(rows, "left")
     out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=4)
+    decoder: Any = model.decoder
     for b, row in enumerate(rows):
-        assert new_tokens(out, 9)[b] == new_tokens(model.decoder.generate(one(row), max_new_tokens=4), len(row))[0]
+        assert new_tokens(out, 9)[b] == new_tokens(decoder.generate(one(row), max_new_tokens=4), len(row))[0]
 
 
 @pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_appending(tiny, expected, tokens, family, share):
+def test_appending(tiny: MakeModel, expected: MakeExpected, tokens: MakeTokens, family: str, share: bool) -> None:
     """Appending once, twice and at another rate is what the definition says: a new segment starts and an earlier
     partial one stays; positions = Σ ceil(Tᵢ / rate)."""
     model = tiny(family, share=share)
@@ -99,7 +113,9 @@ def test_appending(tiny, expected, tokens, family, share):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_appending_leaves_earlier_contexts_alone(tiny, expected, tokens, family):
+def test_appending_leaves_earlier_contexts_alone(
+    tiny: MakeModel, expected: MakeExpected, tokens: MakeTokens, family: str
+) -> None:
     """Two appends to the same parent, and an append to one of them: every one of the four contexts gives its own
     reference logits, in any order and after generation from the others; the parent's bits and answers do not change."""
     model = tiny(family)
@@ -123,8 +139,10 @@ def test_appending_leaves_earlier_contexts_alone(tiny, expected, tokens, family)
 
 
 @sides
-def test_appending_to_a_batch(tiny, expected, tokens, batch, sides):
-    """Appending texts of different lengths to a batch of texts of different lengths (gaps behind gaps), twice."""
+def test_appending_to_a_batch(
+    tiny: MakeModel, expected: MakeExpected, tokens: MakeTokens, batch: MakeBatch, sides: dict[str, Any]
+) -> None:
+    """Appending texts of different lengths to a batch of texts of different lengths (gaps after gaps), twice."""
     model = tiny(**sides)
     want, prompt = expected(model), tokens(6, 1)
     steps = [[tokens(37, 1), tokens(5, 2)], [tokens(3, 3), tokens(30, 4)], [tokens(16, 5), tokens(9, 6)]]
@@ -139,7 +157,7 @@ def test_appending_to_a_batch(tiny, expected, tokens, batch, sides):
         torch.testing.assert_close(prompt_logits(model, context[b], prompt), want.logits(texts, prompt), **CLOSE)
 
 
-def test_appending_beyond_the_spare_capacity(tiny, expected, tokens):
+def test_appending_beyond_the_spare_capacity(tiny: MakeModel, expected: MakeExpected, tokens: MakeTokens) -> None:
     """An append that finds no room copies; both contexts then give their reference logits."""
     model = tiny("llama", segment_length=64, rates=(1,), window=4096)
     want, prompt = expected(model), tokens(4, 1)
@@ -151,7 +169,9 @@ def test_appending_beyond_the_spare_capacity(tiny, expected, tokens):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_stack_and_getitem(tiny, expected, tokens, batch, family):
+def test_stack_and_getitem(
+    tiny: MakeModel, expected: MakeExpected, tokens: MakeTokens, batch: MakeBatch, family: str
+) -> None:
     """Contexts compressed on their own (one appended to, another rate) and stacked give the same as one by one; and
     taking each out of the stack gives back its very bits."""
     model = tiny(family)

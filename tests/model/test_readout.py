@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from conftest import batch, make_backbone, make_model, tokens
+from conftest import MakeExpected, MakeModel, batch, make_backbone, make_model, tokens
 from equality import (
     CLOSE,
     LENGTHS,
@@ -22,8 +25,8 @@ from equality import (
 )
 from rcc import InputError, ModelError, RCCConfig, RCCForCausalLM
 
-MEMORY = {"readout": "memory_tokens", "rates": (4, 2, 8, 16)}
-SIDES = [
+MEMORY: dict[str, Any] = {"readout": "memory_tokens", "rates": (4, 2, 8, 16)}
+SIDES: list[dict[str, Any]] = [
     {"family": "llama"},
     {"family": "gpt_neox", "share": False},
     {"family": "gpt_neox", "share": False, "encoder": "mamba", "layers": (2, 3), "hidden": (32, 48)},
@@ -32,7 +35,9 @@ SIDES = [
 
 @pytest.mark.parametrize("states", ["last", "all"])
 @pytest.mark.parametrize("sides", SIDES)
-def test_compress_then_forward_and_generate(tiny, expected, sides, states):
+def test_compress_then_forward_and_generate(
+    tiny: MakeModel, expected: MakeExpected, sides: dict[str, Any], states: str
+) -> None:
     """Every kind of length at every rate, an append and a generated answer: the reference's."""
     model = tiny(**sides, states=states, **MEMORY)
     assert model.memory.shape == (8, model.encoder.config.hidden_size)
@@ -53,7 +58,7 @@ def test_compress_then_forward_and_generate(tiny, expected, sides, states):
     assert same_bits(model.prefix(vectors), model.compress(one(tokens(37))))
 
 
-def test_every_memory_embedding_matters(tiny, expected):
+def test_every_memory_embedding_matters(tiny: MakeModel, expected: MakeExpected) -> None:
     """Another value of any one of those that are used moves the logits; one that a higher rate leaves out does not."""
     model = tiny("llama", states="last", **MEMORY)
     ids, prompt = tokens(16), tokens(6, 1)
@@ -69,7 +74,7 @@ def test_every_memory_embedding_matters(tiny, expected):
 
 @pytest.mark.parametrize("padding", ["none", "repeat"])
 @pytest.mark.parametrize("sides", SIDES)
-def test_batch_and_training(tiny, expected, sides, padding):
+def test_batch_and_training(tiny: MakeModel, expected: MakeExpected, sides: dict[str, Any], padding: str) -> None:
     """Texts of different lengths in one batch, padded on either side, at once or in pieces, cached or in one training
     pass: each row is the reference's of its own."""
     model = tiny(**sides, **MEMORY, segment_padding=padding)
@@ -90,18 +95,18 @@ def test_batch_and_training(tiny, expected, sides, padding):
 
 
 @pytest.mark.parametrize("states", ["last", "all"])
-def test_gradients(states):
+def test_gradients(states: str) -> None:
     """The memory is trained, beside frozen bases too: its gradient is the central difference in float64, and zero for
     embeddings that a higher rate leaves out."""
     model = exact_in_float64(make_model("llama", states=states, **MEMORY))
     assert model.memory.requires_grad
-    found = gradients(model, tokens, batch)
-    assert found["memory"].abs().amax(1).gt(0).tolist() == [True] * 4 + [False] * 4
+    got = gradients(model, tokens, batch)
+    assert got["memory"].abs().amax(1).gt(0).tolist() == [True] * 4 + [False] * 4
     assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
     assert_central_difference(model, model.memory, tokens, batch)
 
 
-def test_memory_in_float32_beside_a_base_in_bfloat16():
+def test_memory_in_float32_beside_a_base_in_bfloat16() -> None:
     """As in training: a pass under autocast reaches the memory, and its gradient is close to that in float32."""
     model = make_model("llama", **MEMORY)
     want = gradients(model, tokens, batch)["memory"].clone()
@@ -114,7 +119,7 @@ def test_memory_in_float32_beside_a_base_in_bfloat16():
 
 
 @pytest.mark.parametrize("reentrant", [None, True])
-def test_gradient_checkpointing(reentrant):
+def test_gradient_checkpointing(reentrant: bool | None) -> None:
     """Recomputing activations gives the memory the same gradient."""
     model = make_model("llama", **MEMORY).train()
     want = gradients(model, tokens, batch)["memory"].clone()
@@ -122,13 +127,13 @@ def test_gradient_checkpointing(reentrant):
     torch.testing.assert_close(gradients(model, tokens, batch)["memory"], want, rtol=1e-4, atol=1e-6)
 
 
-def test_as_made():
+def test_as_made() -> None:
     """The embeddings are made the same every time, close to the mean of the encoder's own, and differ."""
     base = make_backbone("llama")
     config = RCCConfig(segment_length=16, rates=[4, 2], readout="memory_tokens")
     memory = RCCForCausalLM.from_base(base, config=config).memory
     assert torch.equal(memory, RCCForCausalLM.from_base(base, config=config).memory)
-    table = base.get_input_embeddings().weight
+    table: Any = base.get_input_embeddings().weight
     assert memory.shape == (8, 48)
     assert ((memory - table.mean(0)).abs() < 0.5 * table.std(0)).all()
     assert torch.cdist(memory, memory).add(torch.eye(8)).min() > 0.1
@@ -136,7 +141,7 @@ def test_as_made():
     assert RCCForCausalLM.from_base(base, config=RCCConfig(segment_length=16, rates=[4])).memory is None
 
 
-def test_save_and_load(tmp_path):
+def test_save_and_load(tmp_path: Path) -> None:
     """Saved and loaded it is the same model, `memory` among its own weights; the fingerprint follows it."""
     model = make_model("llama", **MEMORY)
     assert "memory" in model.own_state_dict()
@@ -152,11 +157,11 @@ def test_save_and_load(tmp_path):
         loaded.load_own_state_dict(state)
 
 
-def test_a_rate_without_enough_memory(tiny):
+def test_a_rate_without_enough_memory(tiny: MakeModel) -> None:
     """A rate below the trained ones is refused wherever it is given, an untrained one above them is not."""
     model = tiny("llama", **MEMORY)
     text = one(tokens(20))
-    calls = [
+    calls: list[Callable[[], object]] = [
         lambda: model.compress(text, rate=1),
         lambda: model.encode(text, rate=1),
         lambda: run_training_pass(model, input_ids=text, context_ids=text, rate=1),
@@ -170,7 +175,7 @@ def test_a_rate_without_enough_memory(tiny):
     assert RCCConfig(segment_length=16, rates=[8, 2]).memory_length == 0
 
 
-def test_segment_and_memory_fit_the_encoder():
+def test_segment_and_memory_fit_the_encoder() -> None:
     """Segment and memory together may fill the encoder's positions and not exceed them."""
     for rates, fits in (([8], True), ([4], False)):
         config = RCCConfig(segment_length=32, rates=rates, readout="memory_tokens")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from conftest import MakeExpected, MakeModel, MakeTokens
 from equality import CLOSE, one, prompt_logits
 
 
-def test_rate_by_hand_of_every_divisor(tiny, expected, tokens):
+def test_rate_by_hand_of_every_divisor(tiny: MakeModel, expected: MakeExpected, tokens: MakeTokens) -> None:
     """Every divisor of the segment works, whether in `rates` or not, and a prompt of one token too."""
     model = tiny("llama", segment_length=12, rates=(3,))
     for rate in (1, 2, 3, 4, 6, 12):
@@ -18,7 +19,7 @@ def test_rate_by_hand_of_every_divisor(tiny, expected, tokens):
 
 
 @pytest.mark.parametrize("length", [1, 3, 4, 8, 15, 16, 17, 20, 31, 32, 37, 48])
-def test_repeat_to_fill(tiny, expected, tokens, length):
+def test_repeat_to_fill(tiny: MakeModel, expected: MakeExpected, tokens: MakeTokens, length: int) -> None:
     """`segment_padding="repeat"` follows the published rule, without its two faults: a length that divides the segment
     (1, 4, 8) repeats tokens, and an exact multiple (16, 32, 48) gains no segment. Appending fills each text itself."""
     model = tiny("gpt_neox", segment_padding="repeat")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 import conftest
+from conftest import MakeBackbone, MakeBatch, MakeTokens
 from rcc import CompressedContext, ContextError, InputError, ModelError, WindowError
 from rcc.model.backbones import CACHE
 from rcc.model.selection.rules import RULES
@@ -54,7 +56,7 @@ def same_bits(a: CompressedContext, b: CompressedContext) -> bool:
 
 # ---------------------------------------------------------------- what it computes
 @pytest.mark.parametrize("family", FAMILIES)
-def test_rate_1_is_the_models_own_cache(backbone, tokens, family):
+def test_rate_1_is_the_models_own_cache(backbone: MakeBackbone, tokens: MakeTokens, family: str) -> None:
     """In one chunk and in several; and what is written after it is what the model writes after the text."""
     base = backbone(family)
     ids, prompt = tokens(40), tokens(6, 1)
@@ -70,13 +72,14 @@ def test_rate_1_is_the_models_own_cache(backbone, tokens, family):
                 torch.testing.assert_close(got[:, :, : len(placed)], own, **CLOSE)
         out = model.generate(one(prompt), context=context, max_new_tokens=4, do_sample=False)[0, 6:]
         whole = one([*header, *ids, *prompt])
-        plain = base.generate(whole, attention_mask=torch.ones_like(whole), max_new_tokens=4, do_sample=False)[0]
+        generator: Any = base
+        plain = generator.generate(whole, attention_mask=torch.ones_like(whole), max_new_tokens=4, do_sample=False)[0]
         plain = plain[whole.shape[1] :]
         assert torch.equal(out, plain)
 
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f != "gemma3_text"])
-def test_repeat_keeps_what_brute_force_keeps(backbone, tokens, family):
+def test_repeat_keeps_what_brute_force_keeps(backbone: MakeBackbone, tokens: MakeTokens, family: str) -> None:
     """Of transformers' own attention weights of header, text, request and text again, the highest of each head; keys
     stand where they are moved to."""
     base, eager = backbone(family), backbone(family, attn="eager")
@@ -102,7 +105,7 @@ def test_repeat_keeps_what_brute_force_keeps(backbone, tokens, family):
         torch.testing.assert_close(got_keys, want, **CLOSE)
 
 
-def test_expected_keeps_what_its_formula_keeps(backbone, tokens):
+def test_expected_keeps_what_its_formula_keeps(backbone: MakeBackbone, tokens: MakeTokens) -> None:
     """The mean over sampled queries of exp(q·k), by the formula in float64 and one rotation after another."""
     base = backbone("llama")
     model, ids, rate = select(base, "expected"), tokens(37), 4
@@ -133,7 +136,7 @@ def test_expected_keeps_what_its_formula_keeps(backbone, tokens):
         )
 
 
-def test_a_chunk_is_read_after_what_was_kept(backbone, tokens):
+def test_a_chunk_is_read_after_what_was_kept(backbone: MakeBackbone, tokens: MakeTokens) -> None:
     """The second chunk's pairs are those that the model makes of it after the first one's context."""
     base = backbone("qwen2")
     model, ids = select(base, "stride", chunk=16), tokens(32)
@@ -149,7 +152,7 @@ def test_a_chunk_is_read_after_what_was_kept(backbone, tokens):
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("family", ["llama", "qwen2", "mistral", "gemma3_text"])
-def test_one_chunk_is_the_whole(backbone, tokens, family, rule):
+def test_one_chunk_is_the_whole(backbone: MakeBackbone, tokens: MakeTokens, family: str, rule: str) -> None:
     """A chunk longer than the text changes nothing; every rule keeps ceil(tokens / rate) pairs, the same each time."""
     base, ids = backbone(family), one(tokens(37))
     exact, longer = select(base, rule, 37), select(base, rule, 64)
@@ -160,7 +163,7 @@ def test_one_chunk_is_the_whole(backbone, tokens, family, rule):
     assert len(select(base, rule, 16).compress(ids, rate=5)) == 4 + 4 + 1
 
 
-def test_a_sliding_layer_keeps_the_latest(backbone, tokens):
+def test_a_sliding_layer_keeps_the_latest(backbone: MakeBackbone, tokens: MakeTokens) -> None:
     base = backbone("gemma3_text")
     model, ids = select(base, chunk=16), tokens(40)
     cache = own_cache(base, [*model.header.tolist(), *ids])
@@ -172,7 +175,7 @@ def test_a_sliding_layer_keeps_the_latest(backbone, tokens):
     torch.testing.assert_close(context.layer(0)[1], cache.layers[0].values[:, :, -20:], **CLOSE)
 
 
-def test_the_header_stays_in_front(backbone, tokens):
+def test_the_header_stays_in_front(backbone: MakeBackbone, tokens: MakeTokens) -> None:
     """Whatever is compressed, joined or cut, the cache begins with the model's own pairs of the header."""
     base = backbone("llama")
     tokenizer = word_tokenizer()
@@ -182,15 +185,15 @@ def test_the_header_stays_in_front(backbone, tokens):
     assert header == [1, 2, *[0] * 5, 3, 1, 2]  # a system message of five words that the tokenizer does not know
     want = own_cache(base, header)
     context = model.compress(one(tokens(37)), rate=4)
-    for some in (context, CompressedContext.join([context, context]), context.take(torch.arange(3))):
-        placed = model.as_cache(some)
+    for made in (context, CompressedContext.join([context, context]), context.take(torch.arange(3))):
+        placed = model.as_cache(made)
         for i, layer in enumerate(placed.blocks.layers):
             for got, own in zip(layer, (want.layers[i].keys, want.layers[i].values), strict=True):
                 torch.testing.assert_close(got[:, :, : len(header)], own, **CLOSE)
 
 
 # ---------------------------------------------------------------- texts after one another
-def test_texts_are_independent(backbone, tokens):
+def test_texts_are_independent(backbone: MakeBackbone, tokens: MakeTokens) -> None:
     """An append is what joining makes, in any order; each text can be taken out again."""
     model = select(backbone("mistral"), chunk=16)
     texts = [tokens(37), tokens(21, 2), tokens(9, 3)]
@@ -206,7 +209,7 @@ def test_texts_are_independent(backbone, tokens):
     assert same_bits(joined.select([1]), parts[1])
 
 
-def test_batches_of_different_lengths(backbone, tokens, batch):
+def test_batches_of_different_lengths(backbone: MakeBackbone, tokens: MakeTokens, batch: MakeBatch) -> None:
     """Each text of a batch is compressed, appended to and answered as if it were alone."""
     model = select(backbone("gemma3_text"), chunk=16)
     rows, more = [tokens(37), tokens(9, 2)], [tokens(5, 4), tokens(20, 5)]
@@ -223,7 +226,7 @@ def test_batches_of_different_lengths(backbone, tokens, batch):
         assert torch.equal(out[b], single[0, len(prompts[b]) :])
 
 
-def test_a_text_as_long_as_window_times_rate(backbone, tokens):
+def test_a_text_as_long_as_window_times_rate(backbone: MakeBackbone, tokens: MakeTokens) -> None:
     """The window holds what is kept; while a text's end is read, the oldest of it give way."""
     model = select(backbone("llama", window=64), chunk=24)
     room = model.window - len(model.header)
@@ -242,7 +245,7 @@ def test_a_text_as_long_as_window_times_rate(backbone, tokens):
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
-def test_in_8_bits(backbone, tokens, tmp_path, family):
+def test_in_8_bits(backbone: MakeBackbone, tokens: MakeTokens, tmp_path: Path, family: str) -> None:
     """Keys are rounded before their rotation: what is asked, appended, joined and cut is that of the rounded pairs."""
     model, prompt = select(backbone(family), chunk=16), one(tokens(5, 1))
     context = model.compress(one(tokens(37)), rate=2).to(dtype=torch.bfloat16)
@@ -252,29 +255,29 @@ def test_in_8_bits(backbone, tokens, tmp_path, family):
     for i in range(3):
         for keys, rounded in zip(context.layer(i), small.layer(i), strict=True):
             assert float((keys - rounded).float().norm() / keys.float().norm()) < 0.02
-    rounded = small.to(dtype=model.dtype)
+    back = small.to(dtype=model.dtype)
     small.save(tmp_path / "small.rcc")
     loaded = CompressedContext.load(tmp_path / "small.rcc", model=model)
     assert CompressedContext.load(tmp_path / "small.rcc").compressor == small.compressor
-    assert same_bits(loaded, rounded)
-    want = model.generate(prompt, context=rounded, max_new_tokens=4, do_sample=False)
+    assert same_bits(loaded, back)
+    want = model.generate(prompt, context=back, max_new_tokens=4, do_sample=False)
     for same in (small, loaded, CompressedContext.load(tmp_path / "small.rcc", verify="header")):
         assert torch.equal(model.generate(prompt, context=same, max_new_tokens=4, do_sample=False), want)
-    for batch in (small.expand(2), rounded.expand(2)):
+    for batch in (small.expand(2), back.expand(2)):
         out = model.generate(prompt.expand(2, -1), context=batch, max_new_tokens=4, do_sample=False)
         assert torch.equal(out, want.expand(2, -1))
     more = one(tokens(9, 2))
     appended = model.compress(more, rate=1, context=small)
-    assert same_bits(appended, model.compress(more, rate=1, context=rounded))
+    assert same_bits(appended, model.compress(more, rate=1, context=back))
     assert same_bits(
         CompressedContext.join([small, small]),
-        CompressedContext.join([rounded, rounded]).to(dtype=small.blocks.like.dtype),
+        CompressedContext.join([back, back]).to(dtype=small.blocks.like.dtype),
     )
     assert same_bits(appended.to(dtype="int8").select([1]), appended.to(dtype="int8").to(dtype=model.dtype).select([1]))
 
 
 # ---------------------------------------------------------------- whose it is
-def test_a_fingerprint_names_model_and_settings(backbone, tokens):
+def test_a_fingerprint_names_model_and_settings(backbone: MakeBackbone, tokens: MakeTokens) -> None:
     base, other = backbone("llama"), backbone("llama", seed=1)
     names = {select(base).fingerprint, select(base, "expected").fingerprint, select(base, chunk=16).fingerprint}
     assert len(names | {select(other).fingerprint}) == 4
@@ -285,7 +288,7 @@ def test_a_fingerprint_names_model_and_settings(backbone, tokens):
         select(base, "expected").generate(one([1]), context=context)
 
 
-def test_the_model_stays_as_it_is(backbone, tokens):
+def test_the_model_stays_as_it_is(backbone: MakeBackbone, tokens: MakeTokens) -> None:
     """Its attention and its logits are the same after a text was compressed, and its weights are there once."""
     base = backbone("qwen3")
     before = base(one(tokens(20))).logits
@@ -298,11 +301,11 @@ def test_the_model_stays_as_it_is(backbone, tokens):
 
 
 # ---------------------------------------------------------------- what is refused
-def test_arguments_are_checked(backbone, tokens):
+def test_arguments_are_checked(backbone: MakeBackbone, tokens: MakeTokens) -> None:
     model = select(backbone("llama"), chunk=16)
     for rate in (0, 17, 2.0, True, "4"):
         with pytest.raises(InputError, match="rate="):
-            model.compress(one(tokens(5)), rate=rate)
+            model.compress(one(tokens(5)), rate=rate)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="rule 'best' is unknown"):
         select(backbone("llama"), "best")
     with pytest.raises(InputError, match="chunk_length"):
@@ -329,7 +332,7 @@ def test_arguments_are_checked(backbone, tokens):
         ("mistral", {"sliding_window": 16, "max_position_embeddings": 64}, "last 16 positions"),
     ],
 )
-def test_other_families_are_refused(family, settings, words):
+def test_other_families_are_refused(family: str, settings: dict[str, Any], words: str) -> None:
     """With one sentence, from the configuration alone."""
     from transformers import AutoConfig
 

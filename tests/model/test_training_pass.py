@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import conftest
+from conftest import MakeBatch, MakeExpected, MakeModel, MakeTokens
 from equality import CLOSE, FAMILIES, LENGTHS, exact_in_float64, gradients, one, run_training_pass, sides
 from rcc import (
     ContextError,
@@ -16,7 +19,9 @@ from rcc import (
 
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 @sides
-def test_training_forward_equals_cached(tiny, expected, tokens, batch, sides, attn):
+def test_training_forward_equals_cached(
+    tiny: MakeModel, expected: MakeExpected, tokens: MakeTokens, batch: MakeBatch, sides: dict[str, Any], attn: str
+) -> None:
     """One pass with `context_ids` gives the logits of the reference and of the cached context, in a batch of different
     texts and ragged prompts; the loss is the mean of -log p over labelled targets, computed by hand."""
     model = tiny(**sides, attn=attn)
@@ -41,15 +46,15 @@ def test_training_forward_equals_cached(tiny, expected, tokens, batch, sides, at
             torch.testing.assert_close(out.logits[b][real], logits, **CLOSE)
             torch.testing.assert_close(cached.logits[b][real], logits, **CLOSE)
             targets = labels[b][real]
-            for place in range(1, len(prompts[b])):
-                if targets[place] != -100:
-                    losses.append(-logits[place - 1].double().log_softmax(-1)[targets[place]])
+            for position in range(1, len(prompts[b])):
+                if targets[position] != -100:
+                    losses.append(-logits[position - 1].double().log_softmax(-1)[targets[position]])
         assert len(losses) == int((labels != -100).sum())
         assert out.loss.item() == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
         assert cached.loss.item() == pytest.approx(out.loss.item(), rel=1e-5)
 
 
-def test_loss_by_hand(tiny, expected, tokens):
+def test_loss_by_hand(tiny: MakeModel, expected: MakeExpected, tokens: MakeTokens) -> None:
     """Without padding: the mean of -log p(next token) in float64 over the labelled positions, at any rate."""
     model = tiny("llama")
     text, target = tokens(37), tokens(12, 1)
@@ -67,13 +72,13 @@ def test_loss_by_hand(tiny, expected, tokens):
     )
 
 
-def test_predictions_are_read_in_place_of_tokens(fresh, tokens, batch):
+def test_predictions_are_read_in_place_of_tokens(fresh: MakeModel, tokens: MakeTokens, batch: MakeBatch) -> None:
     """Loss and gradients are those of the pass that is given the decoder's likeliest tokens, also those of a second
     pass; under autocast, too, which keeps the weights that it has converted for the next pass."""
     model = fresh("llama", lora=4)
     ids, mask = batch([tokens(37), tokens(21, 1)])
     targets = torch.tensor([tokens(12, 2), tokens(12, 3)])
-    kept = torch.arange(2, 11)
+    wanted_logits = torch.arange(2, 11)
     predicted = torch.zeros_like(targets)
     predicted[0, 3:], predicted[1, [3, 7]] = 1, 1
     for dtype in (torch.float32, torch.bfloat16):
@@ -101,7 +106,7 @@ def test_predictions_are_read_in_place_of_tokens(fresh, tokens, batch):
         again = own.clone()
         again[0] = torch.where(predicted[0].bool(), go(own, None, None)[0].argmax(-1).roll(1, 1)[0], targets[0])
         assert not torch.equal(own, again)
-        for keep in (None, kept):
+        for keep in (None, wanted_logits):
             nowhere = torch.zeros_like(targets)
             for read, asked, name in ((own, predicted, "own"), (again, twice, "twice"), (targets, nowhere, "none")):
                 want, got = go(read, keep, None), go(targets, keep, asked)
@@ -112,7 +117,9 @@ def test_predictions_are_read_in_place_of_tokens(fresh, tokens, batch):
 
 
 @sides
-def test_gradients_agree_with_finite_differences(fresh, tokens, batch, sides):
+def test_gradients_agree_with_finite_differences(
+    fresh: MakeModel, tokens: MakeTokens, batch: MakeBatch, sides: dict[str, Any]
+) -> None:
     """In float64 the derivative of the loss along a random direction, in encoder, projections and decoder parameters
     each, equals the central difference to 1e-5 relative (1e-2 in Mamba, whose scan computes in float32 whatever the
     precision), for a batch with gaps and ragged prompts; LoRA is trained where the base is shared, else everything."""
@@ -150,13 +157,16 @@ def test_gradients_agree_with_finite_differences(fresh, tokens, batch, sides):
 @pytest.mark.parametrize("reentrant", [None, False, True])
 @pytest.mark.parametrize(("share", "lora"), [(True, 4), (False, 0)])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_gradient_checkpointing(fresh, tokens, batch, family, share, lora, reentrant):
+def test_gradient_checkpointing(
+    fresh: MakeModel, tokens: MakeTokens, batch: MakeBatch, family: str, share: bool, lora: int, reentrant: bool | None
+) -> None:
     """Recomputing activations gives the same gradients, whichever way torch does it."""
     model = fresh(family, share=share, lora=lora).train()
     want = {k: None if v is None else v.clone() for k, v in gradients(model, tokens, batch).items()}
     model.gradient_checkpointing_enable(None if reentrant is None else {"use_reentrant": reentrant})
     calls = []
-    block = model.encoder.layers[1]
+    encoder: Any = model.encoder
+    block = encoder.layers[1]
     inner = block.self_attn if family == "llama" else block.attention
     inner.register_forward_pre_hook(lambda *_: calls.append(1))
     got = gradients(model, tokens, batch)
@@ -169,7 +179,9 @@ def test_gradient_checkpointing(fresh, tokens, batch, family, share, lora, reent
             torch.testing.assert_close(got[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_a_training_step_lowers_the_loss_and_renames_the_model(fresh, tokens, batch):
+def test_a_training_step_lowers_the_loss_and_renames_the_model(
+    fresh: MakeModel, tokens: MakeTokens, batch: MakeBatch
+) -> None:
     """Five steps of Adam lower the loss; the model's fingerprint follows its weights, so old contexts are refused."""
     model = fresh("llama").train()
     before = model.fingerprint

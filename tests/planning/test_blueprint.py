@@ -59,5 +59,5 @@ def test_bytes_of_every_family(family: str) -> None:
     context = model.compress(torch.tensor([tokens(37)]))
     blueprint = Blueprint(model.config, model.decoder.config)
     assert position_bytes(blueprint.build()) == context.nbytes / len(context)
-    found = activations(blueprint, Batch(2, 48, 4, 20))
-    assert 0 < found.checkpointed < found.kept
+    computed = activations(blueprint, Batch(2, 48, 4, 20))
+    assert 0 < computed.checkpointed < computed.kept

@@ -78,21 +78,21 @@ SIDES: dict[str, dict[str, Any]] = {
 def test_plan_is_the_models(settings: dict[str, Any], tmp_path: Path) -> None:
     """Parameters, bytes of weights and the longest text are those of the model that is made of the weights."""
     settings = dict(settings)
-    lower = make_backbone("gpt_neox")
-    upper = make_backbone(*settings.pop("encoder")) if "encoder" in settings else None
-    sides = [folder_of(lower, tmp_path / "lower"), upper and folder_of(upper, tmp_path / "upper")]
+    decoder = make_backbone("gpt_neox")
+    encoder = make_backbone(*settings.pop("encoder")) if "encoder" in settings else None
+    sides = folder_of(decoder, tmp_path / "lower"), None if encoder is None else folder_of(encoder, tmp_path / "upper")
     data = planning.plan(*sides, rates=[4, 8], segment_length=16, dtype=torch.float32, **settings)
 
-    rank = settings.get("lora_rank", 0 if settings.get("full") or upper is not None else 16)
+    rank = settings.get("lora_rank", 0 if settings.get("full") or encoder is not None else 16)
     config = RCCConfig(segment_length=16, rates=[4, 8], encoder=SideConfig(rank), decoder=SideConfig(rank))
-    named = [lower] if upper is None and not settings.get("full") else [upper or lower, lower]
-    model = RCCForCausalLM.from_base(*named, config=config)
+    shared = encoder is None and not settings.get("full")
+    model = RCCForCausalLM.from_base(encoder or decoder, None if shared else decoder, config)
     assert data["parameters"] == sum(p.numel() for p in model.parameters())
     assert data["parameters"] == data["backbone"]["parameters"] + sum(data["added"].values())
-    assert data["backbone"]["parameters"] == sum(p.numel() for p in lower.parameters())
+    assert data["backbone"]["parameters"] == sum(p.numel() for p in decoder.parameters())
     plain, four, eight = data["reading"]
     assert four["weights_bytes"] == sum(p.nbytes for p in model.parameters())
-    assert plain["weights_bytes"] == sum(p.nbytes for p in lower.parameters())
+    assert plain["weights_bytes"] == sum(p.nbytes for p in decoder.parameters())
     assert (plain["longest_text"], four["longest_text"]) == (256, 4 * 256)  # half of 512: less than the reserve is left
     assert model.fitting_rate([four["longest_text"]]) == 4
     assert model.fitting_rate([four["longest_text"] + 1]) == 8
@@ -168,8 +168,8 @@ def test_family_that_is_not_supported(call: Callable[..., str], tmp_path: Path) 
 )
 def test_bad_configuration(content: str, words: str, call: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(content)
-    for place in (tmp_path, tmp_path / "config.json"):
-        assert words in call("plan", place, refused=True)
+    for path in (tmp_path, tmp_path / "config.json"):
+        assert words in call("plan", path, refused=True)
 
 
 @pytest.mark.parametrize(
@@ -204,8 +204,8 @@ def test_plans_of_the_docs(line: str, shown: str, call: Callable[..., str], requ
     about = re.compile(r" *about ([0-9.]+) GB")
     told = call(*shlex.split(line))
     assert about.sub(" about", told).split() == about.sub(" about", shown).split()
-    for found, said in zip(about.findall(told), about.findall(shown), strict=True):
-        assert not whole or float(found) == pytest.approx(float(said), rel=0.1, abs=0.1)
+    for given, said in zip(about.findall(told), about.findall(shown), strict=True):
+        assert not whole or float(given) == pytest.approx(float(said), rel=0.1, abs=0.1)
 
 
 def test_docs_show_four_plans() -> None:

@@ -17,7 +17,7 @@ BOUND = 64 << 20  # of what travels with a call
 
 
 @pytest.fixture
-def project(tmp_path):
+def project(tmp_path: Path) -> tuple[Path, Path]:
     """A repository with a shipped model, the wheels at hand, and data beside it."""
     root, data = tmp_path / "project", tmp_path / "data"
     for folder in ("research/scripts", "src/rcc/weights/small", ".gpu/wheels"):
@@ -41,13 +41,15 @@ def project(tmp_path):
     return root, data
 
 
-def prepare(root, *arguments):
-    command = ["bash", root / "research/scripts/gpu_prepare.sh", *arguments]
+def prepare(root: Path, *arguments: str | Path) -> str:
+    command: list[str | Path] = ["bash", root / "research/scripts/gpu_prepare.sh", *arguments]
     environment = {**os.environ, "PYTHON": sys.executable}
     return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
 
 
-def test_the_parts_are_small_whole_and_leave_the_weights_where_they_were(project, tmp_path):
+def test_the_parts_are_small_whole_and_leave_the_weights_where_they_were(
+    project: tuple[Path, Path], tmp_path: Path
+) -> None:
     root, data = project
     weights = root / "src/rcc/weights/small/model.safetensors"
     before = weights.read_bytes()
@@ -67,7 +69,9 @@ def test_the_parts_are_small_whole_and_leave_the_weights_where_they_were(project
     assert listed == [hashlib.sha256(whole.read_bytes()).hexdigest(), "payload.tar"]
     with tarfile.open(whole) as archive:
         names = {name.removeprefix("./") for name in archive.getnames()}
-        assert archive.extractfile("./init/model.safetensors").read() == before
+        member = archive.extractfile("./init/model.safetensors")
+        assert member is not None
+        assert member.read() == before
     wheel = f"home/downloads/{BASES['smollm2-135m-instruct'].parts[0].wheel}"
     assert {wheel, "wheels/gguf-1.whl", "data/qa_train_open_00.jsonl.xz", "data/text_eval.jsonl"} <= names
 

@@ -53,10 +53,9 @@ def test_texts_from_stored_vectors_are_real_texts(script: Any, folder: Path) -> 
         hidden = marks.encode(haystack.HIDDEN.format(key=key))
         for n in (2, 3, 9, vectors.period + 7):
             size = n * PART + len(hidden)  # what is beyond n segments is left away
-            places = np.linspace(0, 1, size // min(map(len, filler)), endpoint=False)
-            texts = [haystack.hide(opening, [(place, hidden)], filler, size)[0][: n * PART] for place in places]
-            texts = torch.from_numpy(np.stack(texts))
-            real = model.encode(texts, rate=PART).states[:, :, model.projections.states]
+            depths = np.linspace(0, 1, size // min(map(len, filler)), endpoint=False)
+            texts = [haystack.hide(opening, [(place, hidden)], filler, size)[0][: n * PART] for place in depths]
+            real = model.encode(torch.from_numpy(np.stack(texts)), rate=PART).states[:, :, model.projections.states]
             for _ in range(4):
                 if (place := vectors.place(number, n)) is not None:
                     made += 1
@@ -66,12 +65,12 @@ def test_texts_from_stored_vectors_are_real_texts(script: Any, folder: Path) -> 
 
 
 def test_segments_beside_an_edge_are_cut_far_from_it(script: Any, folder: Path) -> None:
-    """What is read of them is what the encoder makes of that many tokens before the edge, and behind it."""
+    """What is read of them is what the encoder makes of that many tokens before the edge, and after it."""
     model, marks = RCCForCausalLM.from_pretrained(folder), Marks.of(load_tokenizer(folder))
     vectors = script.Vectors(model, marks.encode, KEYS, np.random.default_rng(0), learning=True)
     assert vectors.first[0][1] == 2  # segments
-    (found,) = vectors.hidden([0], length=40)
-    for vector, ids in zip(found, (vectors.segments[0][-40:], vectors.segments[1][:40]), strict=True):
+    (states,) = vectors.hidden([0], length=40)
+    for vector, ids in zip(states, (vectors.segments[0][-40:], vectors.segments[1][:40]), strict=True):
         real = model.encode(torch.from_numpy(ids)[None], rate=PART).states[0, 0, model.projections.states]
         assert (vector - real).abs().max() < 1e-4
     assert torch.equal(vectors.hidden([0])[0], vectors.hidden([0], PART)[0])
@@ -80,12 +79,12 @@ def test_segments_beside_an_edge_are_cut_far_from_it(script: Any, folder: Path) 
 def test_what_was_encoded_is_kept(script: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For the same keys and model, and no other."""
     model, marks = RCCForCausalLM.from_pretrained(folder), Marks.of(load_tokenizer(folder))
-    kept = tmp_path / "out" / "vectors.pt"
-    first = script.Vectors(model, marks.encode, KEYS, np.random.default_rng(0), kept)
+    stored = tmp_path / "out" / "vectors.pt"
+    first = script.Vectors(model, marks.encode, KEYS, np.random.default_rng(0), stored)
     script.Vectors(model, marks.encode, KEYS[:1], np.random.default_rng(0), tmp_path / "other.pt")
     with monkeypatch.context() as patch:
         patch.setattr(script.Vectors, "read", None)
-        again = script.Vectors(model, marks.encode, KEYS, np.random.default_rng(1), kept)
+        again = script.Vectors(model, marks.encode, KEYS, np.random.default_rng(1), stored)
         with pytest.raises(TypeError):
             script.Vectors(model, marks.encode, KEYS, np.random.default_rng(0), tmp_path / "other.pt")
     assert again.first == first.first
@@ -104,7 +103,18 @@ def test_what_was_encoded_is_kept(script: Any, folder: Path, tmp_path: Path, mon
     ],
 )
 def test_it_trains_what_it_should(folder: Path, tmp_path: Path, more: list[str], changes: set[str]) -> None:
-    command = [sys.executable, SCRIPT, folder, tmp_path / "out", "--keys", "4", "--minutes", "0.15", "--threads", "1"]
+    command: list[str | Path] = [
+        sys.executable,
+        SCRIPT,
+        folder,
+        tmp_path / "out",
+        "--keys",
+        "4",
+        "--minutes",
+        "0.15",
+        "--threads",
+        "1",
+    ]
     done = subprocess.run([*command, *more], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     log = [json.loads(line) for line in (tmp_path / "out" / "decoder-log.jsonl").read_text().splitlines()]

@@ -97,7 +97,7 @@ def test_old_left_overs_are_removed_by_the_next_writer(tmp_path: Path) -> None:
     assert [p.exists() for p in (old, folder, young, held, other)] == [False, False, True, True, True]
 
 
-def _create(path: Path, number: int, start: float, results: multiprocessing.Queue) -> None:
+def _create(path: Path, number: int, start: float, results: multiprocessing.Queue[int | None]) -> None:
     time.sleep(max(0.0, start - time.time()))
     try:
         atomic.write_text(path, str(number), replace=False)
@@ -107,7 +107,7 @@ def _create(path: Path, number: int, start: float, results: multiprocessing.Queu
 
 
 def test_of_several_writers_one_succeeds(tmp_path: Path) -> None:
-    results: multiprocessing.Queue = multiprocessing.Queue()
+    results: multiprocessing.Queue[int | None] = multiprocessing.Queue()
     start = time.time() + 0.5
     processes = [multiprocessing.Process(target=_create, args=(tmp_path / "out", n, start, results)) for n in range(4)]
     for process in processes:

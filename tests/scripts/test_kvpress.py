@@ -18,7 +18,7 @@ from conftest import load_script, make_backbone, tokens
 from rcc import FileError, InputError, load_tokenizer
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts/kvpress_answers.py"
-REQUEST = {"id": "a", "context": [5, 6, 7, 8], "question": [9], "keep": 2}
+REQUEST: dict[str, Any] = {"id": "a", "context": [5, 6, 7, 8], "question": [9], "keep": 2}
 
 
 kvpress = load_script("scripts/kvpress_answers.py")
@@ -169,7 +169,7 @@ NEW = 10
 
 @pytest.fixture(scope="module")
 def environment() -> Path:
-    path = kvpress.environment()
+    path: Path = kvpress.environment()
     if not kvpress.is_made(path):
         pytest.skip(f"kvpress's environment is not in {path}: scripts/kvpress_answers.py makes it")
     return path
@@ -244,9 +244,9 @@ def test_the_pruned_answer_is_that_of_a_masked_text(environment: Path, base: Pat
     seen = torch.tensor([[1] * 4 + [0] * (60 - keep) + [1] * (keep - 4)])
     written, ids = [], torch.tensor([question])
     for _ in range(NEW):
-        places = cache.get_seq_length() + torch.arange(ids.shape[1])[None]
+        positions = cache.get_seq_length() + torch.arange(ids.shape[1])[None]
         seen = torch.cat([seen, torch.ones_like(ids)], 1)
-        logits = model(ids, attention_mask=seen, position_ids=places, past_key_values=cache).logits
+        logits = model(ids, attention_mask=seen, position_ids=positions, past_key_values=cache).logits
         ids = logits[:, -1:].argmax(-1)
         written.append(int(ids))
     assert row["tokens"] == up_to_end(written)
@@ -292,12 +292,12 @@ def test_rows_beside_an_evaluation(environment: Path, tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         assert "| kvpress snapkv | 4× | 1 |" in done.stdout
     samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
-    found = {row["key"]["method"]: row for row in samples}
-    assert len(samples) == len(found) == 4
+    by_method = {row["key"]["method"]: row for row in samples}
+    assert len(samples) == len(by_method) == 4
     # what is pruned by nothing says what the base says
-    assert found["kvpress none"]["written"] == found["plain"]["written"]
-    assert found["kvpress snapkv"]["positions"] == found["rcc"]["positions"]
-    assert found["kvpress snapkv"]["bytes"] == found["rcc"]["bytes"]
+    assert by_method["kvpress none"]["written"] == by_method["plain"]["written"]
+    assert by_method["kvpress snapkv"]["positions"] == by_method["rcc"]["positions"]
+    assert by_method["kvpress snapkv"]["bytes"] == by_method["rcc"]["bytes"]
     assert "kvpress snapkv" in (folder / "table.md").read_text()
 
 

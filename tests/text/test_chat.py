@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 import rcc
 from rcc import InputError, ModelError
@@ -23,7 +24,7 @@ MISTRAL = (
 """In the manner of Mistral, which has no system message."""
 
 
-def with_template(template: str, marks: list[str], **tokens: str):
+def with_template(template: str, marks: list[str], **tokens: str) -> PreTrainedTokenizerFast:
     tokenizer = word_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": marks, **tokens})
     tokenizer.chat_template = template
@@ -31,13 +32,13 @@ def with_template(template: str, marks: list[str], **tokens: str):
 
 
 @pytest.mark.parametrize("name", ["rcc-smollm2-135m"])
-def test_the_shipped_bases_have_the_shipped_form(name):
+def test_the_shipped_bases_have_the_shipped_form(name: str) -> None:
     """Their template gives the very header, turn and end mark that the RCC models were trained with."""
     form = chat_form(rcc.load_tokenizer(name))
     assert form == CHATML
 
 
-def test_a_template_in_the_manner_of_llama():
+def test_a_template_in_the_manner_of_llama() -> None:
     form = chat_form(
         with_template(LLAMA, ["<|start|>", "<|end|>", "<|eot|>"], bos_token="<|begin|>", eos_token="<|eot|>")
     )
@@ -48,13 +49,13 @@ def test_a_template_in_the_manner_of_llama():
     assert form.ends == ("<|eot|>",)
 
 
-def test_a_template_without_a_system_message():
+def test_a_template_without_a_system_message() -> None:
     form = chat_form(with_template(MISTRAL, ["[INST]", "[/INST]"], bos_token="<s>", eos_token="</s>"))
     assert (form.header, form.turn, form.following) == ("<s>[INST] ", " [/INST]", "</s>[INST] ")
     assert form.ends == ("</s>",)
 
 
-def test_a_talk_is_what_the_template_makes_of_it():
+def test_a_talk_is_what_the_template_makes_of_it() -> None:
     """Header, text, and a prompt with a history are the template's rendering of the same messages."""
     tokenizer = with_template(LLAMA, ["<|start|>", "<|end|>", "<|eot|>"], bos_token="<|begin|>", eos_token="<|eot|>")
     form = chat_form(tokenizer)
@@ -77,7 +78,7 @@ def test_a_talk_is_what_the_template_makes_of_it():
     assert form.first(prompting.with_hint(" Why? ", "")).decoder_text == alone
 
 
-def test_without_a_template():
+def test_without_a_template() -> None:
     """ChatML where its marks are known; else plain words, an answer ending with its line."""
     tokenizer = word_tokenizer()
     form = chat_form(tokenizer)
@@ -96,6 +97,6 @@ def test_without_a_template():
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "cannot be rendered"),
     ],
 )
-def test_a_bad_template_is_refused(template, words):
+def test_a_bad_template_is_refused(template: str, words: str) -> None:
     with pytest.raises(ModelError, match=words):
         chat_form(with_template(template, []))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 import rcc
@@ -58,7 +60,7 @@ def test_a_prompt_without_marks_is_read_as_one_text() -> None:
 
 
 def test_the_published_checkpoint_keeps_its_rule() -> None:
-    settings = {"base": {}, "segment_length": 16, "rates": [4]}
+    settings: dict[str, Any] = {"base": {}, "segment_length": 16, "rates": [4]}
     assert prompting.allows_special(RCCConfig(**settings, segment_padding="repeat"))
     assert not prompting.allows_special(RCCConfig(**settings))
     assert prompting.allows_special(RCCConfig(**settings), asked=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from rcc.text import prompting
-from rcc.training.batches import Batches, Corpora, Schedule, used_tokens
+from rcc.training.batches import Batches, Corpora, Samples, Schedule, used_tokens
 from rcc.training.recipe import Recipe
 from rcc.training.settings import build
 from rcc.training.tasks.base import Marks
@@ -50,7 +51,7 @@ def test_shares_are_exact(shared: Settings) -> None:
 
 def test_a_task_with_lengths_and_rates_of_its_own(shared: Settings) -> None:
     """They go before the stage's, and an entry that stands there twice is drawn twice as often."""
-    tasks = {"reconstruction": 0.5, "instruction": {"share": 0.5, "lengths": [32, 48, 48], "rates": [8]}}
+    tasks: Settings = {"reconstruction": 0.5, "instruction": {"share": 0.5, "lengths": [32, 48, 48], "rates": [8]}}
     stage = {**shared["stages"][0], "tasks": tasks, "lengths": [32], "rates": [4]}
     built = build(Recipe, changed(shared, stages=[stage]), "").stages[0]
     schedule = Schedule(built, 7)
@@ -61,7 +62,7 @@ def test_a_task_with_lengths_and_rates_of_its_own(shared: Settings) -> None:
     assert (built.all_lengths, built.all_rates) == ([32, 48], [4, 8])
 
 
-def test_predictions_at_some_rates_only(samples_of, shared: Settings) -> None:
+def test_predictions_at_some_rates_only(samples_of: Callable[..., Samples], shared: Settings) -> None:
     """Elsewhere the batches are those of a task without predictions."""
 
     def batches(**options: Any) -> list[Settings]:
@@ -77,9 +78,14 @@ def test_predictions_at_some_rates_only(samples_of, shared: Settings) -> None:
         assert ("predicted" in batch) == (batch["rate"] == 4)
 
 
-def test_what_is_read_exactly_is_one_text_without_predictions(samples_of, direct: Settings) -> None:
+def test_what_is_read_exactly_is_one_text_without_predictions(
+    samples_of: Callable[..., Samples], direct: Settings
+) -> None:
     """At rate 1 of a direct prefix: the same tokens otherwise, and at 4x what the task made of them."""
-    tasks = {"reconstruction": {"share": 1, "predicted": 1}, "instruction": {"share": 1, "modes": {"compress": 1}}}
+    tasks: Settings = {
+        "reconstruction": {"share": 1, "predicted": 1},
+        "instruction": {"share": 1, "modes": {"compress": 1}},
+    }
     tasks["instruction"] |= {"own_segment": 1, "distractors": 0}
     recipe = changed(direct, stages__0__tasks=tasks, stages__0__lengths=[48])
     exact, whole = samples_of(recipe), samples_of(changed(recipe, model__prefix="residual"))
@@ -110,7 +116,7 @@ def test_a_budget_of_tokens(shared: Settings) -> None:
         assert world * sum(step[:-1]) < 5000 <= world * sum(step)
 
 
-def test_a_batch_depends_on_its_number_alone(samples_of, shared: Settings) -> None:
+def test_a_batch_depends_on_its_number_alone(samples_of: Callable[..., Samples], shared: Settings) -> None:
     first = samples_of(shared)
     seen = [first.batch(i) for i in range(48)]
     assert len({batch["kind"] for batch in seen}) == 12  # all there are
@@ -122,7 +128,7 @@ def test_a_batch_depends_on_its_number_alone(samples_of, shared: Settings) -> No
     assert not any(same(held_out.batch(i), seen[i]) for i in range(48))
 
 
-def test_loading_processes_do_not_change_the_order(samples_of, shared: Settings) -> None:
+def test_loading_processes_do_not_change_the_order(samples_of: Callable[..., Samples], shared: Settings) -> None:
     samples = samples_of(shared)
     for start_at in (0, 5):
         batches_of = Batches(samples, start_at, 0, 1)
@@ -133,18 +139,18 @@ def test_loading_processes_do_not_change_the_order(samples_of, shared: Settings)
             assert same(none, samples.batch(i))
 
 
-def test_processes_share_out_what_one_would_read(samples_of, shared: Settings) -> None:
-    def rows(batch: Settings) -> list[tuple]:
+def test_processes_share_out_what_one_would_read(samples_of: Callable[..., Samples], shared: Settings) -> None:
+    def rows(batch: Settings) -> list[tuple[Any, ...]]:
         """Each row without its padding, which the end token is."""
-        found = []
+        shares = []
         for b in range(len(batch["input_ids"])):
             ids = [batch[key][b].tolist() for key in ("context_ids", "input_ids", "labels")]
             while ids[0][-1] == 2:
                 ids[0].pop()
             while ids[2][-1] == -100:
                 ids[1].pop(), ids[2].pop()
-            found.append((batch["rate"], batch["kind"], *map(tuple, ids)))
-        return found
+            shares.append((batch["rate"], batch["kind"], *map(tuple, ids)))
+        return shares
 
     one = samples_of(changed(shared, stages__0__batch_tokens=192))
     two = samples_of(shared)

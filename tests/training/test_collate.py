@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from conftest import MakeModel
 from equality import run_training_pass
 from rcc.training.collate import collate
 from rcc.training.tasks.base import Sample
@@ -34,7 +35,7 @@ def test_collate_pads_and_labels_targets_only() -> None:
     assert collate([sample_of(4, prompt=3), own], pad=9)["predicted"].tolist() == [[0] * 6, [0, 0, 2, 0, 2, 0]]
 
 
-def test_loss_falls_on_targets_only(tiny) -> None:
+def test_loss_falls_on_targets_only(tiny: MakeModel) -> None:
     """The model's loss is the mean over targets of what each row costs alone; other tokens' labels do not matter."""
     model = tiny("llama")
     samples = [

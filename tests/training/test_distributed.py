@@ -20,7 +20,7 @@ from training_runs import (
     LIMIT,
     TRAINING_STEP,
     Fault,
-    Process,
+    RunningTraining,
     Settings,
     assert_close,
     at,
@@ -47,11 +47,12 @@ def free_port() -> str:
         return str(s.getsockname()[1])
 
 
-def pair(recipe: Settings, output: Path, *options: Any, faults: Sequence[Fault] = ()) -> list[Process]:
+def pair(recipe: Settings, output: Path, *options: Any, faults: Sequence[Fault] = ()) -> list[RunningTraining]:
     """Two processes, as torchrun starts them."""
-    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     return [
-        start(recipe, output, *options, faults=faults, RANK=str(rank), LOCAL_RANK=str(rank), **where) for rank in (0, 1)
+        start(recipe, output, *options, faults=faults, RANK=str(rank), LOCAL_RANK=str(rank), **rendezvous)
+        for rank in (0, 1)
     ]
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from conftest import VOCABULARY, tokens
+from conftest import VOCABULARY, MakeModel, tokens
 from rcc.model.losses import TrainingLoss
 from rcc.model.training_pass import TrainingBatch, likeliest, training_pass
 from rcc.training import head
@@ -42,8 +44,8 @@ def test_loss_and_gradient_are_those_of_all_logits(monkeypatch: pytest.MonkeyPat
     (3 * reference).backward()
     torch.testing.assert_close(loss.double(), reference, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(got, states.grad, rtol=1e-5, atol=1e-6)
-    found = logits.argmax(-1)
-    assert torch.equal(frozen.likeliest(states), found if vocabulary is None else vocabulary[found])
+    likeliest = logits.argmax(-1)
+    assert torch.equal(frozen.likeliest(states), likeliest if vocabulary is None else vocabulary[likeliest])
 
 
 def test_no_target_at_all_is_no_loss() -> None:
@@ -58,12 +60,17 @@ def test_no_target_at_all_is_no_loss() -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox", "qwen2"])
 @pytest.mark.parametrize(("prefix", "rate"), [("residual", 4), ("direct", 4), ("direct", 1)])
-def test_a_model_learns_the_same_with_it(fresh, family: str, prefix: str, rate: int) -> None:
+def test_a_model_learns_the_same_with_it(fresh: MakeModel, family: str, prefix: str, rate: int) -> None:
     """Loss, gradients and likeliest tokens, where it reads its own predictions too."""
     model = fresh(family, prefix=prefix)
     assert FrozenHead.fits(model)
     context, prompt = torch.tensor([tokens(32)]), torch.tensor([tokens(12, 1)])
-    batch = {"context_ids": context, "rate": rate, "labels": prompt, "logits_to_keep": torch.arange(2, 11)}
+    batch: dict[str, Any] = {
+        "context_ids": context,
+        "rate": rate,
+        "labels": prompt,
+        "logits_to_keep": torch.arange(2, 11),
+    }
     if rate > 1:
         batch["predicted"] = (torch.arange(12) > 6).long()[None]
     weight = model.decoder.get_output_embeddings().weight
@@ -80,6 +87,6 @@ def test_a_model_learns_the_same_with_it(fresh, family: str, prefix: str, rate: 
         torch.testing.assert_close(result, results[0], rtol=1e-4, atol=1e-5)
 
 
-def test_where_it_cannot_be(fresh) -> None:
+def test_where_it_cannot_be(fresh: MakeModel) -> None:
     """A head that learns is not one."""
     assert not FrozenHead.fits(fresh(share=False))

@@ -70,7 +70,7 @@ def teacher_forced_accuracy(model: RCCForCausalLM, contexts: Sequence[Compressed
 
 
 def free_accuracy(model: RCCForCausalLM, context: CompressedContext, texts: Tensor) -> float:
-    """Of what greedy generation writes behind the first tokens of each text."""
+    """Of what greedy generation writes after the first tokens of each text."""
     out = model.generate(texts[:, :CUE], context=context, max_new_tokens=SEGMENT - CUE, eos_token_id=answering.NEVER)
     return float((out == texts[:, :SEGMENT])[:, CUE:].float().mean())
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,11 +12,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from conftest import VOCABULARY, randomise
+from conftest import VOCABULARY, MakeModel, randomise
 from equality import run_training_pass
 from rcc import RCCForCausalLM
 from rcc.model import training_pass as passes
 from rcc.model.freezing import group_of, learned
+from rcc.training.batches import Samples
 from rcc.training.objective import Objective, divergence
 from rcc.training.recipe import Recipe
 from rcc.training.settings import build
@@ -36,14 +39,14 @@ def test_divergence(temperature: float) -> None:
     p, q = ((x.double() / temperature).exp() for x in (teacher, student))
     p, q = p / p.sum(-1, keepdim=True), q / q.sum(-1, keepdim=True)
     whole = float((p * (p / q).log()).sum(-1).mean())
-    found = {k: float(divergence(student, teacher, Distillation(1.0, k, temperature))) for k in (0, 31, 99, 1, 4, 16)}
-    assert found[0] == found[31] == found[99] == pytest.approx(whole, rel=1e-5)
+    values = {k: float(divergence(student, teacher, Distillation(1.0, k, temperature))) for k in (0, 31, 99, 1, 4, 16)}
+    assert values[0] == values[31] == values[99] == pytest.approx(whole, rel=1e-5)
     for k in (1, 4, 16):
         most, index = p.topk(k, -1)
         ours = q.gather(-1, index)
         rest = (1 - most.sum(-1)) * ((1 - most.sum(-1)) / (1 - ours.sum(-1))).log()
-        assert found[k] == pytest.approx(float(((most * (most / ours).log()).sum(-1) + rest).mean()), rel=1e-4)
-    assert 0 < found[1] < found[4] < found[16] < found[0]
+        assert values[k] == pytest.approx(float(((most * (most / ours).log()).sum(-1) + rest).mean()), rel=1e-4)
+    assert 0 < values[1] < values[4] < values[16] < values[0]
     assert float(divergence(student, student, Distillation(1.0, 4, temperature))) == pytest.approx(0, abs=1e-6)
 
 
@@ -56,7 +59,9 @@ def new_model(recipe: Settings) -> RCCForCausalLM:
 
 @pytest.mark.parametrize("kind", ["shared", "separate"])
 @pytest.mark.parametrize("task", ["continuation", "instruction"])
-def test_the_teacher_is_the_base_reading_the_plain_text(samples_of, world, shared, separate, kind, task) -> None:
+def test_the_teacher_is_the_base_reading_the_plain_text(
+    samples_of: Callable[..., Samples], world: Path, shared: Settings, separate: Settings, kind: str, task: str
+) -> None:
     recipe = changed({"shared": shared, "separate": separate}[kind], run__dtype="float32")
     recipe = changed(recipe, stages__0__tasks={task: 1}, stages__0__target_tokens=96)
     recipe = changed(recipe, stages__0__distillation={"weight": 1, "top_k": 0}, stages__0__lengths=[48])
@@ -81,8 +86,8 @@ def test_the_teacher_is_the_base_reading_the_plain_text(samples_of, world, share
             .double()
             .log_softmax(-1)
         )
-        kept = batch["logits_to_keep"].tolist()
-        columns = [kept.index(len(sample.prompt) - 1 + i) for i in range(len(target))]
+        positions = batch["logits_to_keep"].tolist()
+        columns = [positions.index(len(sample.prompt) - 1 + i) for i in range(len(target))]
         ours = out["logits"][b, columns].double().log_softmax(-1)
         distances.append((wanted.exp() * (wanted - ours)).sum(-1))
     assert out["loss"].item() == pytest.approx(torch.cat(distances).mean().item(), rel=1e-5)
@@ -96,31 +101,35 @@ def test_the_teacher_is_the_base_reading_the_plain_text(samples_of, world, share
     assert not taught & {id(p) for p in learning.values()}
 
 
-def some(*shape: int, seed: int = 0) -> torch.Tensor:
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(1, VOCABULARY, shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
-def test_texts_of_a_row_are_as_if_appended(tiny, family: str, share: bool) -> None:
+def test_texts_of_a_row_are_as_if_appended(tiny: MakeModel, family: str, share: bool) -> None:
     """And the logits that are kept are those of the whole pass."""
     model = tiny(family, share=share, dtype=torch.float64)
-    pieces = [[some(21, seed=1), some(9, seed=2)], [some(30, seed=3)], [some(3, seed=4), some(16, seed=5), some(6)]]
+    pieces = [
+        [random(21, seed=1), random(9, seed=2)],
+        [random(30, seed=3)],
+        [random(3, seed=4), random(16, seed=5), random(6)],
+    ]
     ids, numbers = torch.zeros(3, 32, dtype=torch.long), torch.zeros(3, 32, dtype=torch.long)
     for b, row in enumerate(pieces):
         length = sum(map(len, row))
         ids[b, :length] = torch.cat(row)
         numbers[b, :length] = torch.cat([torch.full((len(p),), i) for i, p in enumerate(row, 1)])
-    prompt = some(3, 7, seed=6)
+    prompt = random(3, 7, seed=6)
     labels = prompt.masked_fill(torch.arange(7) < 4, -100)
     keep = torch.tensor([3, 4, 5])
     with torch.no_grad():
         whole = run_training_pass(model, prompt, context_ids=ids, context_mask=numbers, rate=4, labels=labels)
-        kept = run_training_pass(
+        part = run_training_pass(
             model, prompt, context_ids=ids, context_mask=numbers, rate=4, labels=labels, logits_to_keep=keep
         )
-    torch.testing.assert_close(kept.logits, whole.logits[:, keep])
-    torch.testing.assert_close(kept.loss, whole.loss)
+    torch.testing.assert_close(part.logits, whole.logits[:, keep])
+    torch.testing.assert_close(part.loss, whole.loss)
     for b, row in enumerate(pieces):
         context = None
         for piece in row:
@@ -129,7 +138,7 @@ def test_texts_of_a_row_are_as_if_appended(tiny, family: str, share: bool) -> No
 
 
 @pytest.mark.parametrize("share", [True, False])
-def test_a_frozen_encoder_keeps_nothing(fresh, monkeypatch: pytest.MonkeyPatch, share: bool) -> None:
+def test_a_frozen_encoder_keeps_nothing(fresh: MakeModel, monkeypatch: pytest.MonkeyPatch, share: bool) -> None:
     """No tensor for a backward pass, no activations beyond a chunk's, and the same vectors as in one piece."""
     model = fresh("llama", share=share)
     learning = learned(model)
@@ -143,7 +152,7 @@ def test_a_frozen_encoder_keeps_nothing(fresh, monkeypatch: pytest.MonkeyPatch, 
         nonlocal inside
         inside = False
 
-    def see(module: Any, args: tuple) -> None:
+    def see(module: Any, args: tuple[Any, ...]) -> None:
         nonlocal widest
         widest = max(widest, args[0].numel())
 
@@ -164,7 +173,12 @@ def test_a_frozen_encoder_keeps_nothing(fresh, monkeypatch: pytest.MonkeyPatch, 
         mask[:, 20:] *= 2  # two texts a row
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             out = run_training_pass(
-                model, some(2, 5), context_ids=some(2, tokens, seed=1), context_mask=mask, rate=4, labels=some(2, 5)
+                model,
+                random(2, 5),
+                context_ids=random(2, tokens, seed=1),
+                context_mask=mask,
+                rate=4,
+                labels=random(2, 5),
             )
         out.loss.backward()
         return saved, widest, out.logits.detach()

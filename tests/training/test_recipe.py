@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def load(recipe: Settings | str, folder: Path, *overrides: str) -> Recipe:
         ("run__treads", "threads"),
     ],
 )
-def test_an_unknown_key_names_the_nearest(refusal, shared: Settings, path: str, near: str) -> None:
+def test_an_unknown_key_names_the_nearest(refusal: Callable[..., str], shared: Settings, path: str, near: str) -> None:
     recipe = changed(full(shared), **{path: {} if "groups" in path or "tasks" in path else 1})
     assert refusal(recipe) == f"rcc: {path.replace('__', '.')} is unknown: did you mean {near}?"
 
@@ -132,18 +133,18 @@ def test_an_unknown_key_names_the_nearest(refusal, shared: Settings, path: str, 
         ("run__fsdp", "perhaps", "run.fsdp must be true or false, not 'perhaps'"),
     ],
 )
-def test_impossible_values(refusal, shared: Settings, path: str, value: Any, words: str) -> None:
+def test_impossible_values(refusal: Callable[..., str], shared: Settings, path: str, value: Any, words: str) -> None:
     refusal(changed(full(shared), **{path: value}), words=[words])
 
 
-def test_predictions_are_not_for_shards(refusal, shared: Settings) -> None:
+def test_predictions_are_not_for_shards(refusal: Callable[..., str], shared: Settings) -> None:
     tasks = {"reconstruction": {"share": 1, "predicted": 0.5}}
     wanted = "stages.0.tasks.reconstruction.predicted must be 0 with run.fsdp, not 0.5"
     refusal(changed(full(shared), stages__0__tasks=tasks, run__fsdp=True), words=[wanted])
 
 
 @pytest.mark.parametrize("text", ["", "[1, 2]", "a: [", "\tname: x", "just words"])
-def test_what_is_no_recipe(refusal, text: str) -> None:
+def test_what_is_no_recipe(refusal: Callable[..., str], text: str) -> None:
     refusal(text)
 
 
@@ -189,7 +190,7 @@ def test_set(shared: Settings, tmp_path: Path) -> None:
         ("stages.0.max_steps=many", "stages.0.max_steps must be a whole number, not 'many'"),
     ],
 )
-def test_set_wrongly(refusal, shared: Settings, override: str, words: str) -> None:
+def test_set_wrongly(refusal: Callable[..., str], shared: Settings, override: str, words: str) -> None:
     refusal(shared, "--set", override, words=[words])
 
 

@@ -14,9 +14,9 @@ import pytest
 from rcc.training import checkpointing
 from training_runs import (
     TRAINING_STEP,
-    Process,
-    Result,
+    RunningTraining,
     Settings,
+    TrainingResult,
     assert_same,
     at,
     changed,
@@ -48,7 +48,7 @@ POINTS: dict[str, tuple[str, int]] = {
 
 
 @pytest.fixture(scope="module")
-def killed(shared: Settings, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Result]]:
+def killed(shared: Settings, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, TrainingResult]]:
     """Runs that were killed with -9, each at one of POINTS, and resumed."""
     folder = tmp_path_factory.mktemp("killed")
     outputs = {name: folder / str(i) for i, name in enumerate(POINTS)}
@@ -59,7 +59,9 @@ def killed(shared: Settings, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 
 
 @pytest.mark.parametrize("point", POINTS)
-def test_a_run_that_is_killed_goes_on_to_the_same_digits(killed, finished: Path, point: str) -> None:
+def test_a_run_that_is_killed_goes_on_to_the_same_digits(
+    killed: dict[str, tuple[Path, TrainingResult]], finished: Path, point: str
+) -> None:
     output, result = killed[point]
     result.ok()
     assert_same(output, finished)
@@ -102,7 +104,7 @@ def test_a_signal_saves_first(shared: Settings, finished: Path, tmp_path: Path, 
             assert checkpoints_of(stage) == ["checkpoint-2", "checkpoint-3"]  # within the third step of two batches
             advice = re.search(r"^rcc: interrupted; rcc (train .* --resume) goes on\.$", result.err, re.M)
             assert advice, result.err
-            begun[code] = Process(shlex.split(advice[1]), tmp_path / f"{code}.again")
+            begun[code] = RunningTraining(shlex.split(advice[1]), tmp_path / f"{code}.again")
         else:
             begun[code] = go_on(shared, tmp_path / str(code))
     for code, process in begun.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -62,7 +63,9 @@ def test_a_finished_run_has_nothing_left_to_do(shared: Settings, finished: Path)
     assert after == before
 
 
-def test_folders_that_are_refused(refusal, shared: Settings, finished: Path, world: Path, tmp_path: Path) -> None:
+def test_folders_that_are_refused(
+    refusal: Callable[..., str], shared: Settings, finished: Path, world: Path, tmp_path: Path
+) -> None:
     refusal(shared, output=finished, words=[f"{finished} holds a run already: set resume=True"])
     other = changed(shared, stages__0__max_steps=6)
     refusal(other, "--resume", output=finished, words=["stages.0.max_steps differs", str(finished / "recipe.yaml")])
@@ -72,7 +75,9 @@ def test_folders_that_are_refused(refusal, shared: Settings, finished: Path, wor
     refusal(shared, output=world / "text.jsonl", words=["is not a folder"])
 
 
-def test_a_cut_head_needs_lora_and_no_teacher(refusal, shared: Settings, separate: Settings, tmp_path: Path) -> None:
+def test_a_cut_head_needs_lora_and_no_teacher(
+    refusal: Callable[..., str], shared: Settings, separate: Settings, tmp_path: Path
+) -> None:
     recipe = changed(separate, run__vocabulary="data")
     refusal(recipe, words=["run.vocabulary=data needs LoRA on the decoder"], output=tmp_path / "run")
     refusal(changed(shared, run__vocabulary="data"), words=["run.vocabulary=data", "leave out distillation"])
@@ -93,7 +98,9 @@ def test_a_full_disk_elsewhere(shared: Settings, tmp_path: Path, what: str) -> N
     result.refused(str(tmp_path / "run"), "cannot be written")
 
 
-def test_a_model_of_another_make_is_refused(refusal, shared: Settings, finished: Path, tmp_path: Path) -> None:
+def test_a_model_of_another_make_is_refused(
+    refusal: Callable[..., str], shared: Settings, finished: Path, tmp_path: Path
+) -> None:
     rank, states = changed(shared, model__encoder_lora_rank=3), changed(shared, model__states="last")
     words = [f"model.encoder_lora_rank is 3, but {finished} was made with 2"]
     refusal(rank, "--init", finished, words=words, output=tmp_path / "rank")
@@ -111,7 +118,7 @@ def test_a_model_with_another_prefix_is_refused(direct: Settings, tmp_path: Path
     assert make_model(made, str(tmp_path), device).config.prefix == other
 
 
-def test_what_cannot_begin_leaves_no_folder(refusal, shared: Settings, finished: Path) -> None:
+def test_what_cannot_begin_leaves_no_folder(refusal: Callable[..., str], shared: Settings, finished: Path) -> None:
     """Otherwise the corrected command would be told that there is a run already."""
     refusal(changed(shared, model__states="last"), "--init", finished)
 

@@ -11,15 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from conftest import MakeModel
 from rcc import RCCForCausalLM
 from rcc.model.freezing import freeze, group_of, learned
 from rcc.training import checkpointing
 from rcc.training.recipe import Recipe
 from rcc.training.setup import make_model
 from training_runs import (
-    Process,
-    Result,
+    RunningTraining,
     Settings,
+    TrainingResult,
     changed,
     losses,
     note_rates,
@@ -30,7 +31,7 @@ from training_runs import (
 pytestmark = pytest.mark.usefixtures("world")
 
 
-Runs = dict[str, tuple[Path, Result]]
+Runs = dict[str, tuple[Path, TrainingResult]]
 
 
 @pytest.fixture(scope="module")
@@ -61,14 +62,14 @@ def runs(shared: Settings, separate: Settings, finished: Path, tmp_path_factory:
     }
     begun = {name: start(recipe, folder / name, faults=faults) for name, (recipe, faults) in plan.items()}
     ended = {name: (folder / name, process.end()) for name, process in begun.items()}
-    return {"shared": (finished, Result(0, "")), **ended}
+    return {"shared": (finished, TrainingResult(0, "")), **ended}
 
 
 def test_learning_rates_by_group(runs: Runs) -> None:
     """As the recipe's words say, computed anew: warm-up, shape over the whole stage, floor."""
     output, result = runs["groups"]
     result.ok()
-    found = [json.loads(line) for line in (output.parent / "rates").read_text().splitlines()]
+    steps = [json.loads(line) for line in (output.parent / "rates").read_text().splitlines()]
     wanted = []
     for step in range(8):
         done = step / 8
@@ -76,7 +77,7 @@ def test_learning_rates_by_group(runs: Runs) -> None:
         cosine = 0.1 + 0.9 * (1 + math.cos(math.pi * done)) / 2
         warm = [1 / 3, 2 / 3][step] if step < 2 else 1
         wanted.append({"encoder": 1e-3, "projections": 2e-3 * warm * linear, "decoder": 4e-3 * cosine})
-    assert found == [pytest.approx(rates, rel=1e-9) for rates in wanted]
+    assert steps == [pytest.approx(rates, rel=1e-9) for rates in wanted]
 
 
 def test_a_first_step_is_as_long_as_the_learning_rate(runs: Runs) -> None:
@@ -142,7 +143,7 @@ def test_a_loss_that_is_no_number(runs: Runs) -> None:
     assert all(bool(value.isfinite().all()) for value in state_of(newest).values())
 
 
-def test_the_sink_learns_with_the_projections(fresh) -> None:
+def test_the_sink_learns_with_the_projections(fresh: MakeModel) -> None:
     """And is frozen with them."""
     model = fresh(prefix="direct", rate_embeddings=True)
     groups = {name.partition(".")[0]: group_of(name) for name in learned(model)}
@@ -162,16 +163,16 @@ def test_the_result_of_every_stage(runs: Runs, name: str) -> None:
     dtype = getattr(torch, recipe.run.dtype)
     for folder in (last, output):
         model = RCCForCausalLM.from_pretrained(folder)
-        found = dict(model.named_parameters())
+        parameters = dict(model.named_parameters())
         assert model.config.name == recipe.name
         newest = checkpointing.newest(last / "checkpoints")
         assert newest is not None
-        kept = state_of(newest)
-        assert set(kept) == set(learned(model))
-        for key, value in kept.items():
+        state = state_of(newest)
+        assert set(state) == set(learned(model))
+        for key, value in state.items():
             assert value.dtype == torch.float32, key
-            assert found[key].dtype == dtype, key
-            assert torch.equal(found[key], value.to(dtype)), key
+            assert parameters[key].dtype == dtype, key
+            assert torch.equal(parameters[key], value.to(dtype)), key
     for number in range(len(recipe.stages) - 1):
         folder = output / "stages" / f"{number + 1}-{recipe.stages[number].name}"
         RCCForCausalLM.from_pretrained(folder)
@@ -182,7 +183,9 @@ def test_ask_works_on_a_trained_model(runs: Runs, world: Path, tmp_path: Path) -
     text = tmp_path / "text.txt"
     text.write_text("the door is red.")
     asked = [
-        Process(["ask", text, "which?", "--model", runs[name][0], "--max-new-tokens", "3", "--json"], tmp_path / name)
+        RunningTraining(
+            ["ask", text, "which?", "--model", runs[name][0], "--max-new-tokens", "3", "--json"], tmp_path / name
+        )
         for name in ("shared", "separate")
     ]
     for process in asked:

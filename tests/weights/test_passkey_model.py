@@ -17,9 +17,9 @@ def test_it_finds_keys() -> None:
     """In 16 and in 256 vectors of 512 tokens each, and in no text whose key is replaced."""
     model = RCCForCausalLM.from_pretrained(MODEL, dtype=computing(torch.bfloat16, "cpu"))
     settings = PasskeySettings([8192, 131072], rates=[512], keys=2, controls=1)
-    found = evaluate(PasskeyEvaluation(model, load_tokenizer(MODEL), settings))
+    measured = evaluate(PasskeyEvaluation(model, load_tokenizer(MODEL), settings))
     right = {
-        context: [row["right"] for row in found.rows if row["key"]["context"] == context]
+        context: [row["right"] for row in measured.rows if row["key"]["context"] == context]
         for context in ("whole", "replaced")
     }
     assert sum(right["whole"]) >= 11

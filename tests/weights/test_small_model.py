@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from conftest import MakeExpected
 from equality import run_training_pass
 from rcc import RCCForCausalLM, checkpoints, load_tokenizer
 from rcc.evaluation.reconstruction.teacher_forcing import PROMPT, teacher_forced
@@ -25,8 +26,8 @@ def ids() -> torch.Tensor:
 
 
 @pytest.mark.parametrize("rate", [4, 8, 16])
-def test_what_it_recalls_is_what_the_reference_recalls(ids: torch.Tensor, expected, rate: int) -> None:
-    """A segment and a part of one; loss of the training pass and behind a stored context, in float32 and, less exactly,
+def test_what_it_recalls_is_what_the_reference_recalls(ids: torch.Tensor, expected: MakeExpected, rate: int) -> None:
+    """A segment and a part of one; loss of the training pass and after a stored context, in float32 and, less exactly,
     in bfloat16, against tests/reference.py, which shares no code with rcc."""
     text, span = ids[:, :300], ids[:, 200:280]
     labels = span.clone()

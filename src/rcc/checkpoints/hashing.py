@@ -120,15 +120,15 @@ def _tensors_of(file: Path) -> dict[str, tuple[Path, int, int, str]]:
     with file.open("rb") as opened:
         (size,) = struct.unpack("<Q", opened.read(8))
         header = json.loads(opened.read(size))
-    found = {}
+    tensors = {}
     for name, tensor in header.items():
         if name == "__metadata__":
             continue
         if tensor["dtype"] not in _TYPES:
             raise ModelError(f"{file} holds {name} as {tensor['dtype']}, which is not supported: get them in bfloat16.")
         start, end = (8 + size + offset for offset in tensor["data_offsets"])
-        found[name] = file, start, end, f"torch.{_TYPES[tensor['dtype']]} {tuple(tensor['shape'])}"
-    return found
+        tensors[name] = file, start, end, f"torch.{_TYPES[tensor['dtype']]} {tuple(tensor['shape'])}"
+    return tensors
 
 
 def _add_bytes(digest: hashlib._Hash, file: RawIOBase, start: int, end: int, buffer: memoryview) -> None:

@@ -251,21 +251,23 @@ def contexts(
         removed = [store.remove(address).path for address in remove or []]
         if limit is not None:
             removed += store.prune(limit)
-        kept = store.list()
+        stored = store.list()
     if as_json:
-        rows = [{**vars(c), "path": str(c.path), "last_used": c.last_used.isoformat(timespec="seconds")} for c in kept]
+        rows = [
+            {**vars(c), "path": str(c.path), "last_used": c.last_used.isoformat(timespec="seconds")} for c in stored
+        ]
         print_json({"folder": str(store.folder), "removed": [str(path) for path in removed], "contexts": rows})
         return
     for path in removed:
         out.print(f"removed {path}", markup=False)
-    for c in kept:
+    for c in stored:
         out.print(
             f"{c.address[:12]}  {c.last_used.astimezone():%Y-%m-%d %H:%M}  {c.bytes / 1e6:7.1f} MB"
             f"  {c.tokens:9,} tokens in {c.positions:6,} positions  {shown(c.model or 'damaged')}",
             markup=False,
         )
-    total = sum(c.bytes for c in kept)
-    out.print(f"{len(kept)} contexts, {total / 1e6:,.1f} MB in {store.folder}", markup=False)
+    total = sum(c.bytes for c in stored)
+    out.print(f"{len(stored)} contexts, {total / 1e6:,.1f} MB in {store.folder}", markup=False)
 
 
 # ---------------------------------------------------------------- what the verbs share

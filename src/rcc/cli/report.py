@@ -23,5 +23,5 @@ def report(
     target = check_output(output, force, [file for folder in folders if folder.is_dir() for file in folder.iterdir()])
     with creating(output):
         reporting.write(target, reporting.page(folders, samples), replace=force)
-    some = f"{len(folders)} evaluation{'s' * (len(folders) > 1)}"
-    err.print(f"{output}: {some}, {target.stat().st_size / 1e6:.1f} MB", markup=False)
+    counted = f"{len(folders)} evaluation{'s' * (len(folders) > 1)}"
+    err.print(f"{output}: {counted}, {target.stat().st_size / 1e6:.1f} MB", markup=False)

@@ -23,27 +23,27 @@ lines = st.dictionaries(
 
 @settings(deadline=None, derandomize=True)
 @given(lines, st.booleans(), st.booleans(), st.booleans())
-def test_charts(lines, log_x, log_y, level):
+def test_charts(lines: dict[str, list[tuple[int, dict[str, float]]]], log_x: bool, log_y: bool, level: bool) -> None:
     """Whatever is drawn stands inside, in its order; names do not overlap."""
-    found = [
+    figures = [
         (Look(name, level=level and name < "b"), Point(x, value, ""))
         for name, points in lines.items()
         for x, value in points
     ]
-    chart = curves("", found, Axis(log=log_x), Axis(log=log_y))
+    chart = curves("", figures, Axis(log=log_x), Axis(log=log_y))
     if chart is None:
         assert log_y
         assert all(value["mean"] <= 0 for points in lines.values() for _, value in points)
         return
-    places = [place for line in chart.lines for place in line["places"]]
-    for place in places:
-        assert chart.left <= place["x"] <= chart.right
-        for y in (place["y"], place["low"], place["high"]):
+    marks = [mark for line in chart.lines for mark in line["marks"]]
+    for mark in marks:
+        assert chart.left <= mark["x"] <= chart.right
+        for y in (mark["y"], mark["low"], mark["high"]):
             assert y is None or 0 <= y <= chart.bottom + 1e-6
     assert all(0 <= y <= chart.bottom + 1e-6 for y, _ in chart.y_ticks)
     assert 2 <= len(chart.y_ticks) <= 13
-    by_value = sorted(places, key=lambda place: place["point"].value["mean"])
-    heights = [place["y"] for place in by_value]
+    by_value = sorted(marks, key=lambda mark: mark["point"].value["mean"])
+    heights = [mark["y"] for mark in by_value]
     assert heights == pytest.approx(sorted(heights, reverse=True), abs=1e-6)
     names = sorted(line["label"] for line in chart.lines)
     assert all(b - a >= charts.ROW - 1e-6 for a, b in itertools.pairwise(names))
@@ -51,17 +51,17 @@ def test_charts(lines, log_x, log_y, level):
     assert names[-1] <= chart.bottom + 1e-6
 
 
-def test_charts_by_hand():
+def test_charts_by_hand() -> None:
     """Equal ratios are equal distances on a logarithmic axis; no finite number is no point; labels are thinned."""
 
     def at(x: float, mean: float) -> tuple[Look, Point]:
         return Look("a"), Point(x, {"mean": mean, "low": None, "high": None, "n": 1}, "")
 
     chart = curves("", [at(4, 0.5), at(8, 0.25), at(16, math.nan), at(16, 0)], Axis(log=True), Axis(top=1))
-    xs = [place["x"] for place in chart.lines[0]["places"]]
+    xs = [mark["x"] for mark in chart.lines[0]["marks"]]
     assert xs[1] - xs[0] == pytest.approx(xs[2] - xs[1])
     assert len(xs) == 3
-    ys = [place["y"] for place in chart.lines[0]["places"]]
+    ys = [mark["y"] for mark in chart.lines[0]["marks"]]
     assert ys[2] - ys[1] == pytest.approx(ys[1] - ys[0]) == pytest.approx((chart.bottom - charts.TOP - 4) / 4)
     assert [text for _, text in chart.y_ticks] == ["0", "0.2", "0.4", "0.6", "0.8", "1"]
     logs = curves("", [at(1, 3), at(2, 4e5)], Axis(), Axis(log=True))

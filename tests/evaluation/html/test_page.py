@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from typing import Any
 import pytest
 
 import word_tokens
+from conftest import MakeModel, MakeTokens
 from rcc import InputError
 from rcc.evaluation.evaluation import Evaluation, evaluate, finish
 from rcc.evaluation.html import page as report
@@ -61,19 +63,19 @@ def make_qa(folder: Path, better: float = 0.0, questions: int = 12) -> Path:
         row |= {"asked": f"Who? {key['question']}", "answers": ["Susan", "she"], "written": HOSTILE}
         return row if key["mode"] != "reconstruct" else {**row, "instruction_accuracy": 0.9}
 
-    ways = [(method, mode, rate) for method, some in METHODS.items() for mode in some for rate in RATES]
-    keys = [
+    ways = [(method, mode, rate) for method, modes in METHODS.items() for mode in modes for rate in RATES]
+    keys: list[dict[str, Any]] = [
         dict(zip(BY, way, strict=True)) | {"set": SETS[i % 2], "bucket": BUCKETS[i // 2 % 2], "question": f"q{i}"}
         for way in [*ways, *((method, "human", 0) for method in WHOLE)]
         for i in range(questions)
     ]
-    run.collect(Case(key, lambda key=key: measure(key)) for key in keys)
+    run.collect(Case(key, partial(measure, key)) for key in keys)
     run.finish(BY, "", None, {"by_length": run.cells((*BY, "bucket")), "by_set": run.cells((*BY, "set"))})
     return folder
 
 
 @pytest.fixture(scope="module")
-def folders(tiny, tokens, tmp_path_factory) -> dict[str, Path]:
+def folders(tiny: MakeModel, tokens: MakeTokens, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One of each task, as the tasks themselves write it; `qa` and what is not known yet are invented."""
     top = tmp_path_factory.mktemp("folders")
     tokenizer = word_tokens.word_tokenizer()
@@ -91,10 +93,10 @@ def folders(tiny, tokens, tmp_path_factory) -> dict[str, Path]:
     }
     for name, evaluation in evaluations.items():
         finish(evaluation, evaluate(evaluation, top / name))
-    found = Results("tea <b>time</b>", {"model": "any"}, top / "tea")
-    some = {"warm": math.nan, "cups": 3.0, "said": HOSTILE}
-    found.collect([Case({"leaf": "<u>green</u>", "cup": n}, lambda: some) for n in range(4)])
-    found.finish(("leaf",), "")
+    tea = Results("tea <b>time</b>", {"model": "any"}, top / "tea")
+    figures = {"warm": math.nan, "cups": 3.0, "said": HOSTILE}
+    tea.collect([Case({"leaf": "<u>green</u>", "cup": n}, lambda: figures) for n in range(4)])
+    tea.finish(("leaf",), "")
     make_qa(top / "qa")
     make_qa(top / "other" / "qa", better=0.1)
     names = ("qa", "recon", "passkey", "resources", "tea")
@@ -102,10 +104,10 @@ def folders(tiny, tokens, tmp_path_factory) -> dict[str, Path]:
 
 
 # ---------------------------------------------------------------- reading a page back
-class Reader(HTMLParser):
+class PageReader(HTMLParser):
     """What a page holds: tables as rows of (text, small print, list of samples), headings, scripts."""
 
-    def __init__(self, html: str):
+    def __init__(self, html: str) -> None:
         super().__init__()
         self.tables: list[list[list[tuple[str, str, str | None]]]] = []
         self.scripts: list[tuple[dict[str, str | None], str]] = []
@@ -118,11 +120,11 @@ class Reader(HTMLParser):
         self.close()
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        found = dict(attrs)
+        attributes = dict(attrs)
         self.tags.append(tag)
         self._where.append(tag)
-        if "data-s" in found:
-            self.links.add(int(found["data-s"] or ""))
+        if "data-s" in attributes:
+            self.links.add(int(attributes["data-s"] or ""))
         if tag == "table":
             self.tables.append([])
         elif tag == "tr":
@@ -130,9 +132,9 @@ class Reader(HTMLParser):
         elif tag in ("td", "th"):
             self._cell = ["", "", None]
         elif tag == "script":
-            self.scripts.append((found, ""))
-        if self._cell is not None and "data-s" in found:
-            self._cell[2] = found["data-s"]
+            self.scripts.append((attributes, ""))
+        if self._cell is not None and "data-s" in attributes:
+            self._cell[2] = attributes["data-s"]
 
     def handle_endtag(self, tag: str) -> None:
         while self._where and self._where.pop() != tag:
@@ -166,44 +168,48 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 
 
 # ---------------------------------------------------------------- figures and samples
-def test_every_figure_and_its_samples(folders):
-    """Each figure of the tables is the mean of the samples, as the file has them, that open behind it."""
-    page = Reader(report.page([folders["qa"]], limit=1000))
+def test_every_figure_and_its_samples(folders: dict[str, Path]) -> None:
+    """Each figure of the tables is the mean of the samples, as the file has them, that it opens."""
+    page = PageReader(report.page([folders["qa"]], limit=1000))
     data, measured = page.samples(), [row for row in rows_of(folders["qa"]) if "skipped" not in row]
     table = page.table("method", "mode", "rate", "samples", "score", "held, MB")
     ways = len(METHODS) + 1
     assert len(table) == ways * len(RATES) + len(WHOLE)
     for row in table:
-        key = {"method": row["method"][0], "mode": row["mode"][0].replace("–", ""), "rate": row["rate"][0]}
+        key: dict[str, Any] = {
+            "method": row["method"][0],
+            "mode": row["mode"][0].replace("–", ""),
+            "rate": row["rate"][0],
+        }
         key["rate"] = 0 if key["rate"] == "–" else int(key["rate"].removesuffix("×"))
-        behind = [sample for sample in measured if sample["key"].items() >= key.items()]
+        members = [sample for sample in measured if sample["key"].items() >= key.items()]
         if key["method"] == "kvpress-snapkv" and key["rate"] == 16:
             assert row["samples"][0] == "not measured: no press keeps <nothing>"
             continue
-        assert row["samples"][0] == str(len(behind)) == "12"
-        mean = sum(sample["score"] for sample in behind) / 12
+        assert row["samples"][0] == str(len(members)) == "12"
+        mean = sum(sample["score"] for sample in members) / 12
         assert row["score"][0] == f"{mean:.3f}"
         low, high = map(float, row["score"][1].split("–"))
         assert low <= mean <= high
-        assert float(row["held, MB"][0]) == pytest.approx(sum(s["bytes"] for s in behind) / 12e6, abs=0.06)
+        assert float(row["held, MB"][0]) == pytest.approx(sum(s["bytes"] for s in members) / 12e6, abs=0.06)
         shown = data["lists"][int(row["score"][2])]
-        assert [data["rows"][i]["key"] for i in shown["rows"]] == [sample["key"] for sample in behind]
+        assert [data["rows"][i]["key"] for i in shown["rows"]] == [sample["key"] for sample in members]
         assert shown["all"] == 12
     sets = page.table("method", *SETS)
     for row in sets[:3]:
-        behind = [s for s in measured if s["key"].items() >= {"method": "rcc", "mode": "human"}.items()]
-        behind = [s for s in behind if row["method"][0] == f"rcc · human · {s['key']['rate']}×"]
+        members = [s for s in measured if s["key"].items() >= {"method": "rcc", "mode": "human"}.items()]
+        members = [s for s in members if row["method"][0] == f"rcc · human · {s['key']['rate']}×"]
         for name in SETS:
-            some = [s["score"] for s in behind if s["key"]["set"] == name]
-            assert row[name][0] == f"{sum(some) / len(some):.3f}"
-            assert row[name][1].endswith(f"n\u00a0{len(some)}")
+            scores = [s["score"] for s in members if s["key"]["set"] == name]
+            assert row[name][0] == f"{sum(scores) / len(scores):.3f}"
+            assert row[name][1].endswith(f"n\u00a0{len(scores)}")
     text = "".join(page.text)
     assert f"note of {HOSTILE[:20]}" in text
     assert "Quality against compression" in text
 
 
-def test_samples_come_to_their_figures(folders):
-    """Of every task and every list of cells: the samples behind a figure have its mean and its number."""
+def test_samples_come_to_their_figures(folders: dict[str, Path]) -> None:
+    """Of every task and every list of cells: the samples of a figure have its mean and its number."""
     samples, seen = SampleLists(10**9), 0
     for run in read(list(folders.values())):
         for grouping in run.groupings:
@@ -211,17 +217,17 @@ def test_samples_come_to_their_figures(folders):
                 assert (link is None) == ("skipped" in cell)
                 for figure in figures_of([cell]):
                     rows = [samples.rows[i] for i in samples.lists[link]["rows"]]
-                    found = [float(row[figure]) for row in rows if figure in row]
-                    assert sum(found) / len(found) == pytest.approx(cell[figure]["mean"], rel=1e-3, nan_ok=True)
-                    assert len(found) == cell[figure]["n"]
+                    values = [float(row[figure]) for row in rows if figure in row]
+                    assert sum(values) / len(values) == pytest.approx(cell[figure]["mean"], rel=1e-3, nan_ok=True)
+                    assert len(values) == cell[figure]["n"]
                     seen += 1
     assert seen > 500
 
 
-def test_points_lead_to_their_samples(folders):
-    """What a point of a chart is called belongs to the samples behind it; every list of samples is led to."""
+def test_points_lead_to_their_samples(folders: dict[str, Path]) -> None:
+    """What a point of a chart is called belongs to its samples; every list of samples is led to."""
     html = report.page([folders["qa"]], limit=1000)
-    page = Reader(html)
+    page = PageReader(html)
     data = page.samples()
     assert page.links == set(range(len(data["lists"])))
     points = re.findall(r'<g class="point"[^>]* data-s="(\d+)">\s*<title>(.*?)</title>', html)
@@ -231,14 +237,14 @@ def test_points_lead_to_their_samples(folders):
         rows = [data["rows"][i] for i in data["lists"][int(number)]["rows"]]
         assert {row["key"]["method"] for row in rows} == {method}
         assert title.endswith(f", n {len(rows)}")
-        if found := re.search(r"([\d.]+) tokens a position: ", title):
+        if match := re.search(r"([\d.]+) tokens a position: ", title):
             ratio = sum(r["context_tokens"] for r in rows) / sum(r["positions"] for r in rows)
-            assert float(found[1]) == pytest.approx(ratio, abs=0.051)
+            assert float(match[1]) == pytest.approx(ratio, abs=0.051)
 
 
-def test_the_limit(folders):
-    """No figure has more samples than the limit, and the same questions stand behind all methods; 0 is none."""
-    page = Reader(report.page([folders["qa"], folders["other"]], limit=3))
+def test_the_limit(folders: dict[str, Path]) -> None:
+    """No figure has more samples than the limit, and all methods have the same questions; 0 is none."""
+    page = PageReader(report.page([folders["qa"], folders["other"]], limit=3))
     data = page.samples()
     asked = []
     for row in page.table("method", "mode", "rate", "samples", "score"):
@@ -247,17 +253,17 @@ def test_the_limit(folders):
             asked.append({data["rows"][i]["key"]["question"] for i in shown["rows"]})
             assert (len(shown["rows"]), shown["all"]) == (3, 12)
     assert len(asked) > 10
-    assert all(some == asked[0] for some in asked)
+    assert all(questions == asked[0] for questions in asked)
     assert asked[0] != {"q0", "q1", "q2"}  # drawn, not the first ones
     html = report.page([folders["qa"]], limit=0)
     assert "data-s=" not in html.split("<style>")[0] + html.split("</style>")[1].split("<script")[0]
-    assert Reader(html).samples() == {"rows": [], "lists": []}
+    assert PageReader(html).samples() == {"rows": [], "lists": []}
 
 
-def test_reconstruction(folders):
+def test_reconstruction(folders: dict[str, Path]) -> None:
     """Controls are apart, skipped cells say why, and positions have charts of their own."""
     html = report.page([folders["recon"]])
-    page, text = Reader(html), "".join(Reader(html).text)
+    page, text = PageReader(html), "".join(PageReader(html).text)
     data = json.loads((folders["recon"] / "results.json").read_text(encoding="utf-8"))
     for row, cell in zip(page.table("tokens", "rate", "context", "accuracy"), data["cells"], strict=True):
         assert row["context"][0] == cell["key"]["context"]
@@ -276,15 +282,15 @@ def test_reconstruction(folders):
             assert "soft" not in line[0]
     for wanted in ("place in the segment", "token at which the prompt begins", "By length", *data["notes"]):
         assert wanted in text
-    places = next(found for found in data["by_place"] if (found["length"], found["rate"]) == (64, 4))
-    for i, value in enumerate(places["group"]):
+    by_place = next(entry for entry in data["by_place"] if (entry["length"], entry["rate"]) == (64, 4))
+    for i, value in enumerate(by_place["group"]):
         drawn = re.search(rf"<title>4×, part {i + 1} of 4: ([\d.]+)", html)
         assert float(drawn[1]) == pytest.approx(value["mean"], abs=5e-4)
 
 
-def test_passkey(folders):
+def test_passkey(folders: dict[str, Path]) -> None:
     """A heat map for each variant: shares by length and position, beside the control's; what does not fit says so."""
-    page = Reader(report.page([folders["passkey"]]))
+    page = PageReader(report.page([folders["passkey"]]))
     measured = rows_of(folders["passkey"])
     heats = [rows for rows in page.tables if any(text == "control: key replaced" for text, *_ in rows[0])]
     assert len(heats) == 2
@@ -295,15 +301,15 @@ def test_passkey(folders):
         assert names == [("512", "1×"), ("512", "16×"), ("1k", "1×"), ("1k", "16×")]
         assert rows[2][2][0].startswith("not measured: 1k tokens at 1× take 1,024 positions")
         wanted = {"variant": variant, "length": 512, "rate": 16}
-        places = itertools.product(("whole", "replaced"), positions)
-        for (context, position), (share, small, _) in zip(places, rows[1][2:], strict=True):
+        columns = itertools.product(("whole", "replaced"), positions)
+        for (context, position), (share, small, _) in zip(columns, rows[1][2:], strict=True):
             key = {**wanted, "context": context, "position": position}
-            some = [row["right"] for row in measured if row["key"].items() >= key.items()]
-            assert share == f"{sum(some) / len(some):.0%}"
-            assert small.endswith(f"n\u00a0{len(some)}")
+            outcomes = [row["right"] for row in measured if row["key"].items() >= key.items()]
+            assert share == f"{sum(outcomes) / len(outcomes):.0%}"
+            assert small.endswith(f"n\u00a0{len(outcomes)}")
 
 
-def test_resources(folders):
+def test_resources(folders: dict[str, Path]) -> None:
     """Memory by length: computed, the floor, the base's, and the paper's own figures."""
     html = report.page([folders["resources"]])
     row = next(
@@ -318,21 +324,21 @@ def test_resources(folders):
     ):
         assert f"<title>{title}</title>" in html
     assert "plain, 64k tokens, computed: " in html
-    assert {cell["beyond window"][0] for cell in Reader(html).table("reader", "beyond window")} == {"yes", "no"}
+    assert {cell["beyond window"][0] for cell in PageReader(html).table("reader", "beyond window")} == {"yes", "no"}
 
 
-def test_folders_together(folders):
+def test_folders_together(folders: dict[str, Path]) -> None:
     """Sections in one order, each folder with a name of its own; a task that is not known has its table."""
-    page = Reader(report.page(list(folders.values())))
+    page = PageReader(report.page(list(folders.values())))
     text = "".join(page.text)
     heads = ["Answers", "Reconstruction", "Passkey", "Memory and time", "tea <b>time</b>"]
-    places = [text.rindex(head) for head in heads]
-    assert places == sorted(places)
+    offsets = [text.rindex(head) for head in heads]
+    assert offsets == sorted(offsets)
     assert "other/qa" in text
     assert f"{folders['qa'].parent.name}/qa" in text
     assert {"rcc human A", "rcc human B", "plain A", "plain B"} <= set(map(str.strip, page.text))
     (row,) = page.table("leaf", "samples", "cups", "warm")
-    assert {name: some[0] for name, some in row.items()} == {
+    assert {name: cells[0] for name, cells in row.items()} == {
         "leaf": "<u>green</u>",
         "samples": "4",
         "cups": "3",
@@ -341,10 +347,10 @@ def test_folders_together(folders):
 
 
 # ---------------------------------------------------------------- nothing but text
-def test_what_models_write_stays_text(folders):
+def test_what_models_write_stays_text(folders: dict[str, Path]) -> None:
     """No tag comes from a sample, a name, a note or a setting; the samples are what they were."""
     html = report.page(list(folders.values()))
-    page = Reader(html)
+    page = PageReader(html)
     assert page.tags.count("script") == 2
     assert not {"img", "iframe", "u", "i", "object", "embed"} & set(page.tags)
     assert "<!--" not in html
@@ -358,11 +364,11 @@ def test_what_models_write_stays_text(folders):
         assert row["loss"] == pytest.approx(same["loss"], rel=1e-4)
 
 
-def test_nothing_is_fetched_and_only_one_script_runs(folders):
+def test_nothing_is_fetched_and_only_one_script_runs(folders: dict[str, Path]) -> None:
     page = report.page([folders["recon"]])
     assert not re.search(r"https?://|@import|url\(|<link(?! rel=\"icon\" href=\"data:,\")|\ssrc=", page)
     policy = re.search(r'http-equiv="Content-Security-Policy" content="(.*?)"', page)[1].replace("&#39;", "'")
-    code = next(text for attrs, text in Reader(page).scripts if not attrs)
+    code = next(text for attrs, text in PageReader(page).scripts if not attrs)
     digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
     assert policy == f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
 
@@ -372,7 +378,7 @@ def call(*args: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "rcc", "report", *map(str, args)], capture_output=True, text=True)
 
 
-def test_the_command(folders, tmp_path):
+def test_the_command(folders: dict[str, Path], tmp_path: Path) -> None:
     """As a user types it; what exists is replaced only when that is asked for."""
     out = tmp_path / "report.html"
     done = call(folders["qa"], folders["tea"], "-o", out, "--samples", "2")
@@ -387,7 +393,7 @@ def test_the_command(folders, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
 
 
-def test_refusals(folders, tmp_path):
+def test_refusals(folders: dict[str, Path], tmp_path: Path) -> None:
     """One sentence and code 2, and no page."""
     begun, damaged, odd = tmp_path / "begun", tmp_path / "damaged", tmp_path / "odd"
     Results("qa", {}, begun)
@@ -432,7 +438,7 @@ FLAGS = ("--disable-gpu", "--disable-quic", "--no-first-run", "--disable-backgro
 
 
 @pytest.fixture(scope="module")
-def open_page(folders, tmp_path_factory) -> Iterator[Callable[..., Any]]:
+def open_page(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Any]]:
     """A page of all folders in a real browser; at the end nothing was fetched, logged or run that should not."""
     names = (os.environ.get("CHROMIUM"), "chromium", "chromium-browser", "google-chrome")
     program = next((path for name in names if name and (path := shutil.which(name))), None)
@@ -440,8 +446,8 @@ def open_page(folders, tmp_path_factory) -> Iterator[Callable[..., Any]]:
         pytest.skip("no Chromium here: install one, or name it in $CHROMIUM")
     reason = "playwright is missing: pip install 'rcc-context[dev]'"
     playwright = pytest.importorskip("playwright.sync_api", reason=reason)
-    path = tmp_path_factory.mktemp("page") / "report.html"
-    report.write(path, report.page(list(folders.values())))
+    page_file = tmp_path_factory.mktemp("page") / "report.html"
+    report.write(page_file, report.page(list(folders.values())))
     said: list[str] = []
     with playwright.sync_playwright() as running:
         browser = running.chromium.launch(
@@ -454,15 +460,15 @@ def open_page(folders, tmp_path_factory) -> Iterator[Callable[..., Any]]:
             page.on("console", lambda message: said.append(message.text))
             page.on("pageerror", lambda error: said.append(str(error)))
             page.on("request", lambda request: said.append(request.url))
-            page.goto(path.as_uri())
+            page.goto(page_file.as_uri())
             return page
 
         yield open_it
         browser.close()
-    assert set(said) == {path.as_uri()}
+    assert set(said) == {page_file.as_uri()}
 
 
-def test_browser_samples(open_page):
+def test_browser_samples(open_page: Callable[..., Any]) -> None:
     """A click on a figure, or on a point of a chart, shows its samples; they can be searched, ordered and paged."""
     page = open_page()
     page.locator("#qa details").first.locator("summary").click()
@@ -495,7 +501,7 @@ def test_browser_samples(open_page):
     assert page.evaluate("window.hacked") is None
 
 
-def test_browser_keyboard(open_page):
+def test_browser_keyboard(open_page: Callable[..., Any]) -> None:
     """Tab leads to the figures of a table, arrows from one to the next, Enter to the samples and Escape back."""
     page = open_page()
     table = page.locator("#passkey table").first
@@ -511,7 +517,7 @@ def test_browser_keyboard(open_page):
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(390, "light"), (390, "dark"), (1280, "light")])
-def test_browser_layout(open_page, width, scheme):
+def test_browser_layout(open_page: Callable[..., Any], width: int, scheme: str) -> None:
     """Nothing is wider than the screen, a phone's included; what is written in a chart does not overlap."""
     page = open_page(width, color_scheme=scheme)
     page.evaluate("document.querySelectorAll('details').forEach(part => part.open = true)")
@@ -525,7 +531,7 @@ def test_browser_layout(open_page, width, scheme):
     assert page.evaluate("document.querySelector('#list').scrollWidth") <= width
 
 
-def test_browser_without_scripts(open_page):
+def test_browser_without_scripts(open_page: Callable[..., Any]) -> None:
     """Charts, tables and notes are there; what only a script does is not spoken of."""
     page = open_page(java_script_enabled=False)
     assert page.locator("#qa figure:visible svg .curve").count() > 20

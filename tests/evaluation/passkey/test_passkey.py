@@ -58,7 +58,7 @@ def call(command: Callable[..., Any]) -> Callable[..., Any]:
 def test_keys_are_found(passkey_model: tuple[Path, set[int]], tmp_path: Path) -> None:
     """From the command line: (nearly) all keys, none of the controls; samples, figures, table and plot are kept."""
     folder = tmp_path / "out"
-    options = ["--lengths", str(LENGTH), "--keys", "20", "--controls", "10", "--output", folder]
+    options: list[str | Path] = ["--lengths", str(LENGTH), "--keys", "20", "--controls", "10", "--output", folder]
     done = subprocess.run(
         [sys.executable, "-m", "rcc", "eval", "passkey", "--model", passkey_model[0], *options, "--device", "cpu"],
         capture_output=True,
@@ -69,8 +69,8 @@ def test_keys_are_found(passkey_model: tuple[Path, set[int]], tmp_path: Path) ->
     assert done.stderr == f"{folder}: results.json, samples.jsonl, table.md and plots\n"
     data, rows = results.load(folder)
     assert len(rows) == 3 * (20 + 10)
-    found = [row["right"] for row in rows if row["key"]["context"] == "whole"]
-    assert np.mean(found) >= 0.95
+    outcomes = [row["right"] for row in rows if row["key"]["context"] == "whole"]
+    assert np.mean(outcomes) >= 0.95
     assert not any(row["right"] for row in rows if row["key"]["context"] == "replaced")
     assert all(row["right"] == (row["written"].strip(" .") == row["answer"]) for row in rows)
     assert {cell["key"]["position"] for cell in data["cells"]} == set(POSITIONS)
@@ -117,7 +117,7 @@ def test_cells_that_do_not_fit(able: tuple[RCCForCausalLM, Any], caplog: pytest.
     assert "| plain | 320 | 1× | does not fit | – | – | – | – |" in PasskeyReport(run).table()
     untrained = [note for note in run.notes if "not trained at" in note]
     assert [re.search(r"not trained at (\d)×, only at 4×:", note)[1] for note in untrained] == ["1", "8"]
-    assert [record.args[1] for record in caplog.records] == [1, 8]
+    assert [tuple(record.args)[1] for record in caplog.records] == [1, 8]
     # nothing fits by itself: the highest trained rate says so; a length beyond any memory is not even written
     run = passkey(*able, [2000, 10**14], keys=1, positions=["end"])
     assert [(row["key"]["rate"], "skipped" in row) for row in run.rows] == [(4, True)] * 4
@@ -137,7 +137,7 @@ def test_going_on(able: tuple[RCCForCausalLM, Any], tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(model, "compress", watched)
     seen: list[int] = []
-    options = {"keys": 2, "positions": ["start", "end"], "folder": tmp_path / "out"}
+    options: dict[str, Any] = {"keys": 2, "positions": ["start", "end"], "folder": tmp_path / "out"}
     passkey(model, tokenizer, [LENGTH], limit=1, **options, progress=seen.append)
     assert len(made) == 4
     assert seen[-1] == 4 * LENGTH

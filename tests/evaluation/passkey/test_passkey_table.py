@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from rcc.evaluation.passkey.settings import BY
 from rcc.evaluation.passkey.table import PasskeyReport
 from rcc.evaluation.results import Results
@@ -9,7 +11,13 @@ from rcc.evaluation.results import Results
 
 def test_the_table() -> None:
     """By hand: 19 of 20 found at the start, 20 of 20 at the end; beside the paper's row for its lengths only."""
-    settings = {"variants": ["plain"], "positions": ["start", "end"], "model": "m", "batch_tokens": None, "prose": {}}
+    settings: dict[str, Any] = {
+        "variants": ["plain"],
+        "positions": ["start", "end"],
+        "model": "m",
+        "batch_tokens": None,
+        "prose": {},
+    }
     run = Results("passkey", settings)
 
     def row(length: int, position: str, context: str, sample: int, right: bool) -> None:

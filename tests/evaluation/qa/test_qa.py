@@ -51,7 +51,9 @@ def model() -> RCCForCausalLM:
 # ---------------------------------------------------------------- methods
 
 
-def answer(model: RCCForCausalLM, methods: list[Any], data: Path, **protocol: Any) -> dict[tuple, dict[str, Any]]:
+def answer(
+    model: RCCForCausalLM, methods: list[Any], data: Path, **protocol: Any
+) -> dict[tuple[Any, ...], dict[str, Any]]:
     asked, _ = reading.read([str(data)])
     run = qa.QAEvaluation(TOKENIZER, asked, methods, QASettings(rates=[4], max_new_tokens=6, **protocol))
     return {(c.key["method"], c.key["mode"], c.key["question"]): c.measure() for c in run.cases()}
@@ -60,7 +62,7 @@ def answer(model: RCCForCausalLM, methods: list[Any], data: Path, **protocol: An
 def test_plain_is_the_base(model: RCCForCausalLM, data: Path) -> None:
     """What the base writes after the whole chat prompt, by transformers alone; the same decoder after parts of it."""
     methods = qa.make_methods(model, TOKENIZER, [], ["plain", "truncated", "bm25", "no-context"], hint="Be short.")
-    found = answer(model, methods, data)
+    rows = answer(model, methods, data)
     base = AutoModelForCausalLM.from_pretrained(checkpoints.resolve_base("smollm2-135m-instruct"), dtype=torch.bfloat16)
     for i, (name, text, question, _) in enumerate(FACTS):
         parts = [prompting.HEADER, text, f"\n\n{question} Be short.{prompting.TURN}"]
@@ -68,20 +70,21 @@ def test_plain_is_the_base(model: RCCForCausalLM, data: Path) -> None:
         end = token_ids(TOKENIZER, prompting.END, allow_special=True).item()
         out = base.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=end, pad_token_id=0)
         written = TOKENIZER.decode(out[0, ids.shape[1] :]).split(prompting.END)[0].strip()
-        row = found["plain", "", f"{name}/{i}"]
+        row = rows["plain", "", f"{name}/{i}"]
         assert row["written"] == written
         n = len(TOKENIZER(text)["input_ids"])
         assert (row["positions"], row["context_tokens"], row["cut"]) == (n, n, 0)
         assert row["bytes"] == n * 30 * 3 * 64 * 2 * 2  # layers, KV heads, head size, keys and values, bfloat16
         for other in ("truncated", "bm25"):
-            assert found[other, "", f"{name}/{i}"]["positions"] == -(-n // 4)
-        assert found["no-context", "", f"{name}/{i}"]["positions"] == 0
-        assert found["bm25", "", f"{name}/{i}"]["compress_seconds"] == 0
+            assert rows[other, "", f"{name}/{i}"]["positions"] == -(-n // 4)
+        assert rows["no-context", "", f"{name}/{i}"]["positions"] == 0
+        assert rows["bm25", "", f"{name}/{i}"]["compress_seconds"] == 0
         assert row["first_token_seconds"] > 0
 
 
 def test_a_text_beyond_the_window(model: RCCForCausalLM, data: Path) -> None:
     """Plain text loses its middle, and says so."""
+    method: Any
     (method,) = qa.make_methods(model, TOKENIZER, [], ["plain"], room=model.window - 28)
     assert 0 < method.room < 18
     row = answer(model, [method], data)["plain", "", "zoo/0"]
@@ -91,18 +94,18 @@ def test_a_text_beyond_the_window(model: RCCForCausalLM, data: Path) -> None:
 def test_contexts_are_asked_as_rcc_ask_does(model: RCCForCausalLM, data: Path) -> None:
     """Each mode, from one context for both questions about a text."""
     methods = qa.make_methods(model, TOKENIZER, prompting.MODES, [], beside={"twin": model})
-    found = answer(model, methods, data)
+    rows = answer(model, methods, data)
     for i, (name, text, question, _) in enumerate(FACTS):
         context = model.compress(token_ids(TOKENIZER, text), rate=4)
         for mode in prompting.MODES:
             asked = prompting.build(question, mode)
             wanted = answering.ask(model, TOKENIZER, context, asked, 6, do_sample=False)
-            row = found["rcc", mode, f"{name}/{i}"]
+            row = rows["rcc", mode, f"{name}/{i}"]
             assert (row.get("instruction"), row["written"]) == wanted
             assert ("instruction_accuracy" in row) == (mode == "reconstruct")
             assert row["positions"] == len(context)
-            assert found["twin", mode, f"{name}/{i}"]["written"] == row["written"]
-    seconds = {found["rcc", "human", f"zoo/{i}"]["compress_seconds"] for i in (0, 1)}
+            assert rows["twin", mode, f"{name}/{i}"]["written"] == row["written"]
+    seconds = {rows["rcc", "human", f"zoo/{i}"]["compress_seconds"] for i in (0, 1)}
     assert len(seconds) == 1  # read once
 
 

@@ -21,8 +21,8 @@ def test_read(tmp_path: Path) -> None:
         {"context": "four", "question": "q?", "answers": ["x"]},
         {"id": "b/1", "context": "five", "question": "q?", "answers": [7]},
     ]
-    found, notes = reading.read([str(write_rows(tmp_path / "some.jsonl", rows))])
-    assert [(q.id, q.set, q.context, q.answers) for q in found] == [
+    questions, notes = reading.read([str(write_rows(tmp_path / "some.jsonl", rows))])
+    assert [(q.id, q.set, q.context, q.answers) for q in questions] == [
         ("a/1", "a", "one", ("x", "y")),
         ("a/1'", "a", "three", ("z",)),
         ("some/4", "some", "four", ("x",)),
@@ -31,8 +31,8 @@ def test_read(tmp_path: Path) -> None:
         f"2 rows cannot be used; the first: {tmp_path}/some.jsonl:2: no field 'context' (it has text, question,"
         " answers)."
     ]
-    found, _ = reading.read([str(tmp_path / "some.jsonl")], include=["some"])
-    assert [q.id for q in found] == ["some/4"]
+    questions, _ = reading.read([str(tmp_path / "some.jsonl")], include=["some"])
+    assert [q.id for q in questions] == ["some/4"]
     with pytest.raises(InputError, match=r"has no question that can be used: no id begins with none\."):
         reading.read([str(write_rows(tmp_path / "own.jsonl", rows[:1]))], include=["none"])
 
@@ -45,6 +45,6 @@ def test_a_row_with_half_a_character_is_left_out_and_named(tmp_path: Path, field
     ]
     rows[1][field] = "half \ud800"
     file = write_rows(tmp_path / "rows.jsonl", rows)
-    found, notes = reading.open_questions([str(file)], None, [])
-    assert [question.id for question in found] == ["a/0", "a/2"]
+    questions, notes = reading.open_questions([str(file)], None, [])
+    assert [question.id for question in questions] == ["a/0", "a/2"]
     assert f"{file}:2: {field!r} is not Unicode" in notes[0]

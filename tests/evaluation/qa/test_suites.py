@@ -21,14 +21,18 @@ def test_longbench(tmp_path: Path) -> None:
     write_rows(tmp_path / "hotpotqa_e.jsonl", [row])
     write_rows(tmp_path / "trec.jsonl", [{**row, "all_classes": ["x", "y"]}])
     write_rows(tmp_path / "dureader.jsonl", [row])
-    found = {q.set: q for q in suites.read_suite("longbench", str(tmp_path))}
-    assert set(found) == {"hotpotqa", "trec"}
-    assert found["hotpotqa"].question == (
+    questions = {q.set: q for q in suites.read_suite("longbench", str(tmp_path))}
+    assert set(questions) == {"hotpotqa", "trec"}
+    assert questions["hotpotqa"].question == (
         "Answer the question based on the given passages. Only give me the answer and do not output any other words."
         "\n\nQuestion: Who?\nAnswer:"
     )
-    assert (found["hotpotqa"].id, found["hotpotqa"].metric, found["hotpotqa"].tokens) == ("hotpotqa/7", "f1", 32)
-    assert (found["trec"].metric, found["trec"].classes, found["trec"].question) == (
+    assert (questions["hotpotqa"].id, questions["hotpotqa"].metric, questions["hotpotqa"].tokens) == (
+        "hotpotqa/7",
+        "f1",
+        32,
+    )
+    assert (questions["trec"].metric, questions["trec"].classes, questions["trec"].question) == (
         "classification",
         ("x", "y"),
         "Who?",

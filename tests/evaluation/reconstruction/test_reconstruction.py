@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedTokenizerFast
 
 import reference as ref
+from conftest import MakeBackbone, MakeExpected, MakeModel, MakeTokens
 from rcc import InputError, RCCForCausalLM
 from rcc.evaluation import compare, metrics, results
 from rcc.evaluation.evaluation import evaluate, finish
@@ -51,7 +52,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="module")
-def folder(tiny, tokenizer, tmp_path_factory) -> Path:
+def folder(tiny: MakeModel, tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model as `--model` takes it."""
     path = tmp_path_factory.mktemp("model")
     tiny().save_pretrained(path, full=True)
@@ -60,12 +61,12 @@ def folder(tiny, tokenizer, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def documents(tokens) -> list[list[int]]:
+def documents(tokens: MakeTokens) -> list[list[int]]:
     return [[0, 0, *tokens(LENGTH + 3, seed)] for seed in (1, 2, 3)]  # token 0 stands in prompts, too
 
 
 @pytest.fixture(scope="module")
-def data(documents, tmp_path_factory) -> Path:
+def data(documents: list[list[int]], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three texts that are long enough, and a short one."""
     path = tmp_path_factory.mktemp("data") / "texts.jsonl"
     rows = [{"text": words(ids)} for ids in [*documents, documents[0][: LENGTH - 1]]]
@@ -74,7 +75,9 @@ def data(documents, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def measuring(tiny, tokenizer, data) -> Callable[..., ReconstructionEvaluation]:
+def measuring(
+    tiny: MakeModel, tokenizer: PreTrainedTokenizerFast, data: Path
+) -> Callable[..., ReconstructionEvaluation]:
     def make(
         model: RCCForCausalLM | None = None, paths: list[Path] | None = None, **settings: Any
     ) -> ReconstructionEvaluation:
@@ -90,7 +93,15 @@ def collect(run: ReconstructionEvaluation, folder: Path | None = None) -> Result
 
 # ---------------------------------------------------------------- against the reference
 @pytest.mark.parametrize("share", [True, False])
-def test_every_context_is_what_it_says(tiny, backbone, expected, documents, measuring, tokenizer, share):
+def test_every_context_is_what_it_says(
+    tiny: MakeModel,
+    backbone: MakeBackbone,
+    expected: MakeExpected,
+    documents: list[list[int]],
+    measuring: Callable[..., ReconstructionEvaluation],
+    tokenizer: PreTrainedTokenizerFast,
+    share: bool,
+) -> None:
     """Each figure of each sample, computed once more without a cache, a batch or LoRA that is switched off."""
     model = tiny() if share else tiny(share=False)
     run = measuring(model, rates=[4, 16], batch=3)
@@ -137,8 +148,10 @@ def test_every_context_is_what_it_says(tiny, backbone, expected, documents, meas
                 assert row["bleu"] == metrics.bleu(words(new), words(span[10:]))
 
 
-def test_every_context_of_a_direct_prefix_is_what_it_says(tiny, documents, measuring):
-    """Accuracy behind the real and the shuffled context, computed once more without a cache; at rate 1, too."""
+def test_every_context_of_a_direct_prefix_is_what_it_says(
+    tiny: MakeModel, documents: list[list[int]], measuring: Callable[..., ReconstructionEvaluation]
+) -> None:
+    """Accuracy after the real and the shuffled context, computed once more without a cache; at rate 1, too."""
     model = tiny(prefix="direct")
     run = measuring(model, rates=[4, 1], batch=3)
     texts = [ids[:LENGTH] for ids in documents]
@@ -160,7 +173,9 @@ def test_every_context_of_a_direct_prefix_is_what_it_says(tiny, documents, measu
             assert row["loss"] == pytest.approx(F.cross_entropy(logits, torch.tensor(span[10:])).item(), rel=1e-4)
 
 
-def test_work_is_bounded_and_done_once(tiny, measuring, monkeypatch):
+def test_work_is_bounded_and_done_once(
+    tiny: MakeModel, measuring: Callable[..., ReconstructionEvaluation], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Batches are as large as was asked for, and a document's context serves as its neighbour's wrong one."""
     sizes, read = [], []
     model = tiny()
@@ -171,18 +186,23 @@ def test_work_is_bounded_and_done_once(tiny, measuring, monkeypatch):
     monkeypatch.setattr(model, "encode", lambda ids, **kw: read.append(kw["rate"]) or encode(ids, **kw))
     collect(measuring(model, rates=[4, 8], batch=4))
     assert sizes == 3 * [4, 2, 4, 2, 2, 2]
-    assert sorted(read) == 4 * [4] + 4 * [8]  # the first one again, behind the last
+    assert sorted(read) == 4 * [4] + 4 * [8]  # the first one again, after the last
 
 
 # ---------------------------------------------------------------- the folder
-def test_resuming(measuring, fresh, tmp_path, monkeypatch):
+def test_resuming(
+    measuring: Callable[..., ReconstructionEvaluation],
+    fresh: MakeModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Killed in the middle, it goes on: the same samples, and nothing that was finished is measured again; documents
     and rates can be added."""
     whole = collect(measuring(), tmp_path / "whole")
-    model, measured = fresh(), []
+    model, measured = fresh(), list[Any]()
     original = ReconstructionEvaluation._measure
 
-    def counting(self, length, number, rate, kinds):
+    def counting(self: Any, length: int, number: int, rate: int, kinds: list[str]) -> Any:
         if len(measured) == 4:
             raise KeyboardInterrupt
         measured.append((number, rate, *kinds))
@@ -213,11 +233,11 @@ def test_resuming(measuring, fresh, tmp_path, monkeypatch):
         collect(measuring(target_tokens=5), tmp_path / "grown")
 
 
-def test_the_folder_of_a_run(measuring, tmp_path):
+def test_the_folder_of_a_run(measuring: Callable[..., ReconstructionEvaluation], tmp_path: Path) -> None:
     """Table, plots and JSON; cells that cannot be are named; two runs are compared sample by sample."""
     run = measuring(rates=[4, 16])
-    found = collect(run, tmp_path / "a")
-    finish(run, found)
+    measured = collect(run, tmp_path / "a")
+    finish(run, measured)
     names = {"accuracy-by-place", "accuracy-by-rate", "accuracy-by-start", "bleu-by-rate", "heat"}
     plots = {f"{name}-{LENGTH}.png" for name in names}
     files = {"results.json", "samples.jsonl", "settings.json", "table.md"} | plots
@@ -229,10 +249,10 @@ def test_the_folder_of_a_run(measuring, tmp_path):
     assert set(keys) == {(c, r) for c in contexts for r in (4, 16)} | {("no-context", None), ("plain-text", None)}
     for cell in data["by_start"]:
         key = cell["key"]
-        some = [row["accuracy"] for row in rows if row["key"].items() >= key.items()]
-        assert cell["accuracy"]["mean"] == pytest.approx(sum(some) / len(some))
+        accuracies = [row["accuracy"] for row in rows if row["key"].items() >= key.items()]
+        assert cell["accuracy"]["mean"] == pytest.approx(sum(accuracies) / len(accuracies))
         assert cell["accuracy"]["n"] == 3
-    assert [(place["length"], place["rate"]) for place in data["by_place"]] == [(LENGTH, 4), (LENGTH, 16)]
+    assert [(entry["length"], entry["rate"]) for entry in data["by_place"]] == [(LENGTH, 4), (LENGTH, 16)]
     assert len(data["by_place"][1]["group"]) == 16
     table = (tmp_path / "a/table.md").read_text(encoding="utf-8")
     assert [line.split(" | ")[0] for line in table.splitlines()[2:10]] == [f"| {kind}" for kind in contexts * 2] + [
@@ -255,10 +275,12 @@ def test_the_folder_of_a_run(measuring, tmp_path):
     assert notes == [f"{len(rows) - 8} samples of {tmp_path / 'a'} are not in the other and were left out."]
 
 
-def test_what_does_not_fit_says_so(tiny, measuring, tmp_path, data):
+def test_what_does_not_fit_says_so(
+    tiny: MakeModel, measuring: Callable[..., ReconstructionEvaluation], tmp_path: Path, data: Path
+) -> None:
     """A rate or a control that cannot be is a cell that says why; the others are measured."""
     run = measuring(tiny(window=64), rates=[1, 4, 16], documents=2)
-    report = finish(run, collect(run, tmp_path / "out"))
+    report: Any = finish(run, collect(run, tmp_path / "out"))
     why = "64 positions of context and 18 tokens of prompt and answer are more than the decoder's window of 64"
     cells = {(cell["key"]["context"], cell["key"].get("rate")): cell for cell in report.cells}
     for which in (("real", 1), ("wrong", 1), ("plain-text", None)):
@@ -270,27 +292,31 @@ def test_what_does_not_fit_says_so(tiny, measuring, tmp_path, data):
     one = tmp_path / "one.txt"
     one.write_text(json.loads(data.read_text().splitlines()[0])["text"], encoding="utf-8")
     alone = measuring(paths=[one], rates=[16], lengths=[48])  # three vectors, and no other document
-    cells = {cell["key"]["context"]: cell for cell in collect(alone).cells(["context"])}
-    assert cells["wrong"] == {"key": {"context": "wrong"}, "skipped": "there is no other document"}
-    assert "bleu" in cells["shuffled"]
+    lone = {cell["key"]["context"]: cell for cell in collect(alone).cells(["context"])}
+    assert lone["wrong"] == {"key": {"context": "wrong"}, "skipped": "there is no other document"}
+    assert "bleu" in lone["shuffled"]
     nothing = measuring(tiny(window=20), rates=[4], controls=())
     empty = finish(nothing, collect(nothing, tmp_path / "none"))
     assert empty.plots() == {}
 
 
-def test_an_untrained_rate_is_said_once(fresh, measuring, caplog):
+def test_an_untrained_rate_is_said_once(
+    fresh: MakeModel, measuring: Callable[..., ReconstructionEvaluation], caplog: pytest.LogCaptureFixture
+) -> None:
     model = fresh(rates=(4, 8))
     with caplog.at_level(logging.INFO):
-        found = collect(measuring(model, rates=[4, 2], documents=2))
+        results = collect(measuring(model, rates=[4, 2], documents=2))
     assert len([record for record in caplog.records if record.name.startswith("rcc")]) == 1
-    assert [note for note in found.notes if "not trained" in note] == [
+    assert [note for note in results.notes if "not trained" in note] == [
         "rcc was not trained at 2×, only at 4×, 8×: expect little of it."
     ]
-    assert "| 2× (untrained) |" in ReconstructionReport(found, model).table()
+    assert "| 2× (untrained) |" in ReconstructionReport(results, model).table()
 
 
 # ---------------------------------------------------------------- the command
-def test_refusals(command, folder, data, tmp_path, monkeypatch):
+def test_refusals(
+    command: Callable[..., Any], folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Bad input is one sentence that names it, and exit code 2, before any folder is made."""
     for name, text in {"empty.txt": "", "empty.jsonl": "", "short.txt": "w1 w2", "cut.jsonl": "{"}.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
@@ -332,7 +358,7 @@ def test_refusals(command, folder, data, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-def test_the_command_on_a_tiny_model(command, folder, data, tmp_path):
+def test_the_command_on_a_tiny_model(command: Callable[..., Any], folder: Path, data: Path, tmp_path: Path) -> None:
     """Without a folder the table is all there is; with --json the same figures; without controls the text alone."""
     args = ["--model", folder, "--data", data, "--lengths", "64", "--target-tokens", "4", "--limit", "2"]
     code, out, err = command("eval", "reconstruction", *args, "--rates", "4,8")
@@ -351,7 +377,9 @@ def test_the_command_on_a_tiny_model(command, folder, data, tmp_path):
 
 
 @pytest.mark.parametrize("prefix", ["residual", "direct"])
-def test_contexts_kept_in_8_bits(tiny, documents, measuring, prefix):
+def test_contexts_kept_in_8_bits(
+    tiny: MakeModel, documents: list[list[int]], measuring: Callable[..., ReconstructionEvaluation], prefix: str
+) -> None:
     """`kv` says how a context is kept that is continued; the folder notes it."""
     model = tiny(prefix=prefix)
     run = measuring(model, rates=[4], controls=[], kv="int8")
@@ -360,13 +388,13 @@ def test_contexts_kept_in_8_bits(tiny, documents, measuring, prefix):
     for row in collect(run).rows:
         key = row["key"]
         text = torch.tensor(documents[key["document"]][:LENGTH])
-        kept = model.compress(text[None], rate=4).to(dtype="int8")
+        eight = model.compress(text[None], rate=4).to(dtype="int8")
         span = text[key["start"] : key["start"] + 10 + TARGET]
-        logits = model(span[None], context=kept).logits[0, 9:-1]
+        logits = model(span[None], context=eight).logits[0, 9:-1]
         assert row["loss"] == pytest.approx(F.cross_entropy(logits, span[10:]).item(), rel=1e-4)
 
 
-def test_the_command_on_the_default_model(tmp_path):
+def test_the_command_on_the_default_model(tmp_path: Path) -> None:
     """As a user types it, on the text of the repository: its own context gives far more than another's or none, and
     the order of its vectors matters."""
     few = ["--limit", "2", "--lengths", "256", "--rates", "4", "--prompts", "2", "--target-tokens", "12"]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from conftest import MakeTokens
 from rcc import InputError
 from rcc.evaluation.reconstruction.documents import Documents, open_texts
 from short_text import make_home
@@ -28,12 +29,12 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="module")
-def documents(tokens) -> list[list[int]]:
+def documents(tokens: MakeTokens) -> list[list[int]]:
     return [[0, 0, *tokens(LENGTH + 3, seed)] for seed in (1, 2, 3)]
 
 
 @pytest.fixture(scope="module")
-def data(documents, tmp_path_factory) -> Path:
+def data(documents: list[list[int]], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three texts that are long enough, and a short one."""
     path = tmp_path_factory.mktemp("data") / "texts.jsonl"
     rows = [{"text": words(ids)} for ids in [*documents, documents[0][: LENGTH - 1]]]
@@ -41,21 +42,23 @@ def data(documents, tmp_path_factory) -> Path:
     return path
 
 
-def test_documents(tokenizer, data, documents, tmp_path):
+def test_documents(tokenizer: PreTrainedTokenizerFast, data: Path, documents: list[list[int]], tmp_path: Path) -> None:
     """Of several texts the beginnings, a short one left out; one text is cut; another document is never the same."""
     texts = open_texts([str(data)], "text", tokenizer)
-    found = Documents(texts, LENGTH, seed=0)
-    assert (len(found), found.too_short) == (3, 1)
-    assert [found[i].tolist() for i in range(3)] == [ids[:LENGTH] for ids in documents]
-    assert sorted(map(found.another, range(3))) == [0, 1, 2]
-    assert all(found.another(i) != i for i in range(3))
-    assert {tuple(Documents(texts, LENGTH, seed).order) for seed in range(20)} > {tuple(found.order)}
+    divided = Documents(texts, LENGTH, seed=0)
+    assert (len(divided), divided.too_short) == (3, 1)
+    assert [divided[i].tolist() for i in range(3)] == [ids[:LENGTH] for ids in documents]
+    assert sorted(map(divided.another, range(3))) == [0, 1, 2]
+    assert all(divided.another(i) != i for i in range(3))
+    assert {tuple(Documents(texts, LENGTH, seed).order) for seed in range(20)} > {tuple(divided.order)}
     (tmp_path / "one.txt").write_text(words(documents[0]), encoding="utf-8")
     cut = Documents(open_texts([str(tmp_path / "one.txt")], "text", tokenizer), 20, seed=0)
     assert [cut[i].tolist() for i in range(len(cut))] == [documents[0][i : i + 20] for i in (0, 20, 40)]
 
 
-def test_the_example_is_the_default(tokenizer, tmp_path, monkeypatch):
+def test_the_example_is_the_default(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """From the repository's folder, or from a source checkout; elsewhere a file is asked for."""
     monkeypatch.chdir(tmp_path)
     here = open_texts([], "text", tokenizer)  # this source checkout's

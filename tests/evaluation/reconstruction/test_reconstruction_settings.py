@@ -7,8 +7,8 @@ from dataclasses import replace
 from rcc.evaluation.reconstruction.settings import ReconstructionSettings
 
 
-def test_the_papers_protocol():
-    """At 2,048 tokens it is the paper's: five prompts 300 apart, 500 tokens behind each; others in proportion."""
+def test_the_papers_protocol() -> None:
+    """At 2,048 tokens it is the paper's: five prompts 300 apart, 500 tokens after each; others in proportion."""
     protocol = ReconstructionSettings(rates=[32], lengths=[2048])
     assert protocol.spans(2048) == [(start, start + 510) for start in (0, 300, 600, 900, 1200)]
     assert protocol.spans(512) == [(start, start + 135) for start in (0, 75, 150, 225, 300)]

@@ -211,25 +211,25 @@ def test_measured(
 def test_a_shape_is_measured_with_random_weights(pretend: list[Job]) -> None:
     """Its window is widened; what does not fit the machine is left out."""
     subject = Subject("small", small(window=256))
-    found = measured(subject, [1024, 2**32], rates=[4], plain=True)
+    run = measured(subject, [1024, 2**32], rates=[4], plain=True)
     assert [job.task for job in pretend] == ["plain", "compress", "ask"]
     shapes = [job.model for job in pretend]
     assert all(isinstance(shape, planning.Blueprint) for shape in shapes)
-    assert [shape.decoder.max_position_embeddings for shape in shapes] == [1024 + 544, 256 + 544, 256 + 544]  # type: ignore[union-attr]
+    assert [shape.decoder.max_position_embeddings for shape in shapes] == [1024 + 544, 256 + 544, 256 + 544]
     assert subject.blueprint.decoder.max_position_embeddings == 256
-    skipped = [row.get("skipped") for row in found.rows]
+    skipped = [row.get("skipped") for row in run.rows]
     assert skipped[0] is None is skipped[2]
     for reason, positions in ((skipped[1], 2**32), (skipped[3], 2**30)):
         assert reason.startswith(f"weights and KV cache take {positions * subject.position_bytes / 1e9:,.0f}"[:-2])
-    assert any("random weights" in note for note in found.notes)
+    assert any("random weights" in note for note in run.notes)
 
 
 def test_cells_that_do_not_fit(folder: Path, pretend: list[Job]) -> None:
     """A prefix that is too long says so; by default the lowest trained rate that fits is used; plain reading beyond
     the window is extrapolated, and marked."""
     subject = loadable(str(folder))
-    found = measured(subject, [64, 2048, 2**15], question_tokens=8)
-    keys = [(r["key"]["reader"], r["key"]["length"], r["key"].get("rate"), r.get("source")) for r in found.rows]
+    run = measured(subject, [64, 2048, 2**15], question_tokens=8)
+    keys = [(r["key"]["reader"], r["key"]["length"], r["key"].get("rate"), r.get("source")) for r in run.rows]
     assert keys == [
         *(("plain", n, None, "measured") for n in (64, 126, 252, 504)),
         ("plain", 2048, None, "extrapolated"),
@@ -238,16 +238,16 @@ def test_cells_that_do_not_fit(folder: Path, pretend: list[Job]) -> None:
         ("rcc", 2048, 8, "measured"),
         ("rcc", 2**15, 16, None),
     ]
-    rows = found.rows
+    rows = run.rows
     assert rows[4]["plain_first_token_seconds"] == pytest.approx(2.048)
     assert rows[4]["kv_bytes"] == 2048 * subject.position_bytes
     assert rows[7]["first_token_ratio"] == pytest.approx(204.8)
     assert rows[8]["skipped"] == "2,048 positions and a question do not fit the decoder's window of 512"
-    table = ResourcesReport(found).table()
+    table = ResourcesReport(run).table()
     assert re.search(r"\| 2k \| 8× \|.* ≈ \d", table)
     assert "≈ 205×" in table
     assert "| 32k | 16× | 2,048 positions and a question do not fit" in table
-    assert any(note.startswith("≈ beyond") for note in found.notes)
+    assert any(note.startswith("≈ beyond") for note in run.notes)
 
 
 # ---------------------------------------------------------------- parts
@@ -279,9 +279,9 @@ def test_real_text(folder: Path, pretend: list[Job], monkeypatch: pytest.MonkeyP
         return measure(job)
 
     monkeypatch.setattr(resources_process, "measure", look)
-    found = measured(loadable(str(folder)), [256], text=ids, plain=False)
+    run = measured(loadable(str(folder)), [256], text=ids, plain=False)
     assert (seen[0] == resources.repeat_text(ids, 256, 16)).all()
-    assert "the given text" in found.notes[1]
+    assert "the given text" in run.notes[1]
 
 
 REFUSALS = {

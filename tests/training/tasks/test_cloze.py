@@ -17,7 +17,7 @@ from task_samples import (
     MARKS,
     PROSE,
     TEXT,
-    Draw,
+    GivenDraw,
     read,
     sampled,
 )
@@ -25,7 +25,7 @@ from task_samples import (
 
 def test_a_cloze_conversation_has_other_gaps() -> None:
     task = Cloze(modes={"human": 1.0}, turns=5)
-    sample = task.sample(Draw(PROSE[9000:9400]), np.random.default_rng(0), 512, 512, MARKS)
+    sample = task.sample(GivenDraw(PROSE[9000:9400]), np.random.default_rng(0), 512, 512, MARKS)
     pairs = read(sample)
     plain = " ".join(MARKS.decode(PROSE[9000:9400]).split())
     assert len(set(pairs)) == len(pairs) == 5
@@ -81,7 +81,7 @@ def test_cloze_asks_for_what_stands_in_the_text() -> None:
 
 def test_cloze_in_words() -> None:
     """A word that asks, and words of the sentence without the answer: some missing, some in another order."""
-    asked, verbatim = Counter(), 0
+    asked, verbatim = Counter[str](), 0
     for seed in range(80):
         text = TEXT[3000 * (seed % 20) :][:2500]
         question, answer = cloze(text, np.random.default_rng(seed), worded=True)
@@ -105,7 +105,7 @@ def test_cloze_samples(mode: str) -> None:
     """Asked as any other question, of the text alone, which is whole."""
     task = Cloze(modes={mode: 1.0}, own_segment=0.0, before=0.0)
     given = PROSE[: task.window(512, 256)]
-    sample = task.sample(Draw(given), np.random.default_rng(3), 512, 256, MARKS)
+    sample = task.sample(GivenDraw(given), np.random.default_rng(3), 512, 256, MARKS)
     context = sample.pieces[0]
     assert np.array_equal(context[: len(given)], given)
     assert len(context) <= 512

@@ -52,7 +52,7 @@ def test_passkey_stands_anywhere() -> None:
         shares.append(before / sentences)
     for quarter in range(1, 4):
         assert np.quantile(shares, quarter / 4) == pytest.approx(quarter / 4, abs=0.07)
-    ends = [taken_apart(TOKENIZER.decode(passkey_ids(12345, where, 2000, MARKS.encode))) for where in (0.0, 1.0)]
+    ends = [taken_apart(TOKENIZER.decode(passkey_ids(12345, depth, 2000, MARKS.encode))) for depth in (0.0, 1.0)]
     assert [before for _, before, _ in ends] == [0, ends[0][2]]
 
 

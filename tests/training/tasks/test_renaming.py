@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import replace
 
 import numpy as np
 
+from rcc.data.corpus import Row
 from rcc.training.tasks.renaming import exchange, new_words
 from task_samples import (
     MARKS,
     TOKENIZER,
-    Row,
     only,
     read,
+    row_of,
 )
 
 
@@ -24,10 +24,10 @@ class Town:
     segment = 64
     passage = "Then Ada Byron went to Paris in 1843. She saw Byron\u2019s 25 cats."
     rows = (
-        Row.of(passage, "When did Ada go?", "in 1843"),
-        Row.of(passage, "Who had 25 cats in Paris?", "Byron"),
+        row_of(passage, "When did Ada go?", "in 1843"),
+        row_of(passage, "Who had 25 cats in Paris?", "Byron"),
     )
-    stranger = replace(Row.of("We met Karl Marx in Bonn, not Wilhelm or Otto.", "Who was met?", "Karl Marx"), hash=8)
+    stranger = row_of("We met Karl Marx in Bonn, not Wilhelm or Otto.", "Who was met?", "Karl Marx", hash=8)
 
     def row(self) -> Row:
         return self.rows[0]
@@ -46,14 +46,14 @@ class Town:
 
 
 def test_names_and_numbers_are_exchanged_alike_in_passage_question_and_answer() -> None:
-    seen = Counter()
+    seen: Counter[tuple[str, str]] = Counter()
     for seed in range(60):
         task = only("human", renamed=1.0, turns=4)
         sample = task.sample(Town(), np.random.default_rng(seed), 128, 128, MARKS)
         (passage,) = (TOKENIZER.decode(piece) for piece in sample.pieces)
-        found = re.fullmatch(r"Then (\w+) (\w+) went to (\w+) in (\d{4})\. She saw (\w+)\u2019s (\d\d) cats\.", passage)
-        assert found, passage
-        ada, byron, paris, year, again, cats = found.groups()
+        match = re.fullmatch(r"Then (\w+) (\w+) went to (\w+) in (\d{4})\. She saw (\w+)\u2019s (\d\d) cats\.", passage)
+        assert match, passage
+        ada, byron, paris, year, again, cats = match.groups()
         assert again == byron
         assert len({ada, byron, paris}) == 3
         assert {ada, byron, paris} < {"Karl", "Marx", "Bonn", "Wilhelm", "Otto"}

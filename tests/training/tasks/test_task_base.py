@@ -14,8 +14,8 @@ from task_samples import (
     PROSE,
     ROWS,
     TOKENIZER,
-    Row,
     only,
+    row_of,
     sampled,
 )
 
@@ -53,7 +53,7 @@ def test_options_that_cannot_be_used_are_named(task: str, options: dict[str, Any
 
 def test_unknown_options_are_refused() -> None:
     with pytest.raises(TypeError, match="promt_tokens"):
-        TASKS["reconstruction"](promt_tokens=3)
+        TASKS["reconstruction"](promt_tokens=3)  # type: ignore[call-arg]
     assert {name: (task.name, task.reads) for name, task in TASKS.items()} == {
         "reconstruction": ("reconstruction", "text"),
         "continuation": ("continuation", "text"),
@@ -65,7 +65,7 @@ def test_unknown_options_are_refused() -> None:
 
 def test_describe() -> None:
     text = describe(
-        sampled(only("compress", own_segment=1.0, before=0.0, distractors=1.0), Row.of(*ROWS[0])), TOKENIZER
+        sampled(only("compress", own_segment=1.0, before=0.0, distractors=1.0), row_of(*ROWS[0])), TOKENIZER
     )
     assert "instruction" in text
     assert " […] " in text

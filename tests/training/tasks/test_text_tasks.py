@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from task_samples import (
 
 
 def test_reconstruction_starts_anywhere() -> None:
-    starts = Counter()
+    starts: Counter[int] = Counter()
     for seed in range(400):
         sample = sampled(Reconstruction(), np.arange(100, 140), 40, 20, seed)
         assert np.concatenate([sample.prompt, sample.target]).tolist() == list(
@@ -38,8 +39,8 @@ def test_reconstruction_starts_anywhere() -> None:
 
 
 def test_reconstruction_in_spans() -> None:
-    """All of the span once, in pieces that begin anywhere, each behind tokens of its own that are given."""
-    counts, firsts, given = Counter(), Counter(), Counter()
+    """All of the span once, in pieces that begin anywhere, each after tokens of its own that are given."""
+    counts, firsts, given = Counter[int](), Counter[int](), Counter[int]()
     for seed in range(600):
         sample = sampled(Reconstruction(spans=4, prompt_tokens=6), np.arange(100, 160), 60, 60, seed)
         written = np.concatenate([sample.prompt, sample.target])
@@ -77,18 +78,18 @@ def test_reconstruction_in_spans() -> None:
             assert batch["labels"][0, start:][learnt].tolist() == sample.target[learnt].tolist()
         assert np.mean(shares) == pytest.approx(0.3, abs=0.04)
     # in some samples it reads its own predictions of all that it learns, but for what is read wrong anyway
-    kept = []
+    untouched = []
     for seed in range(100):
         sample = sampled(Reconstruction(spans=4, wrong=0.3, predicted=0.4), np.arange(100, 160), 60, 60, seed)
         same_without = sampled(Reconstruction(spans=4, wrong=0.3), np.arange(100, 160), 60, 60, seed)
         for name in ("prompt", "target", "learnt", "read"):
             assert np.array_equal(getattr(sample, name), getattr(same_without, name))
-        kept.append(sample.predicted is not None)
+        untouched.append(sample.predicted is not None)
         if sample.predicted is not None:
             assert not sample.predicted[~sample.learnt].any()
             assert sample.predicted[(sample.read == sample.target) & sample.learnt].mean() > 0.9
             assert not sample.predicted[sample.read != sample.target].any()
-    assert np.mean(kept) == pytest.approx(0.4, abs=0.12)
+    assert np.mean(untouched) == pytest.approx(0.4, abs=0.12)
     own = Reconstruction(predicted=1, passes=3)
     assert {n for seed in range(30) for n in sampled(own, np.arange(60), 60, 60, seed).predicted} == {1, 2, 3}
     # in some samples stretches of the text stand in two places, in what is read and in what is written
@@ -128,8 +129,9 @@ def test_continuation_goes_on_where_the_context_ends(tokens: int, context: int) 
     prompt_tokens=st.integers(1, 200),
     seed=st.integers(0, 2**32),
 )
-def test_text_sizes(name, tokens, length, targets, prompt_tokens, seed):
-    task = TASKS[name](prompt_tokens=prompt_tokens)
+def test_text_sizes(name: str, tokens: int, length: int, targets: int, prompt_tokens: int, seed: int) -> None:
+    kind: Any = TASKS[name]
+    task = kind(prompt_tokens=prompt_tokens)
     text = np.arange(LOW, LOW + min(tokens, task.window(length, targets)))
     sample = sampled(task, text, length, targets, seed)
     check_sizes(sample, length, targets, 64)

@@ -127,7 +127,7 @@ def curves(
         start = [(left, marks[-1]["y"])] if look.level else []
         path = "M" + "L".join(f"{a:.1f} {b:.1f}" for a, b in [*start, *((m["x"], m["y"]) for m in marks)])
         name = look.name if len(look.name) <= LONGEST else look.name[: LONGEST - 1] + "…"
-        chart.lines.append({"look": look, "path": path, "places": marks, "name": name, "end": marks[-1]})
+        chart.lines.append({"look": look, "path": path, "marks": marks, "name": name, "end": marks[-1]})
     chart.lines.sort(key=lambda line: line["end"]["y"])
     for line, label in zip(chart.lines, _spread([line["end"]["y"] for line in chart.lines], TOP, bottom), strict=True):
         line["label"] = label

@@ -29,9 +29,9 @@ class ChartGroup:
 def point(name: str, condition: str, x: float, value: Value, samples: int | None, factor: float = 1) -> Point:
     """Make a figure of a chart, with what the pointer is told of it: what it is of, and under which condition."""
     ends = {end: None if value[end] is None else value[end] * factor for end in ("mean", "low", "high")}
-    places = digits([float(ends["mean"] or 0)])
-    around = interval(value, places, factor)
-    text = f"{name}, {condition}: {ends['mean']:,.{places}f}{f' [{around}]' if around else ''}, n {value['n']:,}"
+    decimals = digits([float(ends["mean"] or 0)])
+    around = interval(value, decimals, factor)
+    text = f"{name}, {condition}: {ends['mean']:,.{decimals}f}{f' [{around}]' if around else ''}, n {value['n']:,}"
     return Point(x, {**ends, "n": value["n"]}, text, samples)
 
 
@@ -70,6 +70,6 @@ def shade(cell: Mapping[str, Any], figure: str, link: int | None, most: float = 
     """Return a share as a heat map shows it, its colour deepest at `most`; or why there is none."""
     if figure not in cell:
         return str(cell.get("skipped", ""))
-    value, places, factor = cell[figure], 0 if percent else 3, 100 if percent else 1
-    small = joined(interval(value, max(0, places - 1), factor), f"n\u00a0{value['n']:,}")
-    return Cell(f"{value['mean'] * factor:.{places}f}{'%' if percent else ''}", small, link, value["mean"] / most)
+    value, decimals, factor = cell[figure], 0 if percent else 3, 100 if percent else 1
+    small = joined(interval(value, max(0, decimals - 1), factor), f"n\u00a0{value['n']:,}")
+    return Cell(f"{value['mean'] * factor:.{decimals}f}{'%' if percent else ''}", small, link, value["mean"] / most)

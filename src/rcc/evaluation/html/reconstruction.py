@@ -69,13 +69,13 @@ class _Charts:
     def _positions(self, length: int) -> list[Chart | None]:
         """Return the charts of one length by where the prompt begins, and by the token's place."""
         start = Axis("token at which the prompt begins")
-        place = Axis("place in the segment, 0 to 1", ticks={i / 4: f"{i / 4:g}" for i in range(5)})
+        within = Axis("place in the segment, 0 to 1", ticks={i / 4: f"{i / 4:g}" for i in range(5)})
         group = Axis("place in the group; of the last, states are kept")
         charts = [
             curves(f"{title} by start of the prompt", self._real(f, "by_start", "start", length), start, NAMED[f][1])
             for f, title in FIRST.items()
         ]
-        charts.append(curves("Accuracy by place in the segment", self._by_place("segment", length), place, PART))
+        charts.append(curves("Accuracy by place in the segment", self._by_place("segment", length), within, PART))
         charts.append(curves("Accuracy by place in the group of a rate", self._by_place("group", length), group, PART))
         return charts
 
@@ -107,11 +107,11 @@ class _Charts:
 
     def _by_place(self, part: str, length: int) -> Iterator[tuple[Look, Point]]:
         for run in self.runs:
-            for places in run.data.get("by_place", []):
-                key: dict[str, Any] = {"length": length, "rate": places["rate"], "context": "real"}
-                values = places[part]
+            for shares in run.data.get("by_place", []):
+                key: dict[str, Any] = {"length": length, "rate": shares["rate"], "context": "real"}
+                values = shares[part]
                 link = self.samples.link(run, key, list(key))
-                for i, value in enumerate(values if places["length"] == length else []):
+                for i, value in enumerate(values if shares["length"] == length else []):
                     if value is not None:
-                        look, x = self._look(run, places["rate"]), i + 1 if part == "group" else (i + 0.5) / len(values)
+                        look, x = self._look(run, shares["rate"]), i + 1 if part == "group" else (i + 0.5) / len(values)
                         yield look, point(look.name, f"part {i + 1} of {len(values)}", x, value, link)

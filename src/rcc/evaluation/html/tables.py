@@ -86,19 +86,19 @@ def digits(values: Sequence[float]) -> int:
     return min(max(0, 2 - math.floor(math.log10(min(sizes)))), 1 if max(sizes) >= 1000 else 3)
 
 
-def interval(value: Value, places: int, factor: float = 1) -> str:
+def interval(value: Value, decimals: int, factor: float = 1) -> str:
     """Write the bounds of a figure; nothing where there are none."""
     if value["low"] is None or value["high"] is None:
         return ""
     low, high = value["low"] * factor, value["high"] * factor
-    return f"{low:,.{places}f}{' – ' if low < 0 else '–'}{high:,.{places}f}"
+    return f"{low:,.{decimals}f}{' – ' if low < 0 else '–'}{high:,.{decimals}f}"
 
 
 def table(run: Finished, name: str, samples: SampleLists) -> Table:
     """Make a table of a list of cells: every figure with its interval."""
     cells = run.groupings[name]
     by, figures = keys_of(cells), figures_of(cells)
-    places = {f: digits([float(c[f]["mean"] * label(f)[1]) for c in cells if f in c]) for f in figures}
+    decimals = {f: digits([float(c[f]["mean"] * label(f)[1]) for c in cells if f in c]) for f in figures}
     rows = []
     for key, cell, link in samples.cells(run, name):
         count = max((cell[f]["n"] for f in figures if f in cell), default=0)
@@ -109,8 +109,10 @@ def table(run: Finished, name: str, samples: SampleLists) -> Table:
             value, factor = cell[figure], label(figure)[1]
             if figure in CERTAIN:
                 return Cell("yes" if value["mean"] else "no", "", link)
-            small = joined(interval(value, places[figure], factor), f"n {value['n']:,}" if value["n"] != count else "")
-            return Cell(f"{value['mean'] * factor:,.{places[figure]}f}", small, link)
+            small = joined(
+                interval(value, decimals[figure], factor), f"n {value['n']:,}" if value["n"] != count else ""
+            )
+            return Cell(f"{value['mean'] * factor:,.{decimals[figure]}f}", small, link)
 
         head = [text_of(key, k) or "–" for k in by]
         columns = [Cell(f"{count:,}", "", link), *map(shown, figures)]
