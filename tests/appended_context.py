@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from conftest import MakeTokens
+from conftest import MakeModel, MakeTokens
 from rcc import CompressedContext, RCCForCausalLM
 
 
 @pytest.fixture(scope="session")
-def tiny_llama(tiny: Callable[..., RCCForCausalLM]) -> RCCForCausalLM:
+def tiny_llama(tiny: MakeModel) -> RCCForCausalLM:
     """The model that made the context; not to be changed."""
     return tiny("llama", name="tiny-llama")
 
 
 @pytest.fixture(scope="session")
-def appended(tiny_llama: RCCForCausalLM, tokens: Callable[..., list[int]]) -> CompressedContext:
+def appended(tiny_llama: RCCForCausalLM, tokens: MakeTokens) -> CompressedContext:
     """An appended text: two pieces at two rates."""
     first = tiny_llama.compress(torch.tensor([tokens(37)]))
     return tiny_llama.compress(torch.tensor([tokens(9, 2)]), rate=2, context=first)

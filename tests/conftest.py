@@ -99,8 +99,14 @@ def signals() -> Iterator[None]:
         signal.signal(number, handler)
 
 
+Command = Callable[..., tuple[int, str, str]]
+"""The fixture `command`."""
+Call = Callable[..., Result]
+"""The fixture `call`."""
+
+
 @pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
     """`rcc …` inside this process → exit code, standard output, standard error."""
     monkeypatch.setattr(allocator, "configure", lambda: True)  # it would change this process's memory for good
 
@@ -116,7 +122,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
 
 @pytest.fixture
-def call(command: Callable[..., tuple[int, str, str]]) -> Callable[..., Result]:
+def call(command: Command) -> Call:
     """`rcc …` inside this process."""
     return lambda *args, stdin=b"": Result(*command(*args, stdin=stdin))
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from command_line import Result, process
+from conftest import Call
 from rcc import checkpoints, load_tokenizer
 
 BOOK = Path(__file__).resolve().parents[1] / "examples" / "simple-susan.txt"
@@ -62,5 +63,5 @@ def text_length(short_text: Path) -> int:
     return len(load_tokenizer(MODEL)(short_text.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"])
 
 
-def info(call: Callable[..., Result], path: Path) -> dict[str, Any]:
+def info(call: Call, path: Path) -> dict[str, Any]:
     return json.loads(call("inspect", path, "--json").ok().out)

@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,9 @@ from typing import Any
 import pytest
 import yaml
 
+from conftest import MakeBatch, MakeModel, MakeTokens
 from damage import DEEP, attempt, damaged
-from rcc import CompressedContext, CompressedVectors, ContextError, RCCConfig, RCCError, RCCForCausalLM
+from rcc import CompressedContext, CompressedVectors, ContextError, RCCConfig, RCCError
 from rcc.errors import InputError, ModelError
 from rcc.evaluation import compare, results
 from rcc.evaluation.html import page as report
@@ -43,7 +43,7 @@ def test_a_key_that_stands_twice_is_refused_with_both_lines(tmp_path: Path, text
         Recipe.load(write(tmp_path / "r.yaml", text))
 
 
-def test_model_configurations(tmp_path: Path, fresh: Callable[..., RCCForCausalLM]) -> None:
+def test_model_configurations(tmp_path: Path, fresh: MakeModel) -> None:
     fresh().save_pretrained(tmp_path / "m")
     file = tmp_path / "m" / "config.json"
     good = json.loads(file.read_text())
@@ -69,7 +69,7 @@ def forged(raw: bytes, header: dict[str, Any]) -> bytes:
     return data[:at] + hashlib.sha256(data).hexdigest().encode() + data[at + 64 :]
 
 
-def test_context_files(tmp_path: Path, tiny: Callable[..., RCCForCausalLM], tokens: Any, batch: Any) -> None:
+def test_context_files(tmp_path: Path, tiny: MakeModel, tokens: MakeTokens, batch: MakeBatch) -> None:
     path = tmp_path / "c.rcc"
     tiny().compress(batch([tokens(40)])[0]).save(path)
     raw = path.read_bytes()
@@ -98,7 +98,7 @@ def test_context_files(tmp_path: Path, tiny: Callable[..., RCCForCausalLM], toke
         load()
 
 
-def test_files_of_vectors(tmp_path: Path, tiny: Callable[..., RCCForCausalLM], tokens: Any, batch: Any) -> None:
+def test_files_of_vectors(tmp_path: Path, tiny: MakeModel, tokens: MakeTokens, batch: MakeBatch) -> None:
     path = tmp_path / "v"
     tiny().encode(batch([tokens(40)])[0], rate=4).save(path)
     raw = path.read_bytes()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
 
+from conftest import Command
 from damage import DEEP, read_damaged, read_damaged_lines
 from rcc import FileError, ModelError, RCCForCausalLM, checkpoints
 from rcc.data.corpus import open_text
@@ -24,7 +24,6 @@ from rcc.training.checkpointing import load_about
 from rcc.training.progress import Log
 
 WHOLE = Path(__file__).parent / "fixtures" / "56825c2"
-Call = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
@@ -47,7 +46,7 @@ def test_shapes_and_their_plans(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("text", [DEEP, "[]", '{"model_type": 5}', '{"model_type": "llama", "hidden_size": "x"}'])
-def test_the_plan_of_a_malformed_shape_is_refused_in_one_sentence(command: Call, folder: Path, text: str) -> None:
+def test_the_plan_of_a_malformed_shape_is_refused_in_one_sentence(command: Command, folder: Path, text: str) -> None:
     (folder / "model/decoder/config.json").write_text(text)
     code, out, said = command("plan", "model/decoder")
     assert (code, out, said.count("\n")) == (2, "", 1)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from conftest import Command
 from fixtures.make import ids, tables, without_date
 from rcc import CompressedContext, CompressedVectors, RCCForCausalLM
 from rcc.evaluation import metrics, results
@@ -30,7 +30,6 @@ EXPECTED: dict[str, Any] = json.loads((OLD / "expected.json").read_text())
 BASE = "decoder/model.safetensors"
 CONTEXTS = ["one", "appended"]
 EVALUATIONS = ["reconstruction", "qa"]
-Call = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +122,7 @@ def test_what_is_made_anew_of_vectors_and_texts_is_what_was_made(model: RCCForCa
 
 
 @pytest.mark.parametrize("name", CONTEXTS)
-def test_a_context_is_shown_as_it_was(command: Call, copied: Path, name: str) -> None:
+def test_a_context_is_shown_as_it_was(command: Command, copied: Path, name: str) -> None:
     code, out, _ = command("inspect", f"{name}.rcc", "--json")
     assert code == 0
     assert json.loads(EXPECTED[name]["inspected"]).items() <= json.loads(out).items()
@@ -136,7 +135,7 @@ def of_this_sacrebleu(text: str, task: str) -> str:
 
 
 @pytest.mark.parametrize("task", EVALUATIONS)
-def test_an_evaluation_that_goes_on_has_nothing_to_do(command: Call, copied: Path, task: str) -> None:
+def test_an_evaluation_that_goes_on_has_nothing_to_do(command: Command, copied: Path, task: str) -> None:
     """Every sample is found in the folder, and the tables made of them are those of then."""
     settings = copied / task / "settings.json"
     settings.write_text(of_this_sacrebleu(settings.read_text(), task))
@@ -159,7 +158,7 @@ def test_the_report_of_an_evaluation_has_the_same_tables(task: str) -> None:
 
 
 # ---------------------------------------------------------------- training
-def test_a_run_goes_on_from_its_checkpoint(command: Call, copied: Path) -> None:
+def test_a_run_goes_on_from_its_checkpoint(command: Command, copied: Path) -> None:
     """Two more steps: the same samples, so the same losses and the same weights."""
     threads = f"run.threads={torch.get_num_threads()}"  # the recipe's own would outlast the test
     code, _, said = command("train", "run/recipe.yaml", "-o", "run", "--resume", "--set", threads)

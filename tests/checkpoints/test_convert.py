@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
-from command_line import Result
+from conftest import Call, MakeTokens
 from published import CONFIG, Published, buffers, save, weights
 from rcc import RCCConfig, RCCForCausalLM, load_tokenizer
 from rcc.checkpoints.convert import Conversion, convert_checkpoint
@@ -30,7 +30,6 @@ from rcc.errors import ModelError
 SEGMENT, RATE = 16, 4
 SIZES = ("--segment-length", str(SEGMENT), "--rate", str(RATE))
 PROMPT = [5, 17, 80, 3, 44]
-Call = Callable[..., Result]
 
 
 def convert(source: Path, out: Path, **options: Any) -> Conversion:
@@ -77,7 +76,7 @@ def build(folder: Path, variant: dict[str, Any]) -> tuple[Path, dict[str, Any], 
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_same_vectors_logits_and_tokens(tmp_path: Path, tokens: Any, variant: str) -> None:
+def test_same_vectors_logits_and_tokens(tmp_path: Path, tokens: MakeTokens, variant: str) -> None:
     source, config, tensors = build(tmp_path, VARIANTS[variant])
     convert(source, tmp_path / "ours")
     model = RCCForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32)
@@ -95,7 +94,7 @@ def test_same_vectors_logits_and_tokens(tmp_path: Path, tokens: Any, variant: st
         assert written.tolist() == theirs.greedy(vectors, PROMPT, 6)
 
 
-def test_every_tensor_that_is_used_matters(tmp_path: Path, tensors: dict[str, Tensor], tokens: Any) -> None:
+def test_every_tensor_that_is_used_matters(tmp_path: Path, tensors: dict[str, Tensor], tokens: MakeTokens) -> None:
     """And no other: the reference itself would else let a wrong name pass."""
     ids = tokens(20)
 
@@ -117,7 +116,7 @@ def test_every_tensor_that_is_used_matters(tmp_path: Path, tensors: dict[str, Te
         assert matters == (fate.fate == "used" and not any(word in fate.name for word in silent)), fate
 
 
-def test_the_published_segment(tmp_path: Path, tokens: Any) -> None:
+def test_the_published_segment(tmp_path: Path, tokens: MakeTokens) -> None:
     """2,048 tokens at 32×, as the checkpoint was trained, unless something else is said."""
     config = CONFIG | {"max_position_embeddings": 2048, "num_hidden_layers": 2, "num_attention_heads": 2}
     tensors = weights(config)

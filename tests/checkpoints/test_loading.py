@@ -6,16 +6,15 @@ import ast
 import builtins
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel
 
 import rcc
+from conftest import MakeBackbone
 from rcc import InputError, ModelError, RCCError, RCCForCausalLM, checkpoints
 
 SOURCES = sorted(Path(rcc.__file__).parent.rglob("*.py"))
@@ -43,7 +42,7 @@ def test_no_call_of_the_package_lets_a_folder_run_code() -> None:
 
 
 @pytest.fixture
-def base(tmp_path: Path, backbone: Callable[..., PreTrainedModel]) -> Path:
+def base(tmp_path: Path, backbone: MakeBackbone) -> Path:
     backbone("llama", window=4096).save_pretrained(tmp_path / "base")
     return tmp_path / "base"
 

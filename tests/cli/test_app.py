@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import pytest
 import torch
 
 from command_line import LIMIT, RCC, Result, environment, process
+from conftest import Call
 from rcc import CompressedContext, RCCForCausalLM, load_tokenizer
 from rcc.runtime import precision
 from short_text import MODEL, info
@@ -35,7 +35,7 @@ def test_compress(compressed_text: tuple[Path, Result], text_length: int) -> Non
 
 @pytest.mark.parametrize(("hardware", "wanted"), [(False, torch.float32), (True, torch.bfloat16)])
 def test_precision_follows_the_cpu(
-    call: Callable[..., Result],
+    call: Call,
     short_text: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -66,7 +66,7 @@ def test_precision_follows_the_cpu(
     assert call("ask", tmp_path / "1.rcc", "Who?", "--max-new-tokens", "2").ok().err == ""
 
 
-def test_inspect(call: Callable[..., Result], compressed_file: Path, text_length: int) -> None:
+def test_inspect(call: Call, compressed_file: Path, text_length: int) -> None:
     described = info(call, compressed_file)
     assert {"source_tokens", "rate", "positions", "bytes", "model", "fingerprint"} <= set(described)
     assert (described["source_tokens"], described["rate"], described["positions"]) == (
@@ -108,7 +108,7 @@ def test_ask_in_a_pipe(compressed_file: Path) -> None:
     assert asked.stderr.read() == b""
 
 
-def test_ask_in_json(call: Callable[..., Result], compressed_file: Path) -> None:
+def test_ask_in_json(call: Call, compressed_file: Path) -> None:
     questions = ["Who is the father?", "Where is the village?"]
     plain = call("ask", compressed_file, *questions).ok()
     answers = json.loads(call("ask", compressed_file, *questions, "--json").ok().out)
@@ -120,7 +120,7 @@ def test_ask_in_json(call: Callable[..., Result], compressed_file: Path) -> None
     assert all(row["answer"] and row["mode"] == "human" for row in answers["answers"])
 
 
-def test_ask_in_other_modes(call: Callable[..., Result], compressed_file: Path) -> None:
+def test_ask_in_other_modes(call: Call, compressed_file: Path) -> None:
     for mode in ("reconstruct", "compress"):
         question = "Who is the father?"
         (row,) = json.loads(call("ask", compressed_file, question, "--mode", mode, "--json").ok().out)["answers"]
@@ -129,13 +129,13 @@ def test_ask_in_other_modes(call: Callable[..., Result], compressed_file: Path) 
         assert call("ask", compressed_file, question, "--mode", mode).ok().out == row["answer"] + "\n"
 
 
-def test_max_new_tokens(call: Callable[..., Result], compressed_file: Path) -> None:
+def test_max_new_tokens(call: Call, compressed_file: Path) -> None:
     answer = call("ask", compressed_file, "Describe the village.", "--max-new-tokens", "3").ok().out
     assert len(load_tokenizer(MODEL)(answer.strip())["input_ids"]) <= 3
 
 
 def test_standard_input_append_and_force(
-    call: Callable[..., Result], short_text: Path, compressed_file: Path, tmp_path: Path, text_length: int
+    call: Call, short_text: Path, compressed_file: Path, tmp_path: Path, text_length: int
 ) -> None:
     eight, both = tmp_path / "eight.rcc", tmp_path / "both.rcc"
     process("compress", "-", "-o", eight, "--rate", "8", stdin=short_text.read_bytes()).ok()
@@ -161,7 +161,7 @@ def test_standard_input_append_and_force(
     assert len(info(call, grown)["pieces"]) == 3
 
 
-def test_links_are_written_through(call: Callable[..., Result], short_text: Path, tmp_path: Path) -> None:
+def test_links_are_written_through(call: Call, short_text: Path, tmp_path: Path) -> None:
     real, link = tmp_path / "real.rcc", tmp_path / "link.rcc"
     link.symlink_to(real)
     call("compress", short_text, "-o", link).ok()
@@ -170,7 +170,7 @@ def test_links_are_written_through(call: Callable[..., Result], short_text: Path
     assert info(call, real)["rate"] == 4
 
 
-def test_automatic_rate(call: Callable[..., Result], compressed_file: Path, tmp_path: Path, text_length: int) -> None:
+def test_automatic_rate(call: Call, compressed_file: Path, tmp_path: Path, text_length: int) -> None:
     """4× where it fits, 8× where only that does; the numbers and what to do where nothing does."""
     from rcc.context.cache import SPARE
 
@@ -200,7 +200,7 @@ def test_untrained_rate_warns(short_text: Path, tmp_path: Path) -> None:
     assert "at 2×" in summary
 
 
-def test_ask_a_text(call: Callable[..., Result], short_text: Path, cli_home: Path, tmp_path: Path) -> None:
+def test_ask_a_text(call: Call, short_text: Path, cli_home: Path, tmp_path: Path) -> None:
     question = "Who is the father?"
     first = process("ask", short_text, question).ok()
     (stored,) = (cli_home / "contexts").iterdir()
@@ -223,7 +223,7 @@ def test_ask_a_text(call: Callable[..., Result], short_text: Path, cli_home: Pat
 
 
 def test_ask_a_text_where_nothing_can_be_kept(
-    call: Callable[..., Result], short_text: Path, cli_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    call: Call, short_text: Path, cli_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = tmp_path / "home"
     other.mkdir()
@@ -242,12 +242,12 @@ def test_chat_in_a_pipe(compressed_file: Path) -> None:
     assert done.err == ""
 
 
-def test_chat_bad_input(call: Callable[..., Result], compressed_file: Path) -> None:
+def test_chat_bad_input(call: Call, compressed_file: Path) -> None:
     call("chat", "-", stdin=b"Who?\n").refused("name a file")
     call("chat", compressed_file, stdin=b"Gr\xfc\xdfe?\n").refused("UTF-8")
 
 
-def test_reconstruct(call: Callable[..., Result], compressed_file: Path, short_text: Path) -> None:
+def test_reconstruct(call: Call, compressed_file: Path, short_text: Path) -> None:
     written = call("reconstruct", compressed_file, "--tokens", "20").ok()
     assert written.out.startswith("SIMPLE SUSAN")  # the first ten tokens of the text are the prompt
     assert written.err == ""
@@ -258,9 +258,7 @@ def test_reconstruct(call: Callable[..., Result], compressed_file: Path, short_t
     assert call("reconstruct", compressed_file, "--tokens", "5", "--prompt", prompt).ok().out.startswith(prompt)
 
 
-def test_reconstruct_against_the_text(
-    call: Callable[..., Result], compressed_file: Path, short_text: Path, text_length: int
-) -> None:
+def test_reconstruct_against_the_text(call: Call, compressed_file: Path, short_text: Path, text_length: int) -> None:
     done = call("reconstruct", compressed_file, "--against", short_text, "--tokens", "30").ok()
     assert done.err == ""
     assert "SIMPLE SUSAN" in done.out
@@ -279,7 +277,7 @@ def test_reconstruct_against_the_text(
     assert " ".join(short_text.read_text(encoding="utf-8").split()).startswith(" ".join(truth.split()))
 
 
-def test_reconstruct_against_another_text(call: Callable[..., Result], compressed_file: Path, tmp_path: Path) -> None:
+def test_reconstruct_against_another_text(call: Call, compressed_file: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.txt"
     other.write_text("It was the best of times, it was the worst of times, it was the age of wisdom. " * 3)
     done = call("reconstruct", compressed_file, "--against", other, "--tokens", "5").ok()
@@ -327,7 +325,7 @@ finally:
     assert "mode" in seen["ask", "guess"].stderr
 
 
-def test_models(call: Callable[..., Result], cli_home: Path) -> None:
+def test_models(call: Call, cli_home: Path) -> None:
     rows = {row["name"]: row for row in json.loads(call("models", "--json").ok().out)}
     most = {name: max(row["rates"]) for name, row in rows.items()}
     assert most == {MODEL: 16, f"{MODEL}-passkey": 512, "rcc-qwen2.5-0.5b": 16}

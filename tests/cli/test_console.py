@@ -6,17 +6,16 @@ import io
 import json
 import logging
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from conftest import Command
 from rcc.cli import console
 from rcc.evaluation.results import markdown
 from rcc.runtime.terminal import shown
 
-Call = Callable[..., tuple[int, str, str]]
 HOSTILE = "a\x1b[2J\x07\r\x9b31m\x7f\u202eb\u2028\ud800"
 
 
@@ -42,13 +41,13 @@ def test_consoles_and_tables_escape_what_they_are_given() -> None:
 
 
 @pytest.mark.parametrize("name", ["a\x1b[2Jb.rcc", "a\nrcc: all is well.rcc"])
-def test_messages_show_a_hostile_name_on_one_line(command: Call, name: str, tmp_path: Path) -> None:
+def test_messages_show_a_hostile_name_on_one_line(command: Command, name: str, tmp_path: Path) -> None:
     code, out, err = command("inspect", tmp_path / name)
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert harmless(err)
 
 
-def test_the_log_shows_a_hostile_name(command: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_log_shows_a_hostile_name(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     handler = logging.StreamHandler(stream := io.StringIO())
     monkeypatch.setattr(logging.getLogger(), "handlers", [handler])
     command("inspect", tmp_path / "gone.rcc")

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from command_line import Result
+from conftest import Call
 from rcc import CompressedContext, Engine, load_tokenizer
 from short_text import make_home
 
 MODEL = Path(__file__).parents[1] / "fixtures" / "56825c2" / "model"
 SHIPPED = "rcc-smollm2-135m"
-Call = Callable[..., Result]
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,11 @@ import pytest
 import torch
 
 import learning
+from conftest import Command
 from rcc import CompressedContext, InputError, ModelError, RCCConfig, RCCForCausalLM
 from rcc.model import packing
 
 WORDS = [f"{a}{b}" for a in "abcdefgh" for b in "klmnopqr"][:60]
-Call = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="module")
@@ -45,11 +44,11 @@ def texts(tmp_path: Path) -> list[Path]:
     return paths
 
 
-def info(command: Call, path: Path) -> dict[str, Any]:
+def info(command: Command, path: Path) -> dict[str, Any]:
     return json.loads(command("inspect", path, "--json")[1])
 
 
-def test_join(command: Call, folder: Path, texts: list[Path], tmp_path: Path) -> None:
+def test_join(command: Command, folder: Path, texts: list[Path], tmp_path: Path) -> None:
     """Joined files are what compressing the texts one after another makes, and can be asked."""
     parts = [tmp_path / "0.rcc", tmp_path / "1.rcc"]
     for text, part in zip(texts, parts, strict=True):
@@ -65,7 +64,7 @@ def test_join(command: Call, folder: Path, texts: list[Path], tmp_path: Path) ->
     assert (code, len(json.loads(printed)["answers"])) == (0, 1)
 
 
-def test_join_refuses(command: Call, folder: Path, texts: list[Path], tmp_path: Path) -> None:
+def test_join_refuses(command: Command, folder: Path, texts: list[Path], tmp_path: Path) -> None:
     """An output that is an input, even with --force, or that exists; nothing is written."""
     part = tmp_path / "0.rcc"
     command("compress", texts[0], "-o", part, "--model", folder, "--rate", 4)
@@ -79,7 +78,7 @@ def test_join_refuses(command: Call, folder: Path, texts: list[Path], tmp_path: 
 
 
 @pytest.mark.parametrize(("budget", "rate"), [(100, 1), (53, 1), (52, 4), (14, 4), (13, 8), (1, 1)])
-def test_budget(command: Call, folder: Path, texts: list[Path], tmp_path: Path, budget: int, rate: int) -> None:
+def test_budget(command: Command, folder: Path, texts: list[Path], tmp_path: Path, budget: int, rate: int) -> None:
     """auto takes the lowest rate within the budget of positions; where there is none, the lowest that fits."""
     text = tmp_path / "long.txt"
     text.write_text(" ".join(path.read_text() for path in texts))
@@ -119,7 +118,7 @@ def test_packing() -> None:
         packing.unpack(packed)
 
 
-def test_kept_in_8_bits(command: Call, folder: Path, texts: list[Path], tmp_path: Path) -> None:
+def test_kept_in_8_bits(command: Command, folder: Path, texts: list[Path], tmp_path: Path) -> None:
     """`--kv int8` makes a file of about half the keys' and values' bytes, which is asked and appended to as any other;
     an unknown precision is refused before anything is read."""
     small, large = tmp_path / "small.rcc", tmp_path / "large.rcc"

@@ -10,19 +10,18 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import learning
+from conftest import Command
 from rcc import CompressedContext, Engine, RCCConfig, RCCForCausalLM
 from rcc.evaluation.html import page as report
 
 MADE = Path(__file__).parents[1] / "fixtures" / "56825c2"
 WORDS = [f"{a}{b}" for a in "abcdefgh" for b in "klmnopqr"][:60]
-Call = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +47,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_text_from_a_pipe_that_is_named_as_a_file_is_read_whole(
-    command: Call, folder: Path, text: Path, tmp_path: Path, home: Path
+    command: Command, folder: Path, text: Path, tmp_path: Path, home: Path
 ) -> None:
     os.mkfifo(tmp_path / "pipe")
     writer = threading.Thread(target=lambda: (tmp_path / "pipe").write_bytes(text.read_bytes()))
@@ -59,14 +58,14 @@ def test_text_from_a_pipe_that_is_named_as_a_file_is_read_whole(
     assert command("ask", text, "who?", "--model", folder, "--max-new-tokens", 1)[2].startswith("read ")
 
 
-def test_what_is_kept_is_private(command: Call, folder: Path, text: Path, home: Path) -> None:
+def test_what_is_kept_is_private(command: Command, folder: Path, text: Path, home: Path) -> None:
     command("ask", text, "who?", "--model", folder, "--max-new-tokens", 1)
     (stored,) = (home / "contexts").iterdir()
     assert [stat.S_IMODE(p.stat().st_mode) for p in (stored, stored.parent)] == [0o600, 0o700]
 
 
 def test_a_file_that_appears_while_rcc_works_stays(
-    command: Call, folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: Command, folder: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, compress = tmp_path / "out.rcc", Engine.compress
 
@@ -84,7 +83,7 @@ def test_a_file_that_appears_while_rcc_works_stays(
 
 
 def test_a_page_that_appears_while_rcc_works_stays(
-    command: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, page = tmp_path / "page.html", report.page
 
@@ -98,7 +97,7 @@ def test_a_page_that_appears_while_rcc_works_stays(
     assert out.read_text() == "precious"
 
 
-def test_replacing_keeps_the_mode(command: Call, folder: Path, text: Path, tmp_path: Path) -> None:
+def test_replacing_keeps_the_mode(command: Command, folder: Path, text: Path, tmp_path: Path) -> None:
     for name, verb in {"out.rcc": ["compress", text, "--model", folder], "page.html": ["report", MADE / "qa"]}.items():
         (tmp_path / name).write_text("before")
         (tmp_path / name).chmod(0o600)
@@ -107,7 +106,7 @@ def test_replacing_keeps_the_mode(command: Call, folder: Path, text: Path, tmp_p
 
 
 def test_what_killed_processes_left_is_removed_once_it_is_old(
-    command: Call, folder: Path, text: Path, tmp_path: Path
+    command: Command, folder: Path, text: Path, tmp_path: Path
 ) -> None:
     old, young = tmp_path / ".rcc-0a.tmp", tmp_path / ".rcc-0b.tmp"
     for path in (old, young):
@@ -119,7 +118,7 @@ def test_what_killed_processes_left_is_removed_once_it_is_old(
 
 @pytest.mark.parametrize("name", ["text.txt", "link.txt", "hard.txt"])
 def test_an_output_that_is_an_input_is_refused_even_with_force(
-    command: Call, folder: Path, text: Path, tmp_path: Path, name: str
+    command: Command, folder: Path, text: Path, tmp_path: Path, name: str
 ) -> None:
     (tmp_path / "link.txt").symlink_to(text)
     (tmp_path / "hard.txt").hardlink_to(text)
@@ -130,7 +129,7 @@ def test_an_output_that_is_an_input_is_refused_even_with_force(
 
 @pytest.mark.parametrize("broken", ["a file", "no permission"])
 def test_a_cache_that_cannot_be_used_does_not_stop_an_answer(
-    command: Call, folder: Path, text: Path, home: Path, broken: str, monkeypatch: pytest.MonkeyPatch
+    command: Command, folder: Path, text: Path, home: Path, broken: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     home.mkdir()
     if broken == "a file":
@@ -181,7 +180,7 @@ WORKS = {
 
 @pytest.mark.parametrize("work", WORKS)
 def test_a_second_process_in_a_folder_is_told_who_is_first(
-    command: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, work: str
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, work: str
 ) -> None:
     """And a killed one holds nothing."""
     shutil.copytree(MADE, tmp_path / "w")
@@ -205,6 +204,6 @@ def test_a_second_process_in_a_folder_is_told_who_is_first(
 
 
 @pytest.mark.parametrize(("given", "words"), [("wrong,none", "stands alone"), ("wrong,odd", "or all, or none")])
-def test_controls_say_that_none_stands_alone(command: Call, given: str, words: str) -> None:
+def test_controls_say_that_none_stands_alone(command: Command, given: str, words: str) -> None:
     code, _, said = command("eval", "reconstruction", "--controls", given)
     assert (code, words in said) == (2, True)

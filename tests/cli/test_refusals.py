@@ -13,14 +13,15 @@ import re
 import resource
 import shutil
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from command_line import Result, process
+from command_line import process
+from conftest import Call
 from rcc import Engine, RCCForCausalLM, checkpoints
 from short_text import MODEL
 
@@ -40,7 +41,7 @@ pytestmark = pytest.mark.usefixtures("cli_home")
     ids=["missing", "empty", "blank", "binary", "latin-1", "utf-16"],
 )
 def test_bad_text(
-    call: Callable[..., Result], tmp_path: Path, folder: Path, cli_home: Path, content: bytes | None, words: list[str]
+    call: Call, tmp_path: Path, folder: Path, cli_home: Path, content: bytes | None, words: list[str]
 ) -> None:
     source = tmp_path / "source.txt"
     if content is not None:
@@ -51,12 +52,12 @@ def test_bad_text(
     call("reconstruct", "none.rcc", "--against", source).refused("source.txt", *words)
 
 
-def test_a_folder_is_no_text(call: Callable[..., Result], tmp_path: Path, folder: Path) -> None:
+def test_a_folder_is_no_text(call: Call, tmp_path: Path, folder: Path) -> None:
     call("compress", tmp_path, "-o", folder / "x.rcc").refused("is a folder")
     call("ask", tmp_path, "Who?").refused("is a folder")
 
 
-def test_bad_output(call: Callable[..., Result], short_text: Path, tmp_path: Path, folder: Path) -> None:
+def test_bad_output(call: Call, short_text: Path, tmp_path: Path, folder: Path) -> None:
     """Refused before any work."""
     old = tmp_path / "old.rcc"
     old.write_text("old")
@@ -74,7 +75,7 @@ def test_bad_output(call: Callable[..., Result], short_text: Path, tmp_path: Pat
         call("compress", short_text, "-o", folder / "x.rcc").refused("cannot be written", "ermission")
 
 
-def test_file_size_limit(call: Callable[..., Result], short_text: Path, folder: Path) -> None:
+def test_file_size_limit(call: Call, short_text: Path, folder: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))
     try:
@@ -84,7 +85,7 @@ def test_file_size_limit(call: Callable[..., Result], short_text: Path, folder: 
     result.refused("cannot be written", "File too large")
 
 
-def test_full_disk(call: Callable[..., Result], short_text: Path, tmp_path: Path) -> None:
+def test_full_disk(call: Call, short_text: Path, tmp_path: Path) -> None:
     small = tmp_path / "small"
     small.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", small], capture_output=True).returncode:
@@ -97,13 +98,11 @@ def test_full_disk(call: Callable[..., Result], short_text: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("rate", ["0", "-4", "1.5", "abc", "²", "9" * 5000, ""])
-def test_bad_rate(call: Callable[..., Result], short_text: Path, folder: Path, rate: str) -> None:
+def test_bad_rate(call: Call, short_text: Path, folder: Path, rate: str) -> None:
     call("compress", short_text, "-o", folder / "x.rcc", "--rate", rate).refused("is not a rate")
 
 
-def test_rate_that_does_not_divide(
-    call: Callable[..., Result], short_text: Path, compressed_file: Path, folder: Path
-) -> None:
+def test_rate_that_does_not_divide(call: Call, short_text: Path, compressed_file: Path, folder: Path) -> None:
     call("compress", short_text, "-o", folder / "x.rcc", "--rate", "3").refused(
         "256", "1, 2, 4, 8, 16, 32, 64, 128, 256"
     )
@@ -123,13 +122,11 @@ def test_rate_that_does_not_divide(
         ("--model", "nobody/nothing", ["nor could it be fetched"]),
     ],
 )
-def test_bad_option(
-    call: Callable[..., Result], short_text: Path, folder: Path, option: str, value: str, words: list[str]
-) -> None:
+def test_bad_option(call: Call, short_text: Path, folder: Path, option: str, value: str, words: list[str]) -> None:
     call("compress", short_text, "-o", folder / "x.rcc", option, value).refused(*words)
 
 
-def test_bad_usage(call: Callable[..., Result], short_text: Path, compressed_file: Path, folder: Path) -> None:
+def test_bad_usage(call: Call, short_text: Path, compressed_file: Path, folder: Path) -> None:
     call("compress", short_text).refused("--output", "rcc compress --help")
     call("compress", "-o", folder / "x.rcc").refused("sources")
     call("compres").refused("compres")
@@ -145,14 +142,14 @@ def test_bad_usage(call: Callable[..., Result], short_text: Path, compressed_fil
     assert "compress" in nothing.err  # the help
 
 
-def test_bad_question(call: Callable[..., Result], compressed_file: Path) -> None:
+def test_bad_question(call: Call, compressed_file: Path) -> None:
     call("ask", compressed_file, "word " * 9000).refused("window of 8,192")
     call("ask", compressed_file, "Who?", "--max-new-tokens", "9000").refused("window of 8,192")
     call("ask", compressed_file, "Gr\udcfc\udcdfe?").refused("UTF-8")  # how Python passes on an argument in Latin-1
     call("reconstruct", compressed_file, "--prompt", "").refused("prompt is empty")
 
 
-def test_bad_model_folder(call: Callable[..., Result], short_text: Path, folder: Path, tmp_path: Path) -> None:
+def test_bad_model_folder(call: Call, short_text: Path, folder: Path, tmp_path: Path) -> None:
     mine, shipped = tmp_path / "mine", checkpoints.shipped_models()[MODEL]
     mine.mkdir()
     call("compress", short_text, "-o", folder / "x.rcc", "--model", mine).refused("no config.json")
@@ -167,9 +164,7 @@ def test_bad_model_folder(call: Callable[..., Result], short_text: Path, folder:
     call("compress", short_text, "-o", folder / "x.rcc", "--model", mine / "config.json").refused("is a file")
 
 
-def test_context_of_another_model(
-    call: Callable[..., Result], short_text: Path, compressed_file: Path, tmp_path: Path
-) -> None:
+def test_context_of_another_model(call: Call, short_text: Path, compressed_file: Path, tmp_path: Path) -> None:
     model = RCCForCausalLM.from_pretrained(MODEL)
     with torch.no_grad():
         next(iter(model.projections.parameters())).mul_(1.01)
@@ -188,9 +183,7 @@ def test_context_of_another_model(
     call("ask", other, "Who?").refused("made by mine", "as the model")
 
 
-def test_bad_context(
-    call: Callable[..., Result], short_text: Path, compressed_file: Path, tmp_path: Path, folder: Path
-) -> None:
+def test_bad_context(call: Call, short_text: Path, compressed_file: Path, tmp_path: Path, folder: Path) -> None:
     bad = tmp_path / "bad.rcc"
     for verb in (["ask", bad, "Who?"], ["inspect", bad], ["reconstruct", bad]):
         bad.unlink(missing_ok=True)
@@ -208,7 +201,7 @@ def test_bad_context(
     call("ask", cut, "Who?").refused("damaged")
 
 
-def test_context_of_a_newer_format(call: Callable[..., Result], compressed_file: Path, tmp_path: Path) -> None:
+def test_context_of_a_newer_format(call: Call, compressed_file: Path, tmp_path: Path) -> None:
     newer, data = tmp_path / "newer.rcc", compressed_file.read_bytes()
     data = data.replace(b'"version":"1"', b'"version":"3"', 1)
     (old,) = re.findall(rb'"sha256":"([0-9a-f]{64})"', data[:3000])
@@ -228,7 +221,7 @@ def flips(data: bytes) -> Sequence[int]:
     return [0, 3, 7, 8, *named, size // 2, size - 1, *spread, len(data) - 2]
 
 
-def test_one_byte_changed(call: Callable[..., Result], compressed_file: Path, tmp_path: Path) -> None:
+def test_one_byte_changed(call: Call, compressed_file: Path, tmp_path: Path) -> None:
     whole, changed = compressed_file.read_bytes(), tmp_path / "changed.rcc"
     offsets = flips(whole)
     assert len(offsets) >= 20
@@ -239,9 +232,7 @@ def test_one_byte_changed(call: Callable[..., Result], compressed_file: Path, tm
     done.refused("changed.rcc", "damaged")
 
 
-def test_out_of_memory(
-    call: Callable[..., Result], short_text: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_out_of_memory(call: Call, short_text: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch's own error of an allocation that no machine can serve."""
     with contextlib.suppress(RuntimeError):
         torch.empty(1 << 60, dtype=torch.uint8)

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from command_line import Result
-from conftest import make_backbone
+from conftest import Call, make_backbone
 from rcc import CompressedContext, ContextError, ContextStore, Engine, InputError, ModelError, RCCConfig, RCCForCausalLM
 from rcc.model.selection.selection import Selection
 from word_tokens import word_tokenizer, words
 
-Call = Callable[..., Result]
 TEMPLATE = (
     "{% for m in messages %}w90 {{ m['role'] }} w91 {{ m['content'] }} w92 {% endfor %}"
     "{% if add_generation_prompt %}w90 w5 w91 {% endif %}"

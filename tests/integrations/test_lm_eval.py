@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedModel
 
 import rcc
-from conftest import make_backbone, randomise
+from conftest import MakeExpected, make_backbone, randomise
 from rcc import InputError, RCCConfig, RCCForCausalLM, SideConfig, WindowError
 from rcc.evaluation.uncompressed import base_decoder
 from rcc.model import answering
@@ -147,7 +147,7 @@ def test_a_short_prompt_is_read_by_the_models_decoder(lm: Callable[..., RCCLM], 
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_a_long_prompt_is_scored_after_its_compressed_head(
-    batch: int, lm: Callable[..., RCCLM], model: RCCForCausalLM, expected: Callable[..., Any]
+    batch: int, lm: Callable[..., RCCLM], model: RCCForCausalLM, expected: MakeExpected
 ) -> None:
     """As the model does directly, and as the reference computation without any cache; long, short and unequal prompts
     in one call, answered in the order they were asked."""

@@ -14,7 +14,7 @@ import torch
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from conftest import make_backbone, tokens
+from conftest import Command, make_backbone, tokens
 from rcc import ModelError, RCCConfig, RCCForCausalLM, SideConfig, WindowError, checkpoints
 from rcc.model import backbones
 from rcc.model.freezing import freeze
@@ -35,7 +35,7 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def call(command: Callable[..., tuple[int, str, str]]) -> Callable[..., str]:
+def call(command: Command) -> Callable[..., str]:
     """`rcc …` inside this process → what it printed; `refused` is the one sentence of an exit with code 2."""
 
     def run(*arguments: Any, refused: bool = False) -> str:

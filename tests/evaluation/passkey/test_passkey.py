@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+from conftest import Command
 from learning import LENGTH, PART, SPLIT, make_base, passkey_words
 from rcc import InputError, RCCConfig, RCCForCausalLM, SideConfig, checkpoints
 from rcc.data.haystack import POSITIONS, make_text
@@ -50,7 +51,7 @@ def passkey(
 
 
 @pytest.fixture
-def call(command: Callable[..., Any]) -> Callable[..., Any]:
+def call(command: Command) -> Callable[..., Any]:
     """`rcc eval passkey …` inside this process → exit code, output and errors."""
     return partial(command, "eval", "passkey")
 

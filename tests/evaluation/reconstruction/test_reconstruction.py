@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedTokenizerFast
 
 import reference as ref
-from conftest import MakeBackbone, MakeExpected, MakeModel, MakeTokens
+from conftest import Command, MakeBackbone, MakeExpected, MakeModel, MakeTokens
 from rcc import InputError, RCCForCausalLM
 from rcc.evaluation import compare, metrics, results
 from rcc.evaluation.evaluation import evaluate, finish
@@ -314,9 +314,7 @@ def test_an_untrained_rate_is_said_once(
 
 
 # ---------------------------------------------------------------- the command
-def test_refusals(
-    command: Callable[..., Any], folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_refusals(command: Command, folder: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bad input is one sentence that names it, and exit code 2, before any folder is made."""
     for name, text in {"empty.txt": "", "empty.jsonl": "", "short.txt": "w1 w2", "cut.jsonl": "{"}.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
@@ -358,7 +356,7 @@ def test_refusals(
     assert not (tmp_path / "out").exists()
 
 
-def test_the_command_on_a_tiny_model(command: Callable[..., Any], folder: Path, data: Path, tmp_path: Path) -> None:
+def test_the_command_on_a_tiny_model(command: Command, folder: Path, data: Path, tmp_path: Path) -> None:
     """Without a folder the table is all there is; with --json the same figures; without controls the text alone."""
     args = ["--model", folder, "--data", data, "--lengths", "64", "--target-tokens", "4", "--limit", "2"]
     code, out, err = command("eval", "reconstruction", *args, "--rates", "4,8")

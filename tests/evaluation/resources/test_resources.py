@@ -18,7 +18,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from conftest import make_model, tokens
+from conftest import Command, make_model, tokens
 from rcc import InputError, RCCConfig, RCCForCausalLM, SideConfig
 from rcc.evaluation import results
 from rcc.evaluation.evaluation import evaluate
@@ -52,7 +52,7 @@ def measured(subject: Subject, lengths: list[int], folder: Path | None = None, *
 
 
 @pytest.fixture
-def call(command: Callable[..., Any]) -> Callable[..., Any]:
+def call(command: Command) -> Callable[..., Any]:
     """`rcc eval resources …` inside this process → exit code, output and errors."""
     return partial(command, "eval", "resources")
 
@@ -163,9 +163,7 @@ def test_a_state_space_encoder_is_estimated() -> None:
 
 
 # ---------------------------------------------------------------- measured
-def test_measured(
-    folder: Path, tmp_path: Path, call: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_measured(folder: Path, tmp_path: Path, call: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bytes are those of the model and its context; the stored context answers as the one in memory does; results are
     kept, and nothing is measured twice."""
     out = tmp_path / "out"
@@ -307,7 +305,7 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize(("args", "words"), REFUSALS.values(), ids=REFUSALS)
-def test_refusals(args: list[str], words: str, call: Callable[..., tuple[int, str, str]]) -> None:
+def test_refusals(args: list[str], words: str, call: Command) -> None:
     code, out, err = call(*args)
     assert (code, out) == (2, "")
     assert re.fullmatch(r"rcc: [^\n]+\.\n", err)
