@@ -12,7 +12,7 @@ import torch
 import rcc
 from conftest import make_backbone, randomise
 from rcc import ContextStore, Engine, InputError, RCCConfig, RCCForCausalLM, SideConfig, WindowError
-from rcc.engine import is_context
+from rcc.context.recognition import is_context
 from rcc.model.answering import ask
 from rcc.text import prompting
 from rcc.text.tokens import token_ids

@@ -64,7 +64,7 @@ def test_a_question_imports_what_it_needs(command: Callable[..., tuple[int, str,
     context = tmp_path / "text.rcc"
     code, _, said = command("compress", tmp_path / "text.txt", "-o", context, "--model", tmp_path / "model")
     assert code == 0, said
-    asked = [sys.executable, "-c", WATCHED, "ask", context, "ak", "--model", tmp_path / "model", "--json"]
+    asked = [sys.executable, "-c", WATCHED, "ask", str(context), "ak", "--model", str(tmp_path / "model"), "--json"]
     done = subprocess.run(
         [*asked, "--max-new-tokens", "2"], capture_output=True, text=True, env=environment(), timeout=LIMIT
     )

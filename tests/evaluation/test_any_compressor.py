@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -42,7 +43,7 @@ def tokenizer() -> PreTrainedTokenizerBase:
 def base(tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A language model's folder, of a tiny random model."""
     folder = tmp_path_factory.mktemp("base") / "tiny"
-    shape = {"layers": 2, "hidden": 16, "window": 1024, "vocab_size": len(tokenizer), "eos_token_id": 2}
+    shape: dict[str, Any] = {"layers": 2, "hidden": 16, "window": 1024, "vocab_size": len(tokenizer), "eos_token_id": 2}
     make_backbone("llama", **shape).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

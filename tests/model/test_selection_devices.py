@@ -46,8 +46,8 @@ def test_accelerates_hooks_change_nothing(backbone: Any) -> None:
     places = {name: "cpu" for name, module in hooked.named_modules() if not list(module.children())}
     dispatch_model(hooked, places, main_device="cpu", force_hooks=True)
     model = Selection(hooked, word_tokenizer(), "tiny", chunk_length=20)
-    reading = model.reader.body.layers[0].self_attn.q_proj
-    assert reading._hf_hook is not hooked.model.layers[0].self_attn.q_proj._hf_hook
+    reading: Any = model.reader.body.get_submodule("layers.0.self_attn.q_proj")
+    assert reading._hf_hook is not hooked.get_submodule("model.layers.0.self_attn.q_proj")._hf_hook
     assert reading.forward.args[0] is reading
     kept, answer = written(model)
     want, again = written(Selection(plain, word_tokenizer(), "tiny", chunk_length=20))

@@ -136,6 +136,7 @@ def test_what_cannot_be_loaded_is_refused(folder: Path, quantization: dict[str, 
 def test_the_copy_that_reads_shares_quantized_weights(backbone: Callable[..., PreTrainedModel]) -> None:
     """Some methods hold weights in buffers: they, too, are in memory once."""
     base = backbone("llama")
-    base.model.layers[0].mlp.register_buffer("packed", torch.zeros(3, dtype=torch.uint8))
+    mlp = base.get_submodule("model.layers.0.mlp")
+    mlp.register_buffer("packed", torch.zeros(3, dtype=torch.uint8))
     model = Selection(base, word_tokenizer(), "tiny")
-    assert model.reader.body.layers[0].mlp.packed is base.model.layers[0].mlp.packed
+    assert model.reader.body.get_submodule("layers.0.mlp").packed is mlp.packed
