@@ -20,6 +20,7 @@ from . import checkpoints
 from .answers import Answer, AnswerStream, Usage, WrittenText
 from .context.context import CompressedContext
 from .context.information import in_one_line
+from .context.pieces import longest_head
 from .context.recognition import is_context
 from .context.store import MAX_BYTES, ContextStore
 from .defaults import BUDGET
@@ -342,7 +343,8 @@ class Engine:
         self, context: CompressedContext, question: str, history: Sequence[tuple[str, str]], max_new_tokens: int
     ) -> Prompt:
         """Make the prompt with as much of a chat as there is room for: a long talk forgets its beginning."""
-        room = self.compressor.window - self.compressor.sink_positions - len(context) - max_new_tokens
+        held = longest_head(context.pieces[0])
+        room = self.compressor.window - self.compressor.sink_positions - held - max_new_tokens
         for first in range(len(history) + 1):
             prompt = self.compressor.prompt(question, "human", history[first:])
             if self._prompt_tokens(prompt).shape[1] <= room:

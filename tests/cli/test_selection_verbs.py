@@ -116,6 +116,23 @@ def test_a_file_tells_the_rule_that_made_it(call: Call, folder: Path, texts: lis
     call("ask", out, "w7", "--model", changed).refused("was made by another model (tiny")
 
 
+def test_heads_that_share_a_budget(call: Call, folder: Path, texts: list[Path], tmp_path: Path) -> None:
+    """Compressed, appended to, joined and asked as any other; `inspect` tells how many pairs each head has."""
+    one, both = tmp_path / "one.rcc", tmp_path / "both.rcc"
+    options = ("--model", folder, "--rate", 4)
+    call("compress", texts[0], "-o", one, *options, "--compressor", "selection-shared").ok()
+    info = inspected(call, one)
+    assert (info["compressor"], info["positions"]) == ("selection, rule shared", 10)
+    assert [sum(layer) for layer in info["pieces"][0]["heads"]] == [20] * 3
+    call("compress", texts[1], "--context", one, "-o", both, *options).ok()
+    said = call("ask", both, "w7", "--model", folder, "--max-new-tokens", 3).ok().out
+    call("join", both, "-o", tmp_path / "joined.rcc").ok()
+    assert call("ask", tmp_path / "joined.rcc", "w7", "--model", folder, "--max-new-tokens", 3).ok().out == said
+    engine = Engine.load(folder, compressor="selection-shared")
+    history = [(f"w{i} " * 10, "w1 w2") for i in range(30)]
+    assert engine.ask(CompressedContext.load(both), "w9", history=history, max_new_tokens=4).usage.prompt_tokens < 256
+
+
 def test_what_is_refused(call: Call, folder: Path, texts: list[Path], tmp_path: Path) -> None:
     out = tmp_path / "no.rcc"
     made = ("compress", texts[0], "-o", out, "--model", folder)

@@ -21,7 +21,13 @@ class BlockLayer(DynamicLayer):
     """One layer of a KV cache that writes into spare capacity instead of concatenating.
 
     `DynamicLayer` would copy the whole prefix for every token; this one copies it only when the block is full.
+
+    Attributes:
+        visible: [B, KV heads, n] bool, which of the first n positions each head sees; None: all. It says so only: the
+            decoder must look at it, see :func:`rcc.model.selection.heads.hide_gaps`.
     """
+
+    visible: Tensor | None = None
 
     def __init__(self, capacity: int, keys: Tensor | None = None, values: Tensor | None = None, length: int = 0):
         super().__init__()  # type: ignore[no-untyped-call]
@@ -63,6 +69,8 @@ class BlockLayer(DynamicLayer):
     def _map(self, change: Callable[[Tensor], Tensor]) -> None:
         if self.is_initialized:
             self._hold(*map(change, self.block))
+        if self.visible is not None:
+            self.visible = change(self.visible)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder the batch for beam search, spare capacity included."""
@@ -112,6 +120,7 @@ class KVBlocks:
         used: positions that a context calls its own; what comes after them is free.
         writable: whether what is free may be written to: not in a mapped file, nor in rows that share memory.
         release: lets go of the memory of what is mapped from a file.
+        visible: of each layer, as a :class:`BlockLayer` has it.
     """
 
     def __init__(
@@ -120,8 +129,10 @@ class KVBlocks:
         used: int,
         writable: bool,
         release: Callable[[], None] | None = None,
+        visible: Sequence[Tensor] | None = None,
     ):
         self.layers, self.used, self.writable, self._release = layers, used, writable, release
+        self.visible = visible
         self.lock = threading.Lock()
 
     @classmethod
@@ -136,7 +147,7 @@ class KVBlocks:
 
     def with_layers(self, layers: Sequence[tuple[Tensor, Tensor]], length: int) -> KVBlocks:
         """Return blocks of views of these, not to be written to."""
-        return KVBlocks(layers, length, False, self._release)
+        return KVBlocks(layers, length, False, self._release, self.visible)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy is made of: the tensors; not the lock, nor a file's mapping."""
@@ -229,4 +240,8 @@ class KVBlocks:
     def cache(self, length: int, extra: int | None = None) -> Cache:
         """Return a cache of the first `length` positions: in these blocks, or in a copy with room for `extra` more."""
         layers = self.layers if extra is None else self.copies(length, extra)
-        return Cache(layers=[BlockLayer(0, keys, values, length) for keys, values in layers])
+        cache = Cache(layers=[BlockLayer(0, keys, values, length) for keys, values in layers])
+        if self.visible is not None:
+            for layer, visible in zip(block_layers(cache), self.visible, strict=True):
+                layer.visible = visible.expand(len(layer.block[0]), -1, -1)
+        return cache

@@ -181,7 +181,7 @@ class CompressedContext:
         Raises:
             InputError: it holds several texts. ContextError: its segments depend on one another.
         """
-        _check_independent(self, "cut")
+        joining.check_independent(self, "cut")
         # chunks of a selection are read after what was kept before: a text is one
         return joining.segments_of(self.pieces[0], None if self.compressor else self.segment_length)
 
@@ -198,7 +198,7 @@ class CompressedContext:
         own = self.segments
         chosen = joining.choose(own, segments)
         index = torch.cat([torch.arange(segment.start, segment.stop) for segment in chosen])
-        return replace(self.take(index), pieces=(joining.pieces_of(chosen, own, self.pieces[0]),))
+        return replace(self._take(index), pieces=(joining.pieces_of(chosen, own, self.pieces[0]),))
 
     def take(self, index: Tensor) -> CompressedContext:
         """Return a context of chosen positions of this one, in any order; its pieces stay these.
@@ -207,9 +207,13 @@ class CompressedContext:
             index: [n], numbers of positions.
 
         Raises:
-            InputError: it holds several texts. ContextError: its positions depend on one another.
+            InputError: it holds several texts. ContextError: its positions, or pairs, depend on one another.
         """
-        _check_independent(self, "cut")
+        joining.check_independent(self, "cut")
+        joining.check_even(self.pieces[0])
+        return self._take(index)
+
+    def _take(self, index: Tensor) -> CompressedContext:
         blocks = joining.take(self.blocks, self.length, index.to(self.device))
         return replace(self, blocks=blocks, length=len(index), mask=None)
 
@@ -224,7 +228,7 @@ class CompressedContext:
         if not contexts:
             raise InputError("contexts is empty: give at least one.")
         for context in contexts:
-            _check_independent(context, "joined")
+            joining.check_independent(context, "joined")
         _check_one_model(contexts, "joined")
         first = contexts[0]
         blocks = joining.concatenate([(c.blocks, c.length) for c in contexts], first.device, first.blocks.like.dtype)
@@ -379,16 +383,6 @@ class CompressedContext:
         elif moved is context and verify == "full":
             moved = replace(context, blocks=KVBlocks(context.blocks.copies(length, SPARE), length, writable=True))
         return moved
-
-
-def _check_independent(context: CompressedContext, what: str) -> None:
-    if context.batch_size != 1:
-        raise InputError(f"the context holds {context.batch_size} texts: take one of them, context[i].")
-    if context.rotated:
-        raise ContextError(
-            f"a context of {context.model_name} cannot be {what}: its segments depend on one another. Use a model with"
-            ' prefix="direct", or compress the texts again.'
-        )
 
 
 def _check_one_model(contexts: Sequence[CompressedContext], what: str) -> None:

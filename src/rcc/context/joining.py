@@ -10,13 +10,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import ContextError, InputError
 from .cache import KVBlocks
 from .pieces import Piece
+
+if TYPE_CHECKING:
+    from .context import CompressedContext
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,23 @@ def pieces_of(chosen: Sequence[Segment], segments: Sequence[Segment], pieces: Se
             result.append(chosen[k].piece)
             k += 1
     return tuple(result)
+
+
+def check_independent(context: CompressedContext, what: str) -> None:
+    """Raise InputError or ContextError unless a context is of one text whose segments do not depend on one another."""
+    if context.batch_size != 1:
+        raise InputError(f"the context holds {context.batch_size} texts: take one of them, context[i].")
+    if context.rotated:
+        raise ContextError(
+            f"a context of {context.model_name} cannot be {what}: its segments depend on one another. Use a model with"
+            ' prefix="direct", or compress the texts again.'
+        )
+
+
+def check_even(pieces: Sequence[Piece]) -> None:
+    """Raise ContextError where heads have different numbers of pairs, which are then no positions of all heads."""
+    if any(piece.heads for piece in pieces):
+        raise ContextError("heads of the context have different numbers of pairs: take whole texts of it (select).")
 
 
 def take(blocks: KVBlocks, length: int, index: Tensor) -> KVBlocks:

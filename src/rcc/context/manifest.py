@@ -110,6 +110,9 @@ class Manifest:
         alike = all(t.shape == like.shape and t.dtype == like.dtype for t in blocks)
         if not alike or like.ndim != 4 or (like.shape[0], like.shape[2]) != (1, length):
             raise damaged
+        counted = [list(map(len, piece.heads)) for piece in self.pieces if piece.heads]
+        if any(heads != [like.shape[1]] * self.layers for heads in counted):
+            raise damaged
         if not self.eight_bits:
             if not like.is_floating_point():
                 raise damaged

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,14 @@ def load_decoder(
         decoder.to(device)
     check_devices(decoder)
     return decoder, stored
+
+
+def hash_weights(decoder: PreTrainedModel) -> str:
+    """Return the SHA-256 of a model's weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(decoder.state_dict().items()):
+        checkpoints.add_tensor(digest, name, tensor)
+    return digest.hexdigest()
 
 
 def check_devices(decoder: PreTrainedModel) -> None:

@@ -9,7 +9,7 @@ weights: the model that generates stays as it is.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -48,7 +48,16 @@ class Reader:
             block.register_forward_pre_hook(_without_rotation, with_kwargs=True)
 
     @torch.no_grad()
-    def read(self, ids: Tensor, cache: Cache, header: int, *, watch: Watch | None = None, **seen: int) -> None:
+    def read(
+        self,
+        ids: Tensor,
+        cache: Cache,
+        header: int,
+        gaps: Sequence[Sequence[int]] | None = None,
+        *,
+        watch: Watch | None = None,
+        **seen: int,
+    ) -> None:
         """Read tokens after what a cache holds; their keys, before rotation, and values are appended to it.
 
         Where that is more than the window, the pairs after the header give way, the oldest first.
@@ -57,6 +66,7 @@ class Reader:
             ids: [T].
             cache: layers of [1, KV heads, n, head dim].
             header: pairs at the front that are always seen.
+            gaps: for each layer and KV head, how many pairs after the header it does not see; None: it sees all.
             watch: is shown each layer.
             seen: goes into what `watch` is shown: `start`, `stop`, `keep`, `chunk`.
         """
@@ -67,7 +77,7 @@ class Reader:
             input_ids=ids[None],
             position_ids=positions[:, : len(ids)],  # of no account: see _Pass
             use_cache=True,
-            **{backbones.CACHE: cache, _KEY: _Pass(tables, self.sliding, self.window, header, watch, seen)},
+            **{backbones.CACHE: cache, _KEY: _Pass(tables, self.sliding, self.window, header, gaps, watch, seen)},
         )
 
 
@@ -79,6 +89,7 @@ class _Pass:
         sliding: for each layer its window, or None.
         window: pairs that are attended to at most.
         header: pairs that are never left out.
+        gaps: for each layer and KV head, how many pairs after the header it does not see; None: it sees all.
     """
 
     def __init__(
@@ -87,10 +98,11 @@ class _Pass:
         sliding: list[int | None],
         window: int,
         header: int,
+        gaps: Sequence[Sequence[int]] | None,
         watch: Watch | None,
         seen: dict[str, int],
     ):
-        self.tables, self.sliding, self.window, self.header = tables, sliding, window, header
+        self.tables, self.sliding, self.window, self.header, self.gaps = tables, sliding, window, header, gaps
         self.watch, self.seen = watch, seen
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
@@ -110,7 +122,18 @@ class _Pass:
         n, past = keys.shape[2], keys.shape[2] - queries.shape[2]
         keys = rotate(keys, cos[:, :n], sin[:, :n])
         queries = rotate(queries, cos[:, past:n], sin[:, past:n])
+        if self.gaps is not None:
+            gaps = [max(0, gap - max(0, left_out)) for gap in self.gaps[layer]]
+            return self._by_head(queries, keys, values, scaling, gaps)
         return _attention(queries, keys, values, scaling, self.sliding[layer])
+
+    def _by_head(self, queries: Tensor, keys: Tensor, values: Tensor, scaling: float, gaps: list[int]) -> Tensor:
+        """Attend as :meth:`attend` does, each KV head to the pairs that it sees."""
+        outputs, first = [], self.header
+        for h, (own, gap) in enumerate(zip(queries.chunk(len(gaps), 1), gaps, strict=True)):
+            head = [torch.cat([t[:, h, :first], t[:, h, first + gap :]], 1)[:, None] for t in (keys, values)]
+            outputs.append(_attention(own, head[0], head[1], scaling, None))
+        return torch.cat(outputs, 1)
 
 
 def _attention(queries: Tensor, keys: Tensor, values: Tensor, scaling: float, sliding: int | None) -> Tensor:

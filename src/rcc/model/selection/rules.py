@@ -148,15 +148,19 @@ class Rule:
     Attributes:
         score: the higher, the sooner a pair stays.
         repeats: whether `score` is of a pass in which the model repeats the chunk, instead of that which reads it.
+        shared: whether the KV heads of a layer share their budget: the best pairs stay, whichever heads they are of.
     """
 
     score: Callable[[Seen], Tensor]
     repeats: bool = False
+    shared: bool = False
 
 
 RULES = {
     "repeat": Rule(highest_attention, repeats=True),
+    "shared": Rule(highest_attention, repeats=True, shared=True),
     "expected": Rule(expected_attention),
+    "expected-shared": Rule(expected_attention, shared=True),
     "stride": Rule(every_nth),
     "random": Rule(by_chance),
 }

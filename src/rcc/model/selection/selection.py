@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache
 from ... import checkpoints
 from ...context.cache import SPARE, KVBlocks, block_layers, new_cache
 from ...context.context import CompressedContext
-from ...context.pieces import Piece
+from ...context.pieces import Piece, longest_head
 from ...errors import InputError, ModelError
 from ...runtime.provenance import libraries
 from ...text.chat import chat_form
@@ -28,8 +28,9 @@ from ..compressor import ReadProgress
 from ..decoder import window_by_position
 from ..generating import check_context, check_maker, generate
 from ..prefix import Layers, as_cache
-from .families import check_family, load_decoder
-from .keeping import append, keep_best
+from .families import check_family, hash_weights, load_decoder
+from .heads import SharedHeads, as_cache_with_gaps, check_heads, hide_gaps, kv_heads
+from .keeping import EvenHeads, Heads, append
 from .reading import Reader, beside
 from .rules import RULES, Seen
 
@@ -50,6 +51,7 @@ class Selection:
 
     A text is read chunk by chunk, each chunk after what has been kept of those before. Then the rule gives each of the
     chunk's pairs a score, and of every layer and KV head the best ceil(chunk / rate) stay, in order; at rate 1, all.
+    By a shared rule as many stay of a layer, whichever heads they are of (:mod:`.heads`).
     A layer with a sliding window keeps the latest instead, which are those that its window will show. Each text of a
     context is read on its own, after the header of the chat alone: so texts can be joined, dropped and reordered.
 
@@ -69,6 +71,7 @@ class Selection:
 
     trained, has_base = False, True
     modes, rates = ("human",), AUTO_RATES
+    reads_special = False
 
     def __init__(
         self,
@@ -86,6 +89,10 @@ class Selection:
         if not isinstance(chunk_length, int) or chunk_length < 1:
             raise InputError(f"chunk_length must be a positive whole number, not {chunk_length!r}.")
         check_family(decoder.config)
+        self.shared = RULES[rule].shared
+        if self.shared:
+            check_heads(decoder.config)
+            hide_gaps(backbones.body(decoder))
         self.decoder, self.tokenizer, self.name, self.rule = decoder.eval(), tokenizer, name, rule
         self.reader = Reader(backbones.body(decoder))
         window_by_position(backbones.body(decoder))
@@ -160,11 +167,6 @@ class Selection:
         return len(self.header)
 
     @property
-    def reads_special(self) -> bool:
-        """Return False: chat marks in a text are characters, unless that is asked for."""
-        return False
-
-    @property
     def compressor(self) -> str:
         """What a context's file calls the way in which it was made."""
         return f"selection, rule {self.rule}"
@@ -176,15 +178,9 @@ class Selection:
             settings = [FORMAT, self.rule, self.chunk_length, self.header.tolist()]
             if RULES[self.rule].repeats:
                 settings.append(self.asking.tolist())
-            weights = self._weights_sha256 or self._hash_weights()
+            weights = self._weights_sha256 or hash_weights(self.decoder)
             self._fingerprint = hashlib.sha256(f"selection {settings} {weights}".encode()).hexdigest()
         return self._fingerprint
-
-    def _hash_weights(self) -> str:
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.decoder.state_dict().items()):
-            checkpoints.add_tensor(digest, name, tensor)
-        return digest.hexdigest()
 
     def check_fingerprint(self, fingerprint: str, name: str, what: str = "the context") -> None:
         """Raise ContextError unless this model made it, by this rule."""
@@ -225,19 +221,20 @@ class Selection:
             check_is_context(context)
             context = check_context(self, context, len(rows))
         pieces = [self.piece(row, rate) for row in rows]
-        self.check_window([piece.positions for piece in pieces], [0] * len(rows), context)
+        self.check_window([self._reach(piece.tokens, rate) for piece in pieces], [0] * len(rows), context)
         total, done = sum(piece.tokens for piece in pieces), 0
         header, texts = self._read_header(), []
         for row, piece in zip(rows, pieces, strict=True):
             cache = new_cache(len(header), len(self.header) + piece.positions + min(len(row), self.chunk_length))
             for layer, (keys, values) in zip(block_layers(cache), header, strict=True):
                 layer.update(keys, values)
+            heads = SharedHeads(header) if self.shared else EvenHeads()
             for number, chunk in enumerate(self.split(row)):
-                self._read_chunk(chunk, number, rate, cache)
+                self._read_chunk(chunk, number, rate, cache, heads)
                 done += len(chunk)
                 if progress is not None:
                     progress(done, total)
-            texts.append(self._context(cache, piece))
+            texts.append(self._context(cache, piece, heads))
         new = texts[0] if len(texts) == 1 else CompressedContext.stack(texts)
         return new if context is None else append(context, new)
 
@@ -247,7 +244,7 @@ class Selection:
         self.reader.read(self.header.to(self.device), cache, 0)
         return [layer.entries for layer in block_layers(cache)]
 
-    def _read_chunk(self, chunk: Tensor, number: int, rate: int, cache: Cache) -> None:
+    def _read_chunk(self, chunk: Tensor, number: int, rate: int, cache: Cache, heads: Heads) -> None:
         """Read a chunk [T] after what a cache holds, and leave in it what is to be kept."""
         header, start = len(self.header), cache.get_seq_length()
         keep, rule = -(-len(chunk) // rate), RULES[self.rule]
@@ -257,30 +254,32 @@ class Selection:
             if self.reader.sliding[seen.layer] is None:
                 scores[seen.layer] = rule.score(seen)
 
-        settings = {"chunk": number, "keep": keep}
+        seen: dict[str, Any] = {"watch": watch, "chunk": number, "keep": keep}
         if keep == len(chunk):
-            self.reader.read(chunk, cache, header)
+            self.reader.read(chunk, cache, header, heads.gaps())
+            heads.keep_all(keep)
             return
         if rule.repeats:
-            self.reader.read(chunk, cache, header)
+            self.reader.read(chunk, cache, header, heads.gaps())
             repetition = torch.cat([self.asking.to(chunk.device), chunk])
-            span = {"start": header, "stop": header + len(chunk)}
-            self.reader.read(repetition, beside(cache, header, start), header, watch=watch, **span, **settings)
+            seen |= {"start": header, "stop": header + len(chunk)}
+            self.reader.read(repetition, beside(cache, header, start), header, **seen)
         else:
-            span = {"start": start, "stop": start + len(chunk)}
-            self.reader.read(chunk, cache, header, watch=watch, **span, **settings)
-        keep_best(cache, scores, keep, start, header)
+            seen |= {"start": start, "stop": start + len(chunk)}
+            self.reader.read(chunk, cache, header, heads.gaps(), **seen)
+        heads.keep_best(cache, scores, keep, start, header)
 
-    def _context(self, cache: Cache, piece: Piece) -> CompressedContext:
+    def _context(self, cache: Cache, piece: Piece, heads: Heads) -> CompressedContext:
         """Return the context of one text, of what a cache holds after the header; the cache is used up."""
-        layers, header, left = [], len(self.header), block_layers(cache)
+        header, left = len(self.header), block_layers(cache)
+        layers: Layers = []
         while left:
-            keys, values = left.pop(0).entries
-            layers.append((keys[:, :, header:].clone(), values[:, :, header:].clone()))
+            keys, values = (heads.gather(len(layers), entries[:, :, header:]) for entries in left.pop(0).entries)
+            layers.append((keys, values))
         return CompressedContext(
             KVBlocks(layers, piece.positions, writable=True),
             piece.positions,
-            ((piece,),),
+            ((heads.record(piece),),),
             self.fingerprint,
             self.name,
             self.chunk_length,
@@ -291,7 +290,10 @@ class Selection:
 
     def as_cache(self, context: CompressedContext) -> CompressedContext:
         """Return a context as the model's KV cache: the header, then the kept keys rotated to their positions."""
-        return context if context.rotated else as_cache(backbones.body(self.decoder), self._read_header, context)
+        if context.rotated:
+            return context
+        apart = any(piece.heads for row in context.pieces for piece in row)
+        return (as_cache_with_gaps if apart else as_cache)(backbones.body(self.decoder), self._read_header, context)
 
     # ---------------------------------------------------------------- context and prompt → tokens
     def prompt(self, question: str, mode: str, history: Sequence[tuple[str, str]] = ()) -> Prompt:
@@ -346,8 +348,12 @@ class Selection:
 
     def split(self, ids: Tensor) -> tuple[Tensor, ...]:
         """Return the chunks of a text of token ids [T]."""
-        chunks: tuple[Tensor, ...] = ids.split(self.chunk_length)
-        return chunks
+        return tuple(ids.split(self.chunk_length))
+
+    def _reach(self, tokens: int, rate: int) -> int:
+        """Return how many positions of the window a text takes at most: one head may keep what all of them may."""
+        even = self.positions(tokens, rate)
+        return min(tokens, even * kv_heads(self.decoder.config)) if self.shared else even
 
     def piece(self, ids: Tensor, rate: int) -> Piece:
         """Return the record of a text of token ids [T]."""
@@ -372,9 +378,11 @@ class Selection:
             WindowError: they fit at none.
         """
         held = max(context.lengths) if context is not None else 0
-        left = None if budget is None else budget - held
-        space = self.room(reserve) - held
-        return positions.lowest_fitting(tokens, AUTO_RATES, self.positions, self.window, space, left)
+        reach = max(map(longest_head, context.pieces)) if context is not None else 0
+        left, space = None if budget is None else budget - held, self.room(reserve) - reach
+        least = positions.lowest_fitting(tokens, AUTO_RATES, self._reach, self.window, space)
+        rates = [rate for rate in AUTO_RATES if rate >= least]
+        return positions.lowest_fitting(tokens, rates, self.positions, self.window, space, left)
 
     def check_window(self, new: list[int], prompts: list[int], context: CompressedContext | None) -> None:
         """Check that each row's header, context, new positions and tokens fit in the window.
@@ -382,6 +390,6 @@ class Selection:
         Raises:
             WindowError: they do not.
         """
-        held = [0] * len(new) if context is None else context.lengths
+        held = [0] * len(new) if context is None else list(map(longest_head, context.pieces))
         first = self.sink_positions if context is not None or max(new) > 0 else 0
         positions.check_window(self.window, first, held, new, prompts, f"{first} positions of the chat header")
