@@ -9,12 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from conftest import Command
 from rcc.cli import console
 from rcc.evaluation.results import markdown
-from rcc.runtime.terminal import shown
+from rcc.runtime.terminal import Console, shown
 
 HOSTILE = "a\x1b[2J\x07\r\x9b31m\x7f\u202eb\u2028\ud800"
 
