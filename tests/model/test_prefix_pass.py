@@ -81,7 +81,7 @@ def test_no_more_states_are_held_than_a_pass_takes() -> None:
         for count in (4, 4, 4, 1, 20, 3):
             gc.collect()
             held.append(sum(state.shape[1] for ref in alive if (state := ref()) is not None))
-            states: prefix.States = {0: torch.zeros(1, count, 2), 3: torch.zeros(1, count, 2)}
+            states = {0: torch.zeros(1, count, 2), 3: torch.zeros(1, count, 2)}
             alive.append(weakref.ref(states[0]))
             yield states, None
             del states

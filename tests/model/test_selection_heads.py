@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
+from conftest import MakeBatch
 from rcc import CompressedContext, ContextError, ModelError, WindowError
 from rcc.context.pieces import Piece, longest_head, pieces_from
 from rcc.model.backbones import CACHE
@@ -151,7 +152,7 @@ def test_joined_appended_cut_and_kept(backbone: Any, tokens: Any, tmp_path: Path
         joined.take(torch.arange(3))
 
 
-def test_batches_and_beams(backbone: Any, tokens: Any, batch: Any) -> None:
+def test_batches_and_beams(backbone: Any, tokens: Any, batch: MakeBatch) -> None:
     """Each text of a batch is compressed, appended to and answered as if it were alone."""
     model = select(backbone("llama"), chunk=16)
     rows, more, prompts = [tokens(37), tokens(9, 2)], [tokens(5, 4), tokens(20, 5)], [tokens(5, 6), tokens(3, 7)]
@@ -201,8 +202,9 @@ def test_damaged_counts_are_refused(backbone: Any, tokens: Any, tmp_path: Path) 
             pieces_from([{**piece.as_dict(), "heads": heads}])
     model = select(backbone("llama"))
     context = model.compress(one(tokens(20)), rate=4)
-    for heads in (((5, 5),), ((5,),) * 3, ((5, 5, 5),) * 3):
-        other = replace(context, pieces=((replace(context.pieces[0][0], heads=heads),),))
+    wrong: list[tuple[tuple[int, ...], ...]] = [((5, 5),), ((5,),) * 3, ((5, 5, 5),) * 3]
+    for counts in wrong:
+        other = replace(context, pieces=((replace(context.pieces[0][0], heads=counts),),))
         other.save(tmp_path / "other.rcc")
         with pytest.raises(ContextError, match="damaged"):
             CompressedContext.load(tmp_path / "other.rcc")
