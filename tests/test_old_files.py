@@ -29,7 +29,8 @@ OLD = Path(__file__).parent / "fixtures" / "56825c2"
 EXPECTED: dict[str, Any] = json.loads((OLD / "expected.json").read_text())
 BASE = "decoder/model.safetensors"
 CONTEXTS = ["one", "appended"]
-EVALUATIONS = ["reconstruction", "qa"]
+EVALUATIONS: dict[str, list[str]] = {"reconstruction": [], "qa": ["--hint", "Answer in a few words."]}
+"""And options whose default was another then."""
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +142,7 @@ def test_an_evaluation_that_goes_on_has_nothing_to_do(command: Command, copied: 
     settings.write_text(of_this_sacrebleu(settings.read_text(), task))
     files = {name: (copied / task / name).read_bytes() for name in ("samples.jsonl", "settings.json")}
     before = results.load(copied / task)[0]
-    code, out, said = command(*EXPECTED[task]["command"].split())
+    code, out, said = command(*EXPECTED[task]["command"].split(), *EVALUATIONS[task])
     assert code == 0, said
     assert out == of_this_sacrebleu(EXPECTED[task]["printed"], task)
     assert files == {name: (copied / task / name).read_bytes() for name in files}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import signal
 import stat
@@ -173,7 +174,8 @@ WORKS = {
     "eval": (
         "from rcc.evaluation.results import Results as At",
         "collect",
-        "eval qa --model model --data questions.jsonl --rates 4,8 --modes human --max-new-tokens 6 -o qa",
+        "eval qa --model model --data questions.jsonl --rates 4,8 --modes human --max-new-tokens 6 -o qa"
+        " --hint 'Answer in a few words.'",  # the default when the folder was made
     ),
 }
 
@@ -190,17 +192,17 @@ def test_a_second_process_in_a_folder_is_told_who_is_first(
         f"import sys, time; from rcc.cli import app; {target}\n"
         f"def hold(*a): print('at work', flush=True); time.sleep(600)\nAt.{what} = hold; app.main()"
     )
-    process = subprocess.Popen([sys.executable, "-c", hold, *line.split()], stdout=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-c", hold, *shlex.split(line)], stdout=subprocess.PIPE)
     assert process.stdout is not None
     try:
         assert process.stdout.readline() == b"at work\n"
-        code, _, said = command(*line.split())
+        code, _, said = command(*shlex.split(line))
         assert (code, f"in use by process {process.pid} on " in said) == (2, True), said
     finally:
         process.kill()
         process.wait()
         process.stdout.close()
-    assert command(*line.split())[0] == 0
+    assert command(*shlex.split(line))[0] == 0
 
 
 @pytest.mark.parametrize(("given", "words"), [("wrong,none", "stands alone"), ("wrong,odd", "or all, or none")])

@@ -17,6 +17,8 @@ BASELINES = {
 SELECTIONS = {
     "selection": "the base's own KV pairs that its repetition of the text attends to most",
     "selection-expected": "the base's own KV pairs that later tokens are expected to attend to",
+    "selection-shared": "the first, where the KV heads of a layer share its budget",
+    "selection-expected-shared": "the second, likewise",
     "selection-stride": "every so many of the base's own KV pairs",
     "selection-random": "KV pairs of the base's own by chance",
 }

@@ -133,7 +133,8 @@ class QAReport:
         if described:
             notes.append("; ".join(described) + ".")
         if {"plain", "truncated", "bm25", *SELECTIONS} & set(methods) and settings["hint"]:
-            notes.append(f'Where nothing was trained, each question ends with: "{settings["hint"]}"')
+            others = " The others are not." if {"rcc", TUNED} & set(methods) else ""
+            notes.append(f'The base is told behind each question: "{settings["hint"]}"{others}')
         notes.append(
             "Positions: what the decoder reads of the text; held: their keys and values. Compress: once a text; first"
             " token: a question behind what is held (BM25: with finding and reading the passages). * Without the"
