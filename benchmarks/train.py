@@ -21,7 +21,6 @@ larger than there.
 - all logits: the decoder's own head and torch's cross_entropy, as where the head learns.
 - in chunks: the head for losses, as `rcc train` computes them where the head is frozen.
 - in chunks, cut: with 48,000 of the 151,936 tokens (`run.vocabulary: data`).
-- the same with peft's LoRA: the low-rank term is an output of its own, scaled and added.
 - the same without LoRA: projections, sink and rate embeddings alone learn; the difference is LoRA's.
 
 Text: `--text FILE` (default: examples/simple-susan.txt), reconstruction only, so that all do the same work.
@@ -132,7 +131,7 @@ def warmstart(arguments: argparse.Namespace) -> None:
     print(json.dumps({"speed": tokens / (time.perf_counter() - start)}))
 
 
-PARTS = ("all logits", "in chunks", "in chunks, cut", "in chunks, cut, peft's LoRA", "in chunks, cut, no LoRA")
+PARTS = ("all logits", "in chunks", "in chunks, cut", "in chunks, cut, no LoRA")
 
 
 def part(arguments: argparse.Namespace) -> None:
@@ -140,12 +139,10 @@ def part(arguments: argparse.Namespace) -> None:
     from rcc.runtime import allocator
 
     allocator.configure()
-    import peft
     import torch
 
     from rcc import RCCConfig, SideConfig
     from rcc.model.freezing import freeze
-    from rcc.model.lora import LoRALinear
     from rcc.model.losses import TrainingLoss
     from rcc.planning import shapes
     from rcc.planning.blueprint import Blueprint
@@ -162,10 +159,6 @@ def part(arguments: argparse.Namespace) -> None:
     config = RCCConfig(1024, [4], "direct", rate_embeddings=True)
     config.share_base, config.encoder, config.decoder = True, SideConfig(rank), SideConfig(rank)
     model = Blueprint(config, shape, None, dtype).build("cpu")
-    if "peft" in arguments.part:
-        for module in model.modules():
-            if isinstance(module, LoRALinear):
-                module.forward = partial(peft.tuners.lora.Linear.forward, module)  # type: ignore[method-assign]
     freeze(model, (), dtype)
     used = torch.arange(0, 144_000, 3)
     loss = TrainingLoss()

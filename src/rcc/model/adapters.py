@@ -85,16 +85,16 @@ def add_lora(encoder: PreTrainedModel, decoder: PreTrainedModel, config: RCCConf
         config: gives each side's rank, and the scale.
         last_state: the last encoder state that feeds the decoder.
     """
-    from peft import inject_adapter_in_model
-
-    from . import lora  # peft takes a second to import, and merged adapters do without
+    from peft import LoraConfig, inject_adapter_in_model
 
     for body, rank, names in (
         (encoder, config.encoder.lora_rank, encoder_lora_layers(encoder, config, last_state)),
         (decoder, config.decoder.lora_rank, backbones.linear_names(decoder)),
     ):
         if rank:
-            inject_adapter_in_model(lora.settings(rank, config.lora_alpha or rank, names), body)
+            alpha = config.lora_alpha or rank
+            settings = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=names)  # type: ignore[arg-type]  # 1.5 will do, too
+            inject_adapter_in_model(settings, body)
 
 
 def encoder_lora_layers(encoder: PreTrainedModel, config: RCCConfig, last_state: int) -> list[str]:
