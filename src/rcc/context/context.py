@@ -198,7 +198,7 @@ class CompressedContext:
         own = self.segments
         chosen = joining.choose(own, segments)
         index = torch.cat([torch.arange(segment.start, segment.stop) for segment in chosen])
-        return replace(self._take(index), pieces=(joining.pieces_of(chosen, own, self.pieces[0]),))
+        return replace(_positions(self, index), pieces=(joining.pieces_of(chosen, own, self.pieces[0]),))
 
     def take(self, index: Tensor) -> CompressedContext:
         """Return a context of chosen positions of this one, in any order; its pieces stay these.
@@ -211,11 +211,7 @@ class CompressedContext:
         """
         joining.check_independent(self, "cut")
         joining.check_even(self.pieces[0])
-        return self._take(index)
-
-    def _take(self, index: Tensor) -> CompressedContext:
-        blocks = joining.take(self.blocks, self.length, index.to(self.device))
-        return replace(self, blocks=blocks, length=len(index), mask=None)
+        return _positions(self, index)
 
     @classmethod
     def join(cls, contexts: Sequence[CompressedContext]) -> CompressedContext:
@@ -391,3 +387,9 @@ def _check_one_model(contexts: Sequence[CompressedContext], what: str) -> None:
     if len(names) > 1:
         made = " and ".join(f"{name} ({fingerprint[:12]})" for fingerprint, name in list(names.items())[:2])
         raise ContextError(f"contexts of different models, {made}, cannot be {what}: use those of one model.")
+
+
+def _positions(context: CompressedContext, index: Tensor) -> CompressedContext:
+    """Return chosen positions [n] of a context, with all of its pieces."""
+    blocks = joining.take(context.blocks, context.length, index.to(context.device))
+    return replace(context, blocks=blocks, length=len(index), mask=None)
