@@ -8,6 +8,7 @@ channel, 64 positions` is what `--kv int8` keeps. In 4 bits a value has a smalle
 from __future__ import annotations
 
 import argparse
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rcc import CompressedContext, Engine
-from rcc.context.eight_bits import EightBits
+from rcc.context.eight_bits import EightBits, to_steps
 from rcc.defaults import DEFAULT_MODEL
 from rcc.evaluation.reconstruction.teacher_forcing import teacher_forced
 from rcc.text.tokens import token_ids
@@ -26,8 +27,8 @@ GROUP = 32
 
 def rounded(values: Tensor, dimension: int) -> Tensor:
     """Round values [1, KV heads, n, head dim] to 8 bits, with steps that one dimension shares."""
-    steps = (values.abs().amax(dimension, keepdim=True) / 127).clamp(min=1e-30)
-    return (values / steps).round() * steps
+    numbers, steps = to_steps(values, dimension, 1e-30, values.dtype)
+    return numbers * steps
 
 
 def four_bits(values: Tensor, dimension: int) -> Tensor:
@@ -77,8 +78,9 @@ def main() -> None:
     ids = token_ids(engine.tokenizer, arguments.text.read_text(encoding="utf-8"))[:, : arguments.tokens]
     print(f"{engine.name}, {ids.shape[1]:,} tokens at {arguments.rate}x, {model.dtype}\n")
     print("| kept | error of keys | of values | accuracy | loss |\n|---|---:|---:|---:|---:|")
+    computed = model.compress(ids, rate=arguments.rate)
     for name, ways in KEPT.items():
-        context = model.compress(ids, rate=arguments.rate)
+        context = copy.deepcopy(computed)
         keys, values = round_in_place(context, *ways).tolist()
         found = teacher_forced(model, context, ids[0])
         print(f"| {name} | {keys:.2%} | {values:.2%} | {found.accuracy:.4f} | {found.loss:.4f} |", flush=True)

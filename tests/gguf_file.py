@@ -35,6 +35,18 @@ def file_name(parameter: str) -> str:
     return f"blk.{layer}.{NAMES[part]}.{kind}"
 
 
+def add_tokenizer(writer: GGUFWriter) -> None:
+    """Write the tokenizer of :data:`TOKENS`."""
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list(TOKENS)
+    writer.add_token_types([1] * (len(TOKENS) - len(MARKS)) + [3] * len(MARKS))
+    writer.add_token_merges(["Ġ 1", "t h"])
+    writer.add_eos_token_id(TOKENS.index("<|im_end|>"))
+    writer.add_bos_token_id(TOKENS.index("<|endoftext|>"))
+    writer.add_pad_token_id(TOKENS.index("<|endoftext|>"))
+
+
 def write_gguf(file: Path, model: PreTrainedModel) -> None:
     """Write a tiny model of `len(TOKENS)` tokens in float32; Llama's rotated dimensions stand side by side there."""
     config = model.config
@@ -48,14 +60,7 @@ def write_gguf(file: Path, model: PreTrainedModel) -> None:
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(len(TOKENS))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("qwen2")
-    writer.add_token_list(TOKENS)
-    writer.add_token_types([1] * (len(TOKENS) - len(MARKS)) + [3] * len(MARKS))
-    writer.add_token_merges(["Ġ 1", "t h"])
-    writer.add_eos_token_id(TOKENS.index("<|im_end|>"))
-    writer.add_bos_token_id(TOKENS.index("<|endoftext|>"))
-    writer.add_pad_token_id(TOKENS.index("<|endoftext|>"))
+    add_tokenizer(writer)
     for name, parameter in model.named_parameters():  # a tied one once
         values = parameter.detach().numpy()
         if config.model_type == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):

@@ -12,17 +12,14 @@ import torch
 from gguf import GGMLQuantizationType, GGUFWriter
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tokenizers.pre_tokenizers import ByteLevel
 
+from gguf_file import MARKS, TOKENS, add_tokenizer
 from rcc import checkpoints
 from rcc.checkpoints import dequantizing
 from rcc.checkpoints.bases import Base, Part
 from rcc.errors import FileError
 
 HIDDEN, INNER, HEADS, KEY_HEADS, LAYERS = 256, 512, 4, 2, 2
-MARKS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-# every byte, one merged token, and the marks
-TOKENS = [*sorted(ByteLevel.alphabet()), "Ġ1", "th", *MARKS]
 KEYS = KEY_HEADS * HIDDEN // HEADS
 
 
@@ -122,14 +119,7 @@ def write_gguf(file: Path) -> dict[str, torch.Tensor]:
     writer.add_head_count_kv(KEY_HEADS)
     writer.add_rope_freq_base(1e6)
     writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("qwen2")
-    writer.add_token_list(TOKENS)
-    writer.add_token_types([1] * (len(TOKENS) - len(MARKS)) + [3] * len(MARKS))
-    writer.add_token_merges(["Ġ 1", "t h"])
-    writer.add_eos_token_id(TOKENS.index("<|im_end|>"))
-    writer.add_bos_token_id(TOKENS.index("<|endoftext|>"))
-    writer.add_pad_token_id(TOKENS.index("<|endoftext|>"))
+    add_tokenizer(writer)
     random, values = np.random.default_rng(0), {}
     for name, (kind, shape) in shapes().items():
         if kind == "F32":

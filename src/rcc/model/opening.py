@@ -20,7 +20,7 @@ from ..errors import InputError, ModelError
 from ..runtime.precision import computing
 from .compressor import Compressor
 from .rcc import RCCForCausalLM
-from .selection.names import SELECTION, rule_of
+from .selection.names import SELECTION, rule_in, rule_of
 from .selection.rules import RULES
 from .selection.selection import CHUNK_LENGTH, Selection
 
@@ -116,9 +116,8 @@ def check_compressor(name: str | None) -> None:
 
 def _selection_of(manifest: dict[str, Any]) -> tuple[str, int | None]:
     """Return the rule and the chunk's length of the selection that made a context file; of another one "" and None."""
-    kind, _, rule = str(manifest.get("compressor", "rcc")).partition(", rule ")
-    length = manifest.get("segment_length")
-    return (rule, length if isinstance(length, int) else None) if kind == SELECTION else ("", None)
+    rule, length = rule_in(str(manifest.get("compressor", ""))), manifest.get("segment_length")
+    return (rule, length if isinstance(length, int) else None) if rule else ("", None)
 
 
 def _model_of(model: str | Path | None, manifest: dict[str, Any] | None) -> str:

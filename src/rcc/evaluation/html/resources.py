@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ...model.selection.names import compressor_name
 from ...text.counts import show_count
 from ..axes import Axis
-from ..resources.settings import PAPER, PAPER_RATE
+from ..resources.settings import PAPER, PAPER_RATE, compressor_label
 from .charts import Look, Point, curves
 from .folders import Finished, SampleLists
 from .groups import ChartGroup, both, lengths_axis, numbered, point, size
@@ -27,8 +26,7 @@ def resources(runs: list[Finished], samples: SampleLists) -> Iterator[ChartGroup
     for run in runs:
         axis = lengths_axis({cell["key"]["length"] for cell in run.cells if "rate" in cell["key"]})
         rates = numbered(sorted({cell["key"]["rate"] for cell in run.cells if "rate" in cell["key"]}))
-        made = run.data["settings"].get("compressor")
-        compressor = compressor_name(made) if made else "RCC"
+        compressor = compressor_label(run.data["settings"])
         sources = {name_of(row["key"]): row.get("source", "") for row in run.rows}
         points: dict[str, list[tuple[Look, Point]]] = {"peak": [], "first": [], "compress": [], "ask": []}
         for key, cell, link in samples.cells(run):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ...errors import InputError
+from ...model.selection.names import compressor_name
 from ..evaluation import check_lengths
 
 if TYPE_CHECKING:
@@ -26,6 +27,12 @@ PAPER = {
     "plain": {0: 4_078, 2**11: 6_322, 2**13: 11_752, 2**14: 19_914, 2**15: 33_240, 2**16: 61_928},
 }  # fmt: skip
 """Length → MB of GPU memory that the paper gives for Pythia-1.4B (A800, batch 1); 0: with the weights alone."""
+
+
+def compressor_label(settings: Mapping[str, Any]) -> str:
+    """Return what tables and charts call what compresses, by an evaluation's settings."""
+    made = settings.get("compressor")
+    return compressor_name(made) if made else "RCC"
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...model import backbones
-from ...model.selection.names import compressor_name
 from ...text.counts import show_count
 from ..axes import Axis, counts_axis
 from ..plots import CurvePlot, Lines, from_left
 from ..results import Interval, Results, markdown
-from .settings import BY, PAPER, PAPER_RATE
+from .settings import BY, PAPER, PAPER_RATE, compressor_label
 
 Cell = Mapping[str, Any]
 
@@ -32,11 +31,6 @@ class ResourcesReport:
         """Return no further figures."""
         return {}
 
-    @property
-    def _compressor(self) -> str:
-        made = self.settings.get("compressor")
-        return compressor_name(made) if made else "RCC"
-
     # ---------------------------------------------------------------- tables
     def table(self) -> str:
         """Return memory by length and rate and, where it was measured, time, as Markdown."""
@@ -49,7 +43,7 @@ class ResourcesReport:
         paper, measured = self.settings["paper"], self.settings["measured"]
         how = "" if measured else " (computed)"
         header = ["tokens", "rate", "positions", f"weights + KV, MB{how}"]
-        header += [f"{self._compressor}, peak MB{how}", "beyond, MB", "ratio"]
+        header += [f"{compressor_label(self.settings)}, peak MB{how}", "beyond, MB", "ratio"]
         header += ["asking, peak MB", "ratio"] if measured else []
         header += [f"file, MB{how}", f"plain, peak MB{how}", *(["paper, RCC", "paper, plain"] if paper else [])]
         rows = []
@@ -132,7 +126,7 @@ class ResourcesReport:
             plain = reader == "plain"
             peak = _value(cell, "plain_peak_bytes" if plain else "compress_peak_bytes")
             if peak is not None:
-                lines.setdefault("plain" if plain else f"{self._compressor} {rate}×", []).append(
+                lines.setdefault("plain" if plain else f"{compressor_label(self.settings)} {rate}×", []).append(
                     (length, _point(peak / 1e6))
                 )
         if self.settings["paper"]:

@@ -31,6 +31,7 @@ from ..prefix import Layers, as_cache
 from .families import check_family, hash_weights, load_decoder
 from .heads import SharedHeads, as_cache_with_gaps, check_heads, hide_gaps, kv_heads
 from .keeping import EvenHeads, Heads, append
+from .names import made_by
 from .reading import Reader, beside
 from .rules import RULES, Seen
 
@@ -169,7 +170,7 @@ class Selection:
     @property
     def compressor(self) -> str:
         """What a context's file calls the way in which it was made."""
-        return f"selection, rule {self.rule}"
+        return made_by(self.rule)
 
     @property
     def fingerprint(self) -> str:
