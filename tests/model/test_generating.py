@@ -48,6 +48,19 @@ def test_one_context_many_questions(
     torch.testing.assert_close(prompt_logits(model, context, [7]), want.logits([text], [7]), **CLOSE)
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_the_head_reads_contiguous_states(fresh: MakeModel, tokens: MakeTokens, rows: int) -> None:
+    """What the head gets of a prompt's last position has the strides of a tensor of its own: the reason is speed."""
+    model = fresh("llama")
+    seen: list[Tensor] = []
+    model.decoder.get_output_embeddings().register_forward_pre_hook(lambda head, args: seen.append(args[0]))
+    model.generate(
+        one(tokens(9)).expand(rows, -1), context=model.compress(one(tokens(40))).expand(rows), max_new_tokens=2
+    )
+    assert [states.shape[:2] for states in seen] == [(rows, 1), (rows, 1)]
+    assert all(states.stride() == torch.empty(states.shape).stride() for states in seen)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sampling(tiny: MakeModel, expected: MakeExpected, tokens: MakeTokens, family: str) -> None:
     """Sampling with a fixed seed repeats itself and equals sampling over transformers' own concatenating cache, with

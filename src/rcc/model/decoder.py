@@ -97,6 +97,21 @@ def window_by_position(body: PreTrainedModel) -> None:
     body.register_forward_pre_hook(masks, with_kwargs=True)
 
 
+def contiguous_head(decoder: PreTrainedModel) -> None:
+    """Make a decoder's output head read states that lie one after the other in memory.
+
+    Generating hands it a view of the last position, which has the strides of the whole prompt. On a CPU torch (2.13)
+    takes such a product for a batch of matrices instead of one, which in bfloat16 takes some fifty times as long
+    (benchmarks/ask.py: the first token).
+    """
+
+    def straighten(module: nn.Module, args: _Args) -> _Args:
+        # the view is for what is contiguous but for the strides of dimensions of size 1
+        return (args[0].contiguous().view(args[0].shape), *args[1:])
+
+    decoder.get_output_embeddings().register_forward_pre_hook(straighten)
+
+
 def hook_arguments(hook: BlockHook) -> dict[str, BlockHook]:
     """Return keyword arguments that hand a hook to a forward pass of a prepared decoder."""
     return {_KEY: hook}
