@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from . import backbones
+from .attention import attend_after_cache
 from .projection import Projections
 
 _Args: TypeAlias = tuple[Any, ...]  # of a module's call, as torch hands them to hooks
@@ -65,6 +66,13 @@ def accept_prefix(body: PreTrainedModel) -> None:
             return None if hook is None else ((hook.enter(i, args[0]), *args[1:]), kwargs)
 
         block.register_forward_pre_hook(enter, with_kwargs=True)
+
+
+def prepare_asking(decoder: PreTrainedModel) -> None:
+    """Make a decoder ready for prompts after a context, in place: right in batches with gaps, and fast."""
+    window_by_position(backbones.body(decoder))
+    attend_after_cache(decoder)
+    contiguous_head(decoder)
 
 
 def window_by_position(body: PreTrainedModel) -> None:

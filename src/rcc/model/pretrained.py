@@ -18,8 +18,7 @@ from ..text import prompting
 from ..text.prompting import Prompt
 from . import adapters, backbones, merging, segments
 from . import encoder as encoding
-from .attention import attend_after_cache
-from .decoder import accept_prefix, contiguous_head, window_by_position
+from .decoder import accept_prefix, prepare_asking
 from .encoder import Additions
 from .fingerprint import fingerprint_of
 from .generating import check_maker
@@ -71,9 +70,7 @@ class RCCPreTrainedModel(nn.Module):
             config.sink_token = 0
         _check_segment(config, backbones.window(self.encoder_config))
         accept_prefix(backbones.body(self.decoder))
-        window_by_position(backbones.body(self.decoder))
-        attend_after_cache(self.decoder)
-        contiguous_head(self.decoder)
+        prepare_asking(self.decoder)
         self._deferred = encoder if isinstance(encoder, DeferredEncoder) else None
         self.merged = self._deferred is not None
         if isinstance(encoder, PreTrainedModel):

@@ -25,7 +25,7 @@ from ...text.tokens import prompt_ids, token_ids
 from .. import backbones, positions, segments
 from ..arguments import check_is_context, rows_of, to_device
 from ..compressor import ReadProgress
-from ..decoder import contiguous_head, window_by_position
+from ..decoder import prepare_asking
 from ..generating import check_context, check_maker, generate
 from ..prefix import Layers, as_cache
 from .families import check_family, hash_weights, load_decoder
@@ -96,8 +96,7 @@ class Selection:
             hide_gaps(backbones.body(decoder))
         self.decoder, self.tokenizer, self.name, self.rule = decoder.eval(), tokenizer, name, rule
         self.reader = Reader(backbones.body(decoder))
-        window_by_position(backbones.body(decoder))
-        contiguous_head(decoder)
+        prepare_asking(decoder)
         self.stored_dtype = stored_dtype or decoder.dtype
         self.chat = chat_form(tokenizer)
         self.header = token_ids(tokenizer, self.chat.header, allow_special=True)[0]
