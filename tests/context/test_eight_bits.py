@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from conftest import MakeModel, MakeTokens
 from equality import one
 from rcc import CompressedContext, ContextError, InputError
-from rcc.context import file as fileformat
+from rcc.context import container
 from rcc.context.eight_bits import GROUP, EightBits
 
 PREFIXES = ["residual", "direct"]
@@ -121,6 +121,6 @@ def test_refusals(tiny: MakeModel, tokens: MakeTokens, tmp_path: Path) -> None:
     save_file(tensors, path, {**metadata, "rcc": json.dumps({**json.loads(metadata["rcc"]), "eight_bits": 1})})
     with pytest.raises(ContextError, match="eight_bits"):
         CompressedContext.load(path, verify="header")
-    save_file(tensors, path, {**metadata, "version": str(fileformat.VERSION + 1)})
+    save_file(tensors, path, {**metadata, "version": str(container.VERSION + 1)})
     with pytest.raises(ContextError, match="update rcc"):
         CompressedContext.load(path, verify="header")

@@ -16,11 +16,12 @@ from transformers.cache_utils import Cache
 
 from ..errors import ContextError, InputError
 from ..runtime.precision import kept_dtype
+from . import container, information, joining
 from . import file as fileformat
-from . import information, joining
 from .cache import SPARE, KVBlocks
 from .manifest import Manifest
 from .pieces import Piece
+from .saved_layers import layers_to_save, saved_layers
 
 if TYPE_CHECKING:
     from ..model.compressor import Compressor
@@ -335,7 +336,7 @@ class CompressedContext:
             one.blocks.eight_bits,
             self.compressor,
         )
-        tensors = manifest.tensors_of(one.blocks.layers, len(one))
+        tensors = layers_to_save(one.blocks.layers, len(one))
         fileformat.write(Path(path), "context", manifest.as_dict(), tensors, replace, private)
 
     @classmethod
@@ -355,14 +356,13 @@ class CompressedContext:
             FileError: the file cannot be read.
             ContextError: it is damaged, truncated, of a newer format, not a context, or made by another model.
         """
-        data, tensors, release = fileformat.read(Path(path), "context", verify)
-        manifest = Manifest.read(path, data)
-        layers = manifest.layers_of(path, tensors)
+        file = container.read(Path(path), "context", verify)
+        manifest = Manifest.of(file)
         if model is not None:
             model.check_fingerprint(manifest.fingerprint, manifest.model_name, str(path))
-        length = sum(piece.positions for piece in manifest.pieces)
+        length = manifest.positions
         context = cls(
-            KVBlocks(layers, length, False, release),
+            KVBlocks(saved_layers(file, manifest), length, False, file.release),
             length,
             (manifest.pieces,),
             manifest.fingerprint,

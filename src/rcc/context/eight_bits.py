@@ -13,8 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-GROUP = 64
-"""Positions that share a step."""
+from .manifest import GROUP
 
 
 def to_steps(values: Tensor, dimension: int, least: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

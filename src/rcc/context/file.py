@@ -3,43 +3,28 @@
 The file is an ordinary safetensors file, which any safetensors reader opens. Its metadata hold `rcc` (the manifest
 as JSON) and `sha256`: the SHA-256 of the whole file with those 64 digits replaced by zeros. It is not written by the
 safetensors library, because that one wants every tensor contiguous in memory at once, which would double a large
-context (weights are written here for the same reason); nor read by it, because it opens the file anew, which may by
-then be another one than the one checked.
+context (weights are written here for the same reason). It is read by :mod:`.container`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import mmap
-import os
-import re
+import math
 import struct
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import ContextError, FileError, InputError
+from ..errors import FileError
 from ..runtime import atomic
+from .container import DIGEST, DTYPES, NO_DIGEST, VERSION, Container
 
-VERSION = 2
-"""The newest format: 2 is a context in 8 bits. What an older reader can read is written as 1."""
-_ZEROS = "0" * 64
-_DIGEST = re.compile(rb'"sha256":"([0-9a-f]{64})"')
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int8: "I8",
-}
-
-_NAMES = {name: dtype for dtype, name in _DTYPES.items()}
+_NAMES: dict[str, torch.dtype] = {name: getattr(torch, dtype) for name, dtype in DTYPES.items()}
+_DTYPES = {dtype: name for name, dtype in _NAMES.items()}
 
 Lazy = tuple[torch.dtype, tuple[int, ...], Callable[[], Tensor]]
 
@@ -62,7 +47,7 @@ def write(
     Args:
         path: the file; its folder exists.
         kind: `"context"` or `"vectors"`.
-        manifest: what JSON can hold; :func:`read` returns it.
+        manifest: what JSON can hold; :func:`rcc.context.container.read` returns it.
         tensors: by name, in the order in which they are written.
         replace: whether a file of that name is replaced, as for :func:`rcc.runtime.atomic.writing`.
         private: a new file is for its owner alone.
@@ -72,9 +57,9 @@ def write(
         FileError: the folder does not exist or cannot be written, or the disk is full.
     """
     version = VERSION if manifest.get("eight_bits") else 1
-    metadata = {"format": f"rcc-{kind}", "version": str(version), "sha256": _ZEROS, "rcc": json.dumps(manifest)}
+    metadata = {"format": f"rcc-{kind}", "version": str(version), "sha256": NO_DIGEST, "rcc": json.dumps(manifest)}
     header = _header(metadata, tensors)
-    match = _DIGEST.search(header)
+    match = DIGEST.search(header)
     assert match is not None
     digest = hashlib.sha256()
     try:
@@ -123,85 +108,11 @@ def _put(header: bytes, tensors: Mapping[str, Lazy], put: Callable[[bytes | memo
         put(get().detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
-def read(path: Path, kind: str, verify: str) -> tuple[dict[str, Any], dict[str, Tensor], Callable[[], None]]:
-    """Open a file that :func:`write` wrote.
-
-    Args:
-        path: the file.
-        kind: `"context"` or `"vectors"`; a file of another kind is refused.
-        verify: `"full"` checks the digest over every byte first; `"header"` only the header and the sizes.
-
-    Returns:
-        Its manifest; its tensors by name, mapped: they are read when they are used; and what to call when they have
-        been copied, so that they no longer take memory until they are used again.
-
-    Raises:
-        InputError: an unknown `verify`.
-        FileError: the file is not there or cannot be read.
-        ContextError: it is damaged, truncated, of a newer format, or not a file of this kind.
-    """
-    if verify not in ("full", "header"):
-        raise InputError(f'verify={verify!r} is unknown: use "full" or "header".')
-    damaged = f"{path} is damaged or not an rcc {kind} file: make it again"
-    try:
-        with open(path, "rb") as file:
-            if not os.fstat(file.fileno()).st_size:
-                raise ContextError(f"{path} is empty.")
-            # a private mapping: what is checked here is what the tensors show, and nothing is written back
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    except OSError as error:
-        raise FileError(f"{path} cannot be read: {error.strerror or error}.") from error
-    size = int.from_bytes(data[:8], "little")
-    if not 2 <= size <= len(data) - 8:
-        raise ContextError(f"{damaged} (its header is cut short).")
-    text = data[8 : 8 + size]
-    match = _DIGEST.search(text)
-    if match is None:
-        raise ContextError(f"{damaged} (it has no digest).")
-    release = partial(_release, data)
-    if verify == "full":
-        if _digest(data, 8 + match.start(1)) != match[1]:
-            raise ContextError(f"{damaged} (its content does not match its digest).")
-        release()
-    try:
-        header = json.loads(text)
-        metadata = header.pop("__metadata__")
-        version, kind_inside, manifest = int(metadata["version"]), metadata["format"], json.loads(metadata["rcc"])
-        total = 8 + size + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError):
-        raise ContextError(f"{damaged} (its header cannot be read).") from None
-    if kind_inside != f"rcc-{kind}":
-        raise ContextError(f"{path} holds {kind_inside!r}, not an rcc {kind} file.")
-    if version > VERSION:
-        raise ContextError(f"{path} has format version {version}, this rcc reads up to {VERSION}: update rcc.")
-    if not isinstance(manifest, dict):
-        raise ContextError(f"{damaged} (its manifest cannot be read).")
-    if len(data) != total:
-        raise ContextError(f"{damaged} (it has {len(data)} bytes instead of {total}).")
-    try:
-        return manifest, {name: _tensor(data, 8 + size, entry) for name, entry in header.items()}, release
-    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError, AttributeError) as error:
-        raise ContextError(f"{damaged} (a tensor cannot be read: {error}).") from None
-
-
-def _release(data: mmap.mmap) -> None:
-    if hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
-        data.madvise(mmap.MADV_DONTNEED)
-
-
-def _tensor(data: mmap.mmap, start: int, entry: dict[str, Any]) -> Tensor:
-    dtype, shape = _NAMES[entry["dtype"]], torch.Size(entry["shape"])
-    low, high = entry["data_offsets"]
-    if min(shape, default=1) < 1 or low < 0 or high - low != shape.numel() * dtype.itemsize:
-        raise ValueError("its size does not fit its shape")
-    return torch.frombuffer(data, dtype=dtype, count=shape.numel(), offset=start + low).view(shape)
-
-
-def _digest(data: mmap.mmap, at: int) -> bytes:
-    """Return the SHA-256 of a mapped file with the 64 bytes at `at` replaced by zeros."""
-    digest = hashlib.sha256()
-    with memoryview(data) as view:
-        digest.update(view[:at])
-        digest.update(_ZEROS.encode())
-        digest.update(view[at + 64 :])
-    return digest.hexdigest().encode()
+def tensors_of(container: Container) -> dict[str, Tensor]:
+    """Return a file's tensors by name, mapped: they are read when they are used."""
+    return {
+        name: torch.frombuffer(
+            container.data, dtype=_NAMES[entry.dtype], count=math.prod(entry.shape), offset=entry.start
+        ).view(entry.shape)
+        for name, entry in container.entries.items()
+    }

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from ..errors import ContextError
-from . import file as fileformat
-from .eight_bits import GROUP, EightBitLayers, EightBits
+from .container import FLOATS, Container, Entry
 from .pieces import Piece, pieces_from
 
-_NAMES = ("keys", "values")
+NAMES, STEPS = ("keys", "values"), ".steps"
+GROUP = 64
+"""Positions that share a step in 8 bits."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +50,13 @@ class Manifest:
         }
 
     @classmethod
-    def read(cls, path: str | Path, data: dict[str, Any]) -> Manifest:
-        """Check what a file holds.
+    def of(cls, container: Container) -> Manifest:
+        """Return what a context's file says, and check that its tensors are those that it speaks of.
 
         Raises:
-            ContextError: it lacks something, or has it of another type.
+            ContextError: it lacks something, or has it of another type; or they are others.
         """
+        path, data = container.path, container.manifest
         try:
             fingerprint, name, compressor = data["fingerprint"], data["model"], data.get("compressor", "")
             if not all(isinstance(text, str) for text in (fingerprint, name, compressor)):
@@ -70,57 +68,51 @@ class Manifest:
             pieces, versions = tuple(pieces_from(data["pieces"])), dict(data["versions"])
             layers = len(range(data["layers"]))
             length = int(data["segment_length"])
-            return cls(name, fingerprint, length, layers, pieces, versions, rotated, eight_bits, compressor)
+            manifest = cls(name, fingerprint, length, layers, pieces, versions, rotated, eight_bits, compressor)
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
             raise ContextError(f"{path} is damaged: its manifest is not whole ({error}).") from None
+        manifest.check(container)
+        return manifest
 
-    def tensors_of(self, layers: Sequence[tuple[Tensor, Tensor]], length: int) -> dict[str, fileformat.Lazy]:
-        """Return what a file holds of a context's layers, by name.
+    @property
+    def positions(self) -> int:
+        """Positions of the context."""
+        return sum(piece.positions for piece in self.pieces)
 
-        Args:
-            layers: keys and values [1, KV heads, capacity, head dim].
-            length: positions that count.
-        """
-        tensors = {}
-        if isinstance(layers, EightBitLayers):
-            for i, pair in enumerate(layers.layers):
-                for name, part in zip(_NAMES, pair, strict=True):
-                    tensors[f"{name}.{i}"] = fileformat.lazy(part.numbers)
-                    tensors[f"{name}.{i}.steps"] = fileformat.lazy(part.steps)
-            return tensors
-        for i, layer in enumerate(layers):
-            for name, block in zip(_NAMES, layer, strict=True):
-                tensors[f"{name}.{i}"] = fileformat.lazy(block[:, :, :length])
-        return tensors
+    @property
+    def names(self) -> list[str]:
+        """What a file calls keys and values, those of the first layer first."""
+        return [f"{name}.{i}" for i in range(self.layers) for name in NAMES]
 
-    def layers_of(self, path: str | Path, tensors: dict[str, Tensor]) -> Sequence[tuple[Tensor, Tensor]]:
-        """Return keys and values [1, KV heads, n, head dim] of each layer, out of a file's tensors by name.
+    def check(self, container: Container) -> None:
+        """Check that a file's tensors are the keys and values of the positions that the manifest names.
 
         Raises:
-            ContextError: they are not the keys and values of the positions that the manifest names.
+            ContextError: they are not.
         """
-        length = sum(piece.positions for piece in self.pieces)
-        damaged = ContextError(f"{path} is damaged: its tensors are not the keys and values of {length} positions.")
         count = (4 if self.eight_bits else 2) * self.layers
-        names = [f"{name}.{i}" for i in range(self.layers) for name in _NAMES] if count == len(tensors) else []
-        blocks = [tensors[name] for name in names if name in tensors]
-        if not blocks or len(blocks) != 2 * self.layers:
-            raise damaged
-        like = blocks[0]
-        alike = all(t.shape == like.shape and t.dtype == like.dtype for t in blocks)
-        if not alike or like.ndim != 4 or (like.shape[0], like.shape[2]) != (1, length):
-            raise damaged
-        counted = [list(map(len, piece.heads)) for piece in self.pieces if piece.heads]
-        if any(heads != [like.shape[1]] * self.layers for heads in counted):
-            raise damaged
+        # the count first: a damaged number of layers may be anything
+        if len(container.entries) != count or not self._fits(container.entries):
+            raise ContextError(
+                f"{container.path} is damaged: its tensors are not the keys and values of {self.positions} positions."
+            )
+
+    def _fits(self, entries: Mapping[str, Entry]) -> bool:
+        first = entries.get(f"{NAMES[0]}.0")
+        if first is None or len(first.shape) != 4 or (first.shape[0], first.shape[2]) != (1, self.positions):
+            return False
+        _, heads, n, size = first.shape
+        if any(list(map(len, piece.heads)) != [heads] * self.layers for piece in self.pieces if piece.heads):
+            return False
         if not self.eight_bits:
-            if not like.is_floating_point():
-                raise damaged
-            return list(zip(blocks[::2], blocks[1::2], strict=True))
-        steps = [tensors[f"{name}.steps"] for name in names if f"{name}.steps" in tensors]
-        shape = (1, like.shape[1], -(-length // GROUP), like.shape[3])
-        fits = all(t.shape == shape and t.dtype == steps[0].dtype and t.is_floating_point() for t in steps)
-        if len(steps) != len(blocks) or not fits or like.dtype != torch.int8:
-            raise damaged
-        parts = [EightBits(*pair) for pair in zip(blocks, steps, strict=True)]
-        return EightBitLayers(list(zip(parts[::2], parts[1::2], strict=True)))
+            return first.dtype in FLOATS and self._alike(entries, "", first.dtype, first.shape)
+        steps = entries.get(f"{NAMES[0]}.0{STEPS}")
+        if steps is None or steps.dtype not in FLOATS:
+            return False
+        return self._alike(entries, "", "I8", first.shape) and self._alike(
+            entries, STEPS, steps.dtype, (1, heads, -(-n // GROUP), size)
+        )
+
+    def _alike(self, entries: Mapping[str, Entry], suffix: str, dtype: str, shape: tuple[int, ...]) -> bool:
+        found = [entries.get(f"{name}{suffix}") for name in self.names]
+        return all(entry is not None and (entry.dtype, entry.shape) == (dtype, shape) for entry in found)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError, RCCError
 from ..runtime import atomic
-from . import file as fileformat
+from . import container
 from .context import CompressedContext
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ class ContextStore:
         contexts = []
         for path, status in self._files():
             try:
-                manifest: dict[str, Any] = fileformat.read(path, "context", "header")[0]
+                manifest: dict[str, Any] = container.read(path, "context", "header").manifest
                 pieces = manifest["pieces"]
                 model, tokens = str(manifest["model"]), sum(int(piece["tokens"]) for piece in pieces)
                 positions = sum(int(piece["positions"]) for piece in pieces)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ContextError
+from . import container
 from . import file as fileformat
 from .pieces import Piece, pieces_from
 
@@ -95,7 +96,8 @@ class CompressedVectors:
         Raises:
             FileError: it cannot be read. ContextError: it is damaged, of a newer format or something else.
         """
-        manifest, tensors, _ = fileformat.read(Path(path), "vectors", verify="full")
+        file = container.read(Path(path), "vectors", verify="full")
+        manifest, tensors = file.manifest, fileformat.tensors_of(file)
         try:
             states, lengths, pieces = tensors["states"], tensors["lengths"], tuple(pieces_from(manifest["pieces"]))
             rate, segment, fingerprint = (manifest[name] for name in ("rate", "segment_length", "fingerprint"))

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .. import checkpoints
 from ..config import RCCConfig
-from ..context import file as fileformat
+from ..context import container
 from ..defaults import default_model
 from ..errors import InputError, ModelError
 from ..runtime.precision import computing
@@ -60,7 +60,7 @@ def open_compressor(
         ContextError, FileError: `made` is damaged or cannot be read.
     """
     check_compressor(compressor)
-    manifest = None if made is None else fileformat.read(Path(made), "context", "full")[0]
+    manifest = None if made is None else container.read(Path(made), "context", "full").manifest
     model = _model_of(model, manifest)
     rule, chunk_length = rule_of(compressor or SELECTION), CHUNK_LENGTH
     if manifest is not None and compressor != "rcc":
