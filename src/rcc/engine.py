@@ -16,13 +16,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from . import checkpoints
 from .answers import Answer, AnswerStream, Usage, WrittenText
 from .context.context import CompressedContext
 from .context.information import in_one_line
 from .context.pieces import longest_head
 from .context.recognition import is_context
-from .context.store import MAX_BYTES, ContextStore
+from .context.store import ContextStore
 from .defaults import BUDGET
 from .documents.plain import read_text
 from .errors import InputError, ModelError
@@ -36,11 +35,6 @@ from .text.tokens import decode, prompt_ids, token_ids
 
 Say = Callable[[str], None]
 Progress = Callable[[int, int], None]
-
-
-def default_store() -> ContextStore:
-    """Return the user's store, `contexts/` in $RCC_HOME."""
-    return ContextStore(checkpoints.home() / "contexts", MAX_BYTES)
 
 
 class Engine:

@@ -308,6 +308,8 @@ finally:
         ["compress", "--help"],
         ["compress", "nothing", "-o", "x.rcc"],
         ["ask", "x.rcc", "Who?", "--mode", "guess"],
+        ["inspect", str(compressed_file)],
+        ["contexts"],
     ):
         done = subprocess.run(
             [sys.executable, "-c", check, *args], capture_output=True, text=True, env=environment(), timeout=LIMIT

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .. import checkpoints
+from ..context.store import default_store
 from ..errors import InputError
 from ..runtime.quiet import import_transformers
 from ..runtime.terminal import CONTROL, Console, shown
@@ -82,7 +83,7 @@ def load_engine(
     """Load the model that is named, or that made the context file `made`, or the default one, with the user's store."""
     checkpoints.hash_ahead(model, made)
     with loading("loading the model") as say:
-        from ..engine import Engine, default_store
+        from ..engine import Engine
 
         return Engine.load(
             model,

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
+from ..context.information import in_one_line, of_file
 from ..context.recognition import is_context
+from ..context.store import default_store
 from ..defaults import BUDGET
 from ..documents.plain import read_text
 from ..errors import InputError
@@ -216,9 +218,7 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Say what a context file holds, after checking every byte of it."""
-    from ..context.context import CompressedContext
-
-    info = {"file": str(context), **CompressedContext.load(context).info()}
+    info = {"file": str(context), **of_file(context)}
     if as_json:
         print_json(info)
         return
@@ -244,14 +244,11 @@ def contexts(
 ) -> None:
     """List the contexts that are kept of texts that were asked directly, or remove some."""
     limit = None if prune is None else parse_bytes(prune)
-    with status("reading the store"):
-        from ..engine import default_store
-
-        store = default_store()
-        removed = [store.remove(address).path for address in remove or []]
-        if limit is not None:
-            removed += store.prune(limit)
-        stored = store.list()
+    store = default_store()
+    removed = [store.remove(address).path for address in remove or []]
+    if limit is not None:
+        removed += store.prune(limit)
+    stored = store.list()
     if as_json:
         rows = [
             {**vars(c), "path": str(c.path), "last_used": c.last_used.isoformat(timespec="seconds")} for c in stored
@@ -302,8 +299,6 @@ def _say(message: str) -> None:
 
 
 def _say_made(output: Path, context: CompressedContext) -> None:
-    from ..context.information import in_one_line
-
     err.print(f"{output}: {in_one_line(context)}", markup=False)
 
 

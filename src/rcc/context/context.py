@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from . import container, information, joining
 from . import file as fileformat
 from .cache import SPARE, KVBlocks
 from .manifest import Manifest
-from .pieces import Piece
+from .pieces import Piece, rate_of, sha256_of
 from .saved_layers import layers_to_save, saved_layers
 
 if TYPE_CHECKING:
@@ -108,8 +107,7 @@ class CompressedContext:
     @property
     def rate(self) -> int | list[int]:
         """The compression rate, or all of them in ascending order if pieces differ."""
-        rates = sorted({piece.rate for row in self.pieces for piece in row})
-        return rates[0] if len(rates) == 1 else rates
+        return rate_of(piece for row in self.pieces for piece in row)
 
     @property
     def source_tokens(self) -> int:
@@ -119,12 +117,7 @@ class CompressedContext:
     @property
     def source_sha256(self) -> list[str]:
         """A digest of each text: of its token ids, or, after an append, of its pieces' digests in order."""
-        return [
-            row[0].sha256
-            if len(row) == 1
-            else hashlib.sha256("".join(piece.sha256 for piece in row).encode()).hexdigest()
-            for row in self.pieces
-        ]
+        return [sha256_of(row) for row in self.pieces]
 
     def __repr__(self) -> str:
         texts = "" if self.batch_size == 1 else f"{self.batch_size} texts, "
@@ -137,7 +130,21 @@ class CompressedContext:
 
     def info(self) -> dict[str, Any]:
         """Return what `rcc inspect --json` prints of a context of one text."""
-        return information.as_json(self)
+        return information.as_json(self._manifest(), self.nbytes, str(self.dtype).removeprefix("torch."))
+
+    def _manifest(self) -> Manifest:
+        """Return what a file says of a context of one text."""
+        return Manifest(
+            self.model_name,
+            self.fingerprint,
+            self.segment_length,
+            len(self.blocks.layers),
+            self.pieces[0],
+            self.versions,
+            self.rotated,
+            self.blocks.eight_bits,
+            self.compressor,
+        )
 
     # ---------------------------------------------------------------- its keys and values
     def layer(self, i: int) -> tuple[Tensor, Tensor]:
@@ -325,19 +332,8 @@ class CompressedContext:
         if self.batch_size != 1:
             raise InputError(f"save needs a context of one text, this one holds {self.batch_size}: save context[i].")
         one = self[0] if self.mask is not None else self
-        manifest = Manifest(
-            self.model_name,
-            self.fingerprint,
-            self.segment_length,
-            len(self.blocks.layers),
-            self.pieces[0],
-            self.versions,
-            self.rotated,
-            one.blocks.eight_bits,
-            self.compressor,
-        )
         tensors = layers_to_save(one.blocks.layers, len(one))
-        fileformat.write(Path(path), "context", manifest.as_dict(), tensors, replace, private)
+        fileformat.write(Path(path), "context", one._manifest().as_dict(), tensors, replace, private)
 
     @classmethod
     def load(

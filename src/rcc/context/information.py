@@ -2,29 +2,53 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .container import DTYPES, read
+from .manifest import NAMES, Manifest
+from .pieces import rate_of, sha256_of
 
 if TYPE_CHECKING:
     from .context import CompressedContext
 
 
-def as_json(context: CompressedContext) -> dict[str, Any]:
-    """Return what `rcc inspect --json` prints of a context of one text."""
+def of_file(path: Path) -> dict[str, Any]:
+    """Return what `rcc inspect --json` prints of a file, after checking every byte of it.
+
+    Raises:
+        FileError: the file cannot be read. ContextError: it is damaged, of a newer format or not a context.
+    """
+    container = read(path, "context", "full")
+    manifest, entries = Manifest.of(container), container.entries
+    dtype = DTYPES[entries[f"{NAMES[0]}.0"].dtype]
+    return as_json(manifest, sum(entry.nbytes for entry in entries.values()), dtype)
+
+
+def as_json(manifest: Manifest, nbytes: int, dtype: str) -> dict[str, Any]:
+    """Return what there is to know of a context of one text.
+
+    Args:
+        manifest: what its file says of it.
+        nbytes: of its keys and values.
+        dtype: their precision.
+    """
+    pieces = manifest.pieces
     return {
-        "model": context.model_name,
-        "fingerprint": context.fingerprint,
-        **({"compressor": context.compressor} if context.compressor else {}),
-        "source_tokens": context.source_tokens,
-        "source_sha256": context.source_sha256[0],
-        "rate": context.rate,
-        "segment_length": context.segment_length,
-        "positions": len(context),
-        "bytes": context.nbytes,
-        "bytes_per_position": context.nbytes // len(context),
-        "dtype": str(context.dtype).removeprefix("torch."),
-        "layers": len(context.blocks.layers),
-        "pieces": [{k: v for k, v in piece.as_dict().items() if k != "opening"} for piece in context.pieces[0]],
-        "versions": context.versions,
+        "model": manifest.model_name,
+        "fingerprint": manifest.fingerprint,
+        **({"compressor": manifest.compressor} if manifest.compressor else {}),
+        "source_tokens": sum(piece.tokens for piece in pieces),
+        "source_sha256": sha256_of(pieces),
+        "rate": rate_of(pieces),
+        "segment_length": manifest.segment_length,
+        "positions": manifest.positions,
+        "bytes": nbytes,
+        "bytes_per_position": nbytes // manifest.positions,
+        "dtype": dtype,
+        "layers": manifest.layers,
+        "pieces": [{k: v for k, v in piece.as_dict().items() if k != "opening"} for piece in pieces],
+        "versions": manifest.versions,
     }
 
 

@@ -6,7 +6,8 @@ It lives here and not with the segments, because a context's and a vectors file'
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +38,19 @@ class Piece:
     def as_dict(self) -> dict[str, Any]:
         """Return what a manifest holds; `special_tokens` and `heads` only where there are some."""
         return {key: value for key, value in vars(self).items() if value or key not in ("special_tokens", "heads")}
+
+
+def rate_of(pieces: Iterable[Piece]) -> int | list[int]:
+    """Return the rate of some texts, or all of them in ascending order if they differ."""
+    rates = sorted({piece.rate for piece in pieces})
+    return rates[0] if len(rates) == 1 else rates
+
+
+def sha256_of(pieces: Sequence[Piece]) -> str:
+    """Return the digest of a text: of its token ids, or, after an append, of its pieces' digests in order."""
+    if len(pieces) == 1:
+        return pieces[0].sha256
+    return hashlib.sha256("".join(piece.sha256 for piece in pieces).encode()).hexdigest()
 
 
 def longest_head(pieces: Sequence[Piece]) -> int:

@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError, RCCError
 from ..runtime import atomic
+from ..runtime.home import home
 from . import container
-from .context import CompressedContext
 
 if TYPE_CHECKING:
     import torch
 
     from ..model.compressor import Compressor
+    from .context import CompressedContext
 
 SUFFIX = ".rcc"
 MAX_BYTES = 10 * 10**9
@@ -51,6 +52,11 @@ class StoredContext:
     model: str
     tokens: int
     positions: int
+
+
+def default_store() -> ContextStore:
+    """Return the user's store, `contexts/` in $RCC_HOME."""
+    return ContextStore(home() / "contexts", MAX_BYTES)
 
 
 class ContextStore:
@@ -88,6 +94,8 @@ class ContextStore:
             address: as :meth:`address` returns it.
             model: the one that made it: the context is put on its device and in its precision.
         """
+        from .context import CompressedContext  # and with it torch
+
         path = self.path(address)
         try:
             context = CompressedContext.load(path, model=model)
