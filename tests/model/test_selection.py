@@ -16,7 +16,7 @@ from conftest import MakeBackbone, MakeBatch, MakeTokens
 from rcc import CompressedContext, ContextError, InputError, ModelError, WindowError
 from rcc.model import attention
 from rcc.model.backbones import CACHE
-from rcc.model.selection.rules import RULES
+from rcc.model.selection.rules import RULES, Seen, highest_attention
 from rcc.model.selection.selection import Selection
 from word_tokens import word_tokenizer
 
@@ -104,6 +104,29 @@ def test_repeat_keeps_what_brute_force_keeps(backbone: MakeBackbone, tokens: Mak
         theta = base.config.rope_parameters["rope_theta"]
         want = moved(keys.gather(1, take), best + h, to, ROTARY.get(family, keys.shape[-1]), theta)
         torch.testing.assert_close(got_keys, want, **CLOSE)
+
+
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+def test_the_highest_attention_of_large_products(dtype: torch.dtype, near: float) -> None:
+    """It is that of a softmax in float64, with the attention's sums and without, where products are far larger than
+    their differences, as some models' are."""
+    generator = torch.Generator().manual_seed(0)
+    heads, groups, past, new, size = 4, 2, 30, 20, 16
+    queries = torch.randn(heads, new, size, generator=generator) + 8
+    keys, values = torch.randn(2, groups, past + new, size, generator=generator) + 8
+    queries, keys, values = (states.to(dtype) for states in (queries, keys, values))
+    unmoved = torch.ones(past + new, size, dtype=dtype), torch.zeros(past + new, size, dtype=dtype)
+    products = torch.matmul(queries.double(), keys.double().repeat_interleave(2, 0).transpose(1, 2)) / 4
+    assert products.mean() > 20 * products.std()
+    causal = torch.ones(new, past + new, dtype=torch.bool).tril(past)
+    want = products.masked_fill(~causal, -torch.inf).softmax(-1)[..., 5:past].view(groups, 2, new, -1).amax((1, 2))
+    sums = attention.attend_in_two_parts(queries[None], keys[None], values[None], 0.25)[1][0]
+    for given in (None, sums):
+        seen = Seen(0, 0, queries, keys, values, 5, past, 3, *unmoved, 0.25, given)
+        got = highest_attention(seen)
+        assert got.shape == (groups, 25)
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got.double(), want, rtol=near, atol=near)
 
 
 def test_expected_keeps_what_its_formula_keeps(backbone: MakeBackbone, tokens: MakeTokens) -> None:

@@ -78,17 +78,37 @@ def _attend(
     if query.requires_grad:  # the sums have no gradient
         mask = torch.ones(new, past + new, dtype=torch.bool, device=query.device).tril(past)[None, None]
         return sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, **kwargs)
+    return attend_in_two_parts(query, key, value, scaling)[0].transpose(1, 2).contiguous(), None
+
+
+def attend_in_two_parts(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attend to a past whole, and to the queries' own positions causally, on a CPU, without a gradient.
+
+    Args:
+        query: [B, heads, T, head dim].
+        key: [B, KV heads, n + T, head dim], n > 0.
+        value: as the keys.
+        scaling: of scores; None: by the head's size.
+
+    Returns:
+        What is read, [B, heads, T, head dim], and the logarithm of the sum of exponentials of each query's scores,
+        [B, heads, T], in float32 or finer.
+    """
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    batch, heads, _, size = query.shape
+    batch, heads, new, size = query.shape
+    past = key.shape[2] - new
     group = heads // key.shape[1]
     folded = query.reshape(batch, key.shape[1], group * new, size)
     before, before_sum = flash(folded, key[:, :, :past], value[:, :, :past], 0.0, False, scale=scaling)
     own_keys, own_values = (repeat_kv(states[:, :, past:], group) for states in (key, value))
     own, own_sum = flash(query, own_keys, own_values, 0.0, True, scale=scaling)
     exact = torch.promote_types(query.dtype, torch.float32)
-    share = torch.sigmoid(before_sum.reshape(batch, heads, new).to(exact) - own_sum.to(exact))[..., None]
+    before_sum, own_sum = before_sum.reshape(batch, heads, new).to(exact), own_sum.to(exact)
+    share = torch.sigmoid(before_sum - own_sum)[..., None]
     joined = torch.lerp(own.to(exact), before.reshape(batch, heads, new, size).to(exact), share)
-    return joined.to(query.dtype).transpose(1, 2).contiguous(), None
+    return joined.to(query.dtype), torch.logaddexp(before_sum, own_sum)
 
 
 AttentionInterface.register(NAME, _attend)

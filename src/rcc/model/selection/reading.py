@@ -20,6 +20,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from ...context.cache import block_layers
 from .. import backbones
+from ..attention import attend_in_two_parts
 from ..prefix import Layers, rotate
 from .rules import FUTURE, Seen
 
@@ -115,17 +116,22 @@ class _Pass:
             first = self.header
             keys, values = (torch.cat([t[:, :, :first], t[:, :, first + left_out :]], 2) for t in (keys, values))
         cos, sin = (table.to(keys.device) for table in self.tables[layer])
+        n, past = keys.shape[2], keys.shape[2] - queries.shape[2]
+        rotated = rotate(queries, cos[:, past:n], sin[:, past:n]), rotate(keys, cos[:, :n], sin[:, :n])
+        sums = None
+        gaps = [] if self.gaps is None else [max(0, gap - max(0, left_out)) for gap in self.gaps[layer]]
+        if any(gaps):
+            out = self._by_head(*rotated, values, scaling, gaps)
+        elif past and self.sliding[layer] is None and keys.device.type == "cpu":
+            out, sums = attend_in_two_parts(*rotated, values, scaling)
+        else:
+            out = _attention(*rotated, values, scaling, self.sliding[layer])
         if self.watch is not None:
             moved = {k: v - max(0, left_out) * (k in ("start", "stop")) for k, v in self.seen.items()}
             pairs = {"queries": queries[0], "keys": keys[0], "values": values[0], "cos": cos[0], "sin": sin[0]}
-            self.watch(Seen(layer=layer, scaling=scaling, **pairs, **moved))  # type: ignore[arg-type]
-        n, past = keys.shape[2], keys.shape[2] - queries.shape[2]
-        keys = rotate(keys, cos[:, :n], sin[:, :n])
-        queries = rotate(queries, cos[:, past:n], sin[:, past:n])
-        if self.gaps is not None:
-            gaps = [max(0, gap - max(0, left_out)) for gap in self.gaps[layer]]
-            return self._by_head(queries, keys, values, scaling, gaps)
-        return _attention(queries, keys, values, scaling, self.sliding[layer])
+            own = None if sums is None else sums[0]
+            self.watch(Seen(layer=layer, scaling=scaling, sums=own, **pairs, **moved))  # type: ignore[arg-type]
+        return out
 
     def _by_head(self, queries: Tensor, keys: Tensor, values: Tensor, scaling: float, gaps: list[int]) -> Tensor:
         """Attend as :meth:`attend` does, each KV head to the pairs that it sees."""

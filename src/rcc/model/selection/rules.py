@@ -18,6 +18,8 @@ BLOCK_ELEMENTS = 1 << 24
 """Attention weights that are in memory at once, all heads together."""
 FUTURE = 512
 """Positions after a chunk over which `expected` takes the mean of the rotation: where questions will stand."""
+PARTS = 3
+"""Numbers in bfloat16 that hold one in float32."""
 SEED = 0
 
 
@@ -37,6 +39,8 @@ class Seen:
         cos: [m, rotary dimensions] of positions 0 to m - 1; m is n + :data:`FUTURE`, or the window.
         sin: likewise.
         scaling: of the products of queries and keys.
+        sums: [heads, T], for each query the logarithm of the sum of exponentials of its scaled products; None where the
+            attention does not say it.
     """
 
     layer: int
@@ -50,6 +54,7 @@ class Seen:
     cos: Tensor
     sin: Tensor
     scaling: float
+    sums: Tensor | None
 
     @property
     def size(self) -> int:
@@ -63,7 +68,7 @@ class Seen:
 
 
 def highest_attention(seen: Seen) -> Tensor:
-    """Score a pair by the highest attention that any token of the pass pays it (KVzip, arXiv 2505.23416, section 3).
+    """Score a pair by the highest attention that any token of a pass after the chunk pays it (KVzip, arXiv 2505.23416).
 
     The attention is the model's own in the pass: a softmax over the header, the chunk and the repetition so far, no
     earlier chunk. Of the query heads that share a pair, and of all tokens of the pass (those that ask for the
@@ -73,22 +78,46 @@ def highest_attention(seen: Seen) -> Tensor:
         [KV heads, chunk] in float32.
     """
     heads, tokens, _ = seen.queries.shape
-    n = seen.keys.shape[1]
-    past = n - tokens
-    keys = seen.rotated(seen.keys, 0).transpose(1, 2)
+    past = seen.keys.shape[1] - tokens
     queries = seen.rotated(seen.queries, past) * seen.scaling
-    queries = queries.view(keys.shape[0], -1, *queries.shape[1:])  # [KV heads, group, T, head dim]
-    order = torch.arange(n, device=keys.device)
-    highest = keys.new_zeros(keys.shape[0], seen.size, dtype=torch.float32)
+    sums = _sums(seen, queries) if seen.sums is None else seen.sums
+    # the product itself subtracts a query's sum, in as many parts as make up float32, and gives logarithms of weights:
+    # so it is the small differences that are rounded, not the products
+    queries = torch.cat([queries, *(-part[..., None] for part in _parts(sums, queries.dtype))], -1)
+    keys = seen.rotated(seen.keys[:, seen.start : seen.stop], seen.start)
+    keys = torch.cat([keys, keys.new_ones(*keys.shape[:2], PARTS)], -1).transpose(1, 2)
+    queries = queries.view(keys.shape[0], -1, *queries.shape[1:])  # [KV heads, group, T, …]
+    highest = torch.full((keys.shape[0], seen.size), -torch.inf, device=keys.device)
+    step = max(1, BLOCK_ELEMENTS // (heads * seen.size))
+    for block in queries.split(step, 2):
+        highest = torch.maximum(highest, torch.matmul(block, keys[:, None]).amax((1, 2)).float())
+    return highest.exp()
+
+
+def _sums(seen: Seen, queries: Tensor) -> Tensor:
+    """Return the logarithms of the sums of exponentials of rotated, scaled queries' products, [heads, T]."""
+    heads, tokens, _ = queries.shape
+    n = seen.keys.shape[1]
+    past, group = n - tokens, heads // seen.keys.shape[0]
+    exact = torch.promote_types(queries.dtype, torch.float32)
+    keys = seen.rotated(seen.keys, 0).to(exact).transpose(1, 2).repeat_interleave(group, 0)
+    order, sums = torch.arange(n, device=keys.device), []
     step = max(1, BLOCK_ELEMENTS // (heads * n))
     for first in range(0, tokens, step):
-        block = queries[:, :, first : first + step]
-        end = past + first + block.shape[2]
-        products = torch.matmul(block, keys[:, None, :, :end]).float()
+        end = past + min(tokens, first + step)
+        products = torch.matmul(queries[:, first : end - past].to(exact), keys[..., :end])
         later = order[:end] > order[past + first : end, None]
-        weights = products.masked_fill_(later, -torch.inf).softmax(-1)
-        highest = torch.maximum(highest, weights[..., seen.start : seen.stop].amax((1, 2)))
-    return highest
+        sums.append(products.masked_fill_(later, -torch.inf).logsumexp(-1))
+    return torch.cat(sums, 1)
+
+
+def _parts(sums: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """Return numbers in a precision that add up to others in float32."""
+    parts = []
+    for _ in range(PARTS):
+        parts.append(sums.to(dtype))
+        sums = sums - parts[-1]
+    return parts
 
 
 def expected_attention(seen: Seen) -> Tensor:
