@@ -1,6 +1,7 @@
 """Speed and memory of `compress`, beside the encoder's own forward pass and plain prefill of the same base.
 
     python benchmarks/compress.py [--model M] [--rate 8] [--lengths 2048,8192,65536] [--threads 2] [--markdown OUT.md]
+    python benchmarks/compress.py --compressor selection-expected [--model FOLDER] …
 
 Each figure comes from a process of its own, which loads the model as the command line does (adapters merged), runs
 once to warm up on 2,048 tokens, and then `--repeats` times: the fastest counts. Processes of the three kinds take
@@ -12,7 +13,8 @@ the KV prefix or cache that results is.
 - prefill: the base reads the text as it is, in one pass with a KV cache, up to its window.
 
 The prefix pass of a residual prefix reads one position for every `rate` tokens, so its goal is compress ≥ 0.95 /
-(1 + 1 / rate) of encoder. A direct prefix has no such pass: there the goal is 0.95.
+(1 + 1 / rate) of encoder. A direct prefix has no such pass: there the goal is 0.95. A selection has no encoder: its
+goal is 0.9 of prefill, and 0.45 where the text is read twice.
 """
 
 import argparse
@@ -23,6 +25,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,22 +40,24 @@ def measure(arguments: argparse.Namespace) -> dict[str, float | None]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from rcc import RCCForCausalLM, checkpoints
+    from rcc import Engine, RCCForCausalLM
     from rcc.model import backbones
     from rcc.model.encoder import batch_tokens_on
+    from rcc.model.opening import language_model
 
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    model = RCCForCausalLM.from_pretrained(arguments.model, device=arguments.device, adapters="merged")
+    model = Engine.load(arguments.model, arguments.device, compressor=arguments.compressor).compressor
     base: Any = None
     if arguments.kind == "prefill":
-        folder = checkpoints.resolve_base(model.config.base["decoder"].source)
-        base = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype)
+        found = language_model(arguments.model, "selection")
+        assert found is not None
+        base = AutoModelForCausalLM.from_pretrained(found[1], dtype=model.dtype)
         base.to(model.device)
         if arguments.length > base.config.max_position_embeddings:
             return {"seconds": None, "bytes": None}
     vocabulary = model.decoder.config.vocab_size
-    segment = model.config.segment_length
+    segment = model.segment_length
 
     @torch.no_grad()
     def run(ids: torch.Tensor) -> object:
@@ -60,14 +65,18 @@ def measure(arguments: argparse.Namespace) -> dict[str, float | None]:
             return base(ids, use_cache=True, logits_to_keep=1)[backbones.CACHE]
         if arguments.kind == "compress":
             return model.compress(ids, rate=arguments.rate)
+        assert isinstance(model, RCCForCausalLM)
         for batch in ids.view(-1, segment).split(max(1, batch_tokens_on(model.device) // segment)):
             model.encoder(input_ids=batch, use_cache=False)
         return None
 
     ids = torch.randint(vocabulary, (1, arguments.length), device=model.device)
     cuda = model.device.type == "cuda"
-    assert model.encoder is not None  # which is read when it is first asked for
-    for weight in (*model.parameters(), *(base.parameters() if base is not None else ())):
+    # the encoder is read when it is first asked for
+    modules = [model if isinstance(model, RCCForCausalLM) and model.encoder is not None else model.decoder]
+    for weight in (
+        weight for module in (*modules, *([base] if base is not None else [])) for weight in module.parameters()
+    ):
         weight.sum()  # weights are mapped files: read them in, so that they count as held before and not as used
     before = torch.cuda.memory_allocated() if cuda else resident()
     run(ids[:, :2048])
@@ -103,9 +112,24 @@ def machine() -> str:
     )
 
 
+def what_to_measure(arguments: argparse.Namespace) -> tuple[Sequence[str], str, str]:
+    """Return the kinds, and what the table says of the goals beside the encoder and beside prefill."""
+    from rcc import RCCConfig, checkpoints
+    from rcc.model.opening import language_model
+    from rcc.model.selection.names import rule_of
+    from rcc.model.selection.rules import RULES
+
+    if language_model(arguments.model, arguments.compressor) is None:
+        direct = RCCConfig.load(checkpoints.resolve_model(arguments.model)).direct
+        return KINDS, f" (goal {0.95 if direct else 0.95 / (1 + 1 / arguments.rate):.2f})", ""
+    repeats = RULES[rule_of(arguments.compressor or "selection")].repeats
+    return ("compress", "prefill"), "", f" (goal {0.45 if repeats else 0.9})"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="rcc-qwen2.5-0.5b")
+    parser.add_argument("--compressor", help="as of `rcc compress`")
     parser.add_argument("--rate", type=int, default=8)
     parser.add_argument("--lengths", default="2048,4096,8192,16384,32768,65536")
     parser.add_argument("--repeats", type=int, default=2)
@@ -119,19 +143,16 @@ def main() -> None:
         print(json.dumps(measure(arguments)))
         return
 
-    from rcc import RCCConfig, checkpoints
-
-    direct = RCCConfig.load(checkpoints.resolve_model(arguments.model)).direct
-    goal = 0.95 if direct else 0.95 / (1 + 1 / arguments.rate)
+    kinds, encoder_goal, prefill_goal = what_to_measure(arguments)
     rows = [
-        "| tokens | encoder, tokens/s | compress, tokens/s | prefill, tokens/s | compress / encoder (goal"
-        f" {goal:.2f}) | compress / prefill | compress, peak MB | prefill, peak MB |",
+        "| tokens | encoder, tokens/s | compress, tokens/s | prefill, tokens/s | compress / encoder"
+        f"{encoder_goal} | compress / prefill{prefill_goal} | compress, peak MB | prefill, peak MB |",
         "|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     print(*rows, sep="\n", flush=True)
     for length in map(int, arguments.lengths.split(",")):
-        measured = {}
-        for kind in KINDS:
+        measured: dict[str, dict[str, float | None]] = {kind: {"seconds": None, "bytes": None} for kind in KINDS}
+        for kind in kinds:
             command = [sys.executable, __file__, *sys.argv[1:], "--kind", kind, "--length", str(length)]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
@@ -140,13 +161,14 @@ def main() -> None:
         speed = {k: length / v["seconds"] if v["seconds"] else None for k, v in measured.items()}
         memory = {k: f"{v['bytes'] / 1e6:,.0f}" if v["bytes"] is not None else "–" for k, v in measured.items()}
         cells = [f"{length:,}"]
-        cells += [f"{speed[k]:,.0f}" if speed[k] else "beyond its window" for k in KINDS]
+        cells += [f"{speed[k]:,.0f}" if speed[k] else "beyond its window" if k in kinds else "–" for k in KINDS]
         compress, encoder, prefill = (speed[kind] for kind in ("compress", "encoder", "prefill"))
         cells += [f"{compress / other:.2f}" if compress and other else "–" for other in (encoder, prefill)]
         cells += [memory["compress"], memory["prefill"]]
         rows.append(f"| {' | '.join(cells)} |")
         print(rows[-1], flush=True)
-    note = f"\nrate {arguments.rate}, {arguments.threads} threads, device {arguments.device}. {machine()}."
+    how = f"{arguments.compressor}, " if arguments.compressor else ""
+    note = f"\n{how}rate {arguments.rate}, {arguments.threads} threads, device {arguments.device}. {machine()}."
     print(note)
     if arguments.markdown:
         arguments.markdown.write_text("\n".join([*rows, note]) + "\n")
