@@ -108,9 +108,9 @@ def window_by_position(body: PreTrainedModel) -> None:
 def contiguous_head(decoder: PreTrainedModel) -> None:
     """Make a decoder's output head read states that lie one after the other in memory.
 
-    Generating hands it a view of the last position, which has the strides of the whole prompt. On a CPU torch (2.13)
-    takes such a product for a batch of matrices instead of one, which in bfloat16 takes some fifty times as long
-    (benchmarks/ask.py: the first token).
+    Generating hands it a view of the last position, which has the strides of the whole prompt. With frozen weights
+    torch (2.13) takes such a product on a CPU for a batch of matrices instead of one, which in bfloat16 takes some
+    fifty times as long.
     """
 
     def straighten(module: nn.Module, args: _Args) -> _Args:
