@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..prefix import rotate
 
-BLOCK_ELEMENTS = 1 << 24
+BLOCK_ELEMENTS = 1 << 22
 """Attention weights that are in memory at once, all heads together."""
 FUTURE = 512
 """Positions after a chunk over which `expected` takes the mean of the rotation: where questions will stand."""
@@ -77,20 +77,19 @@ def highest_attention(seen: Seen) -> Tensor:
     Returns:
         [KV heads, chunk] in float32.
     """
-    heads, tokens, _ = seen.queries.shape
-    past = seen.keys.shape[1] - tokens
+    past = seen.keys.shape[1] - seen.queries.shape[1]
     queries = seen.rotated(seen.queries, past) * seen.scaling
     sums = _sums(seen, queries) if seen.sums is None else seen.sums
     # the product itself subtracts a query's sum, in as many parts as make up float32, and gives logarithms of weights:
     # so it is the small differences that are rounded, not the products
     queries = torch.cat([queries, *(-part[..., None] for part in _parts(sums, queries.dtype))], -1)
     keys = seen.rotated(seen.keys[:, seen.start : seen.stop], seen.start)
-    keys = torch.cat([keys, keys.new_ones(*keys.shape[:2], PARTS)], -1).transpose(1, 2)
-    queries = queries.view(keys.shape[0], -1, *queries.shape[1:])  # [KV heads, group, T, …]
+    keys = torch.cat([keys, keys.new_ones(*keys.shape[:2], PARTS)], -1)
+    queries = queries.view(keys.shape[0], -1, queries.shape[-1])  # of the heads that share a pair, one after the other
     highest = torch.full((keys.shape[0], seen.size), -torch.inf, device=keys.device)
-    step = max(1, BLOCK_ELEMENTS // (heads * seen.size))
-    for block in queries.split(step, 2):
-        highest = torch.maximum(highest, torch.matmul(block, keys[:, None]).amax((1, 2)).float())
+    step = max(1, BLOCK_ELEMENTS // highest.numel())
+    for block in queries.split(step, 1):
+        highest = torch.maximum(highest, torch.bmm(keys, block.transpose(1, 2)).amax(2).float())
     return highest.exp()
 
 
