@@ -16,7 +16,8 @@ from conftest import MakeModel, MakeTokens
 from equality import one
 from rcc import CompressedContext, ContextError, InputError
 from rcc.context import container
-from rcc.context.eight_bits import GROUP, EightBits
+from rcc.context.eight_bits import EightBits
+from rcc.context.manifest import GROUP
 
 PREFIXES = ["residual", "direct"]
 
