@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -42,9 +44,12 @@ class Several:
 
 
 def free_port() -> str:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return str(s.getsockname()[1])
+    """Return a port that nobody has, below those that the system gives to connections, which could take it."""
+    while True:
+        port = random.randint(20_000, 30_000)
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            return str(port)
 
 
 def pair(recipe: Settings, output: Path, *options: Any, faults: Sequence[Fault] = ()) -> list[RunningTraining]:
