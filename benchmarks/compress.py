@@ -18,6 +18,7 @@ goal is 0.9 of prefill, and 0.45 where the text is read twice.
 """
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -72,11 +73,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, float | None]:
 
     ids = torch.randint(vocabulary, (1, arguments.length), device=model.device)
     cuda = model.device.type == "cuda"
-    # the encoder is read when it is first asked for
-    modules = [model if isinstance(model, RCCForCausalLM) and model.encoder is not None else model.decoder]
-    for weight in (
-        weight for module in (*modules, *([base] if base is not None else [])) for weight in module.parameters()
-    ):
+    modules: list[torch.nn.Module] = [model.decoder] if base is None else [model.decoder, base]
+    if isinstance(model, RCCForCausalLM) and model.encoder is not None:  # which is read when it is first asked for
+        modules.append(model)
+    for weight in itertools.chain.from_iterable(module.parameters() for module in modules):
         weight.sum()  # weights are mapped files: read them in, so that they count as held before and not as used
     before = torch.cuda.memory_allocated() if cuda else resident()
     run(ids[:, :2048])
