@@ -71,7 +71,10 @@ class Manifest:
             manifest = cls(name, fingerprint, length, layers, pieces, versions, rotated, eight_bits, compressor)
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
             raise ContextError(f"{path} is damaged: its manifest is not whole ({error}).") from None
-        manifest.check(container)
+        if not manifest._describes(container.entries):
+            raise ContextError(
+                f"{path} is damaged: its tensors are not the keys and values of {manifest.positions} positions."
+            )
         return manifest
 
     @property
@@ -84,20 +87,11 @@ class Manifest:
         """What a file calls keys and values, those of the first layer first."""
         return [f"{name}.{i}" for i in range(self.layers) for name in NAMES]
 
-    def check(self, container: Container) -> None:
-        """Check that a file's tensors are the keys and values of the positions that the manifest names.
-
-        Raises:
-            ContextError: they are not.
-        """
-        count = (4 if self.eight_bits else 2) * self.layers
+    def _describes(self, entries: Mapping[str, Entry]) -> bool:
+        """Return whether a file's tensors are the keys and values of the positions that the manifest names."""
         # the count first: a damaged number of layers may be anything
-        if len(container.entries) != count or not self._fits(container.entries):
-            raise ContextError(
-                f"{container.path} is damaged: its tensors are not the keys and values of {self.positions} positions."
-            )
-
-    def _fits(self, entries: Mapping[str, Entry]) -> bool:
+        if len(entries) != (4 if self.eight_bits else 2) * self.layers:
+            return False
         first = entries.get(f"{NAMES[0]}.0")
         if first is None or len(first.shape) != 4 or (first.shape[0], first.shape[2]) != (1, self.positions):
             return False
