@@ -17,6 +17,7 @@ from equality import one
 from rcc import CompressedContext, ContextError, InputError
 from rcc.context import container
 from rcc.context.eight_bits import EightBits
+from rcc.context.information import of_file
 from rcc.context.manifest import GROUP
 
 PREFIXES = ["residual", "direct"]
@@ -53,12 +54,14 @@ def test_kept_and_asked(tiny: MakeModel, tokens: MakeTokens, tmp_path: Path, pre
     assert small.nbytes < 0.53 * context.nbytes
     small.save(tmp_path / "small.rcc")
     context.save(tmp_path / "large.rcc")
+    assert context.info() == of_file(tmp_path / "large.rcc")
     assert (tmp_path / "small.rcc").stat().st_size < 0.6 * (tmp_path / "large.rcc").stat().st_size
     want = model(prompt, context=small.to(dtype=torch.bfloat16)).logits
     for verify in ("full", "header"):
         plain = CompressedContext.load(tmp_path / "small.rcc", verify=verify)
         assert plain.dtype == torch.int8
         assert plain.info()["dtype"] == "int8"
+        assert plain.info() == of_file(tmp_path / "small.rcc")
         loaded = CompressedContext.load(tmp_path / "small.rcc", model=model, verify=verify)
         assert loaded.dtype == model.dtype
         for same in (plain, loaded, small):
