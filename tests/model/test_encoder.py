@@ -11,7 +11,7 @@ from torch import Tensor
 import rcc.model.encoder
 from conftest import MakeBatch, MakeExpected, MakeModel, MakeTokens
 from equality import CLOSE, one, run_training_pass, segments_read
-from rcc.model.backbones import CACHE
+from rcc.model.backbones import CACHE, blocks, body
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 16, 33, 10_000])
@@ -30,6 +30,15 @@ def test_chunking_does_not_change_the_result(
     got = model(input_ids=one(prompt).expand(3, -1), context=context).logits
     for b, row in enumerate(rows):
         torch.testing.assert_close(got[b], expected(model).logits([row], prompt), **CLOSE)
+
+
+def test_progress_ends_after_the_last_pass(fresh: MakeModel, tokens: MakeTokens) -> None:
+    """All is read only once the decoder has made keys and values of what was gathered last."""
+    model, events = fresh("llama"), []
+    blocks(body(model.decoder))[0].register_forward_hook(lambda *_: events.append("decoder"))
+    model.compress(one(tokens(75)), batch_tokens=16, progress=lambda done, total: events.append(f"{done} of {total}"))
+    assert events[-2:] == ["decoder", "75 of 75"]
+    assert events.count("75 of 75") == 1
 
 
 def test_equal_segments_are_read_once(

@@ -7,11 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from conftest import MakeBatch, MakeExpected, MakeModel, MakeTokens
 from equality import CLOSE, FAMILIES, new_tokens, one, plain_cache, prompt_logits
+from rcc.model import answering
 from rcc.model.backbones import CACHE
+from rcc.text import prompting
 
 
 def test_without_context_no_token_is_padding(tiny: MakeModel, tokens: MakeTokens) -> None:
@@ -166,3 +170,11 @@ def test_generation_stops_at_the_end_token(
         pad_token_id=0,
     )
     assert new_tokens(out, 6) == [answers[0][: at + 1] + [0] * (5 - at), answers[1]]
+
+
+def test_an_end_mark_that_the_tokenizer_drops_ends_nothing(tiny: MakeModel, tokens: MakeTokens) -> None:
+    """A vocabulary of two characters makes no tokens of it: the answer has its full length."""
+    model = tiny("llama")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE({"w": 5, "1": 6}, [])))
+    written = answering.generate(model, tokenizer, one(tokens(9)), None, prompting.build("w1", "human"), 4)
+    assert [len(row) for row in written] == [4]

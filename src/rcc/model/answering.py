@@ -165,7 +165,8 @@ def generate(
     """
     # stopping is counted here: in `reconstruct` mode the first end mark closes the instruction, not the answer
     marks = [token_ids(tokenizer, mark, allow_special=True)[0].tolist() for mark in prompt.marks]
-    stop = _Ends(marks, ids.shape[1], prompt.ends)
+    # a tokenizer may drop a mark that it does not know: that one is never written
+    stop = _Ends([mark for mark in marks if mark], ids.shape[1], prompt.ends)
     out = model.generate(
         ids,
         context=context,

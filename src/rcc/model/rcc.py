@@ -93,10 +93,13 @@ class RCCForCausalLM(RCCPreTrainedModel):
             for states, valid, done in reading:
                 yield states, valid
                 del states, valid  # before the next batch is read
-                if progress is not None:
-                    progress(min(done, total), total)
+                if progress is not None and done < total:
+                    progress(done, total)
 
-        return self._extend(context, pieces, chunks())
+        context = self._extend(context, pieces, chunks())
+        if progress is not None:  # not before: what was gathered last becomes keys and values after the last batch
+            progress(total, total)
+        return context
 
     def _encode(
         self, rows: list[Tensor], rate: int, wanted: list[int], batch_tokens: int
