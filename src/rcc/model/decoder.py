@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from . import backbones
-from .attention import attend_after_cache
 from .projection import Projections
 
 _Args: TypeAlias = tuple[Any, ...]  # of a module's call, as torch hands them to hooks
@@ -66,58 +65,6 @@ def accept_prefix(body: PreTrainedModel) -> None:
             return None if hook is None else ((hook.enter(i, args[0]), *args[1:]), kwargs)
 
         block.register_forward_pre_hook(enter, with_kwargs=True)
-
-
-def prepare_asking(decoder: PreTrainedModel) -> None:
-    """Make a decoder ready for prompts after a context, in place: right in batches with gaps, and fast."""
-    window_by_position(backbones.body(decoder))
-    attend_after_cache(decoder)
-    contiguous_head(decoder)
-
-
-def window_by_position(body: PreTrainedModel) -> None:
-    """Make the sliding layers of a decoder's base model count positions, not gaps.
-
-    transformers measures a window in cache entries, so what stands between a text and its prompt in a batch of
-    different lengths would push the text's end out of it. Flash attention drops gaps by itself.
-    """
-    sliding = backbones.sliding_window(body.config)
-    if sliding is None or not backbones.has_full_attention(body.config):
-        return
-
-    def masks(module: nn.Module, args: _Args, kwargs: _Kwargs) -> tuple[_Args, _Kwargs] | None:
-        mask = kwargs.get("attention_mask")
-        attention = body.config._attn_implementation
-        if not isinstance(mask, Tensor) or mask.ndim != 2 or attention not in ("eager", "sdpa") or bool(mask.all()):
-            return None
-        new = kwargs["inputs_embeds"] if kwargs.get("input_ids") is None else kwargs["input_ids"]
-        entries = torch.arange(mask.shape[1], device=mask.device)
-        order = mask.cumsum(1)
-        asking = slice(mask.shape[1] - new.shape[1], None)
-        visible = mask.bool()[:, None] & (entries <= entries[asking, None])
-        near = visible & (order[:, asking, None] - order[:, None] < sliding)
-        both = {"full_attention": visible[:, None], "sliding_attention": near[:, None]}
-        if attention == "eager":  # which adds its mask to the scores
-            low = torch.finfo(body.dtype).min
-            both = {k: torch.zeros_like(v, dtype=body.dtype).masked_fill(~v, low) for k, v in both.items()}
-        return args, {**kwargs, "attention_mask": both}
-
-    body.register_forward_pre_hook(masks, with_kwargs=True)
-
-
-def contiguous_head(decoder: PreTrainedModel) -> None:
-    """Make a decoder's output head read states that lie one after the other in memory.
-
-    Generating hands it a view of the last position, which has the strides of the whole prompt. With frozen weights
-    torch (2.13) takes such a product on a CPU for a batch of matrices instead of one, which in bfloat16 takes some
-    fifty times as long.
-    """
-
-    def straighten(module: nn.Module, args: _Args) -> _Args:
-        # the view is for what is contiguous but for the strides of dimensions of size 1
-        return (args[0].contiguous().view(args[0].shape), *args[1:])
-
-    decoder.get_output_embeddings().register_forward_pre_hook(straighten)
 
 
 def hook_arguments(hook: BlockHook) -> dict[str, BlockHook]:

@@ -18,7 +18,8 @@ from ..text import prompting
 from ..text.prompting import Prompt
 from . import adapters, backbones, merging, segments
 from . import encoder as encoding
-from .decoder import accept_prefix, prepare_asking
+from .asking import prepare_asking
+from .decoder import accept_prefix
 from .encoder import Additions
 from .fingerprint import fingerprint_of
 from .generating import check_maker

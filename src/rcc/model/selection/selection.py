@@ -24,8 +24,8 @@ from ...text.prompting import MODES, SEPARATOR, Prompt
 from ...text.tokens import prompt_ids, token_ids
 from .. import backbones, positions, segments
 from ..arguments import check_is_context, rows_of, to_device
+from ..asking import prepare_asking
 from ..compressor import ReadProgress
-from ..decoder import prepare_asking
 from ..generating import check_context, check_maker, generate
 from ..prefix import Layers, as_cache
 from .families import check_family, hash_weights, load_decoder
