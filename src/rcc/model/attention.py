@@ -2,9 +2,11 @@
 
 torch's flash attention has no causal form for keys that began before the queries, and with a mask it reads every key
 and a row of the mask for each query. So the two parts are attended apart and joined by the sums of their exponentials,
-which the kernel returns. The heads of a group, which share keys, become further queries of one head for the cache.
+which the kernel returns. The heads of a group, which share keys, become further queries of one head for the cache, so
+that its keys are read once for all of them: also for a single new token, which sees all that there is.
 
-A prefix pass and a question after a context are such calls. Batches with gaps keep their mask, as do sliding windows.
+A prefix pass, a question after a context and each token of an answer are such calls. Batches with gaps keep their mask,
+as do sliding windows.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ def _mask(**arguments: Any) -> Tensor | None:
     """Return the mask of a forward pass, or :data:`AFTER_CACHE`; arguments as of transformers' `sdpa_mask`."""
     new, keys, padding = arguments["q_length"], arguments["kv_length"], arguments.get("attention_mask")
     plain = arguments.get("allow_is_causal_skip", True) and arguments.get("local_size") is None
-    after = 1 < new < keys and arguments.get("q_offset") == keys - new
+    after = new < keys and arguments.get("q_offset") == keys - new
     on_cpu = torch.device(arguments.get("device", "cpu")).type == "cpu"
     if plain and after and on_cpu and (padding is None or bool(padding.all())):
         return AFTER_CACHE
@@ -97,14 +99,17 @@ def attend_in_two_parts(
         [B, heads, T], in float32 or finer.
     """
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    exact = torch.promote_types(query.dtype, torch.float32)
     batch, heads, new, size = query.shape
     past = key.shape[2] - new
     group = heads // key.shape[1]
     folded = query.reshape(batch, key.shape[1], group * new, size)
+    if new == 1:
+        out, sums = flash(folded, key, value, 0.0, False, scale=scaling)
+        return out.reshape(query.shape), sums.reshape(batch, heads, 1).to(exact)
     before, before_sum = flash(folded, key[:, :, :past], value[:, :, :past], 0.0, False, scale=scaling)
     own_keys, own_values = (repeat_kv(states[:, :, past:], group) for states in (key, value))
     own, own_sum = flash(query, own_keys, own_values, 0.0, True, scale=scaling)
-    exact = torch.promote_types(query.dtype, torch.float32)
     before_sum, own_sum = before_sum.reshape(batch, heads, new).to(exact), own_sum.to(exact)
     share = torch.sigmoid(before_sum - own_sum)[..., None]
     joined = torch.lerp(own.to(exact), before.reshape(batch, heads, new, size).to(exact), share)
