@@ -45,8 +45,10 @@ class Reader:
         self.body.config._attn_implementation = _ATTENTION
         self.sliding = backbones.sliding_layers(body.config)
         self.window = backbones.window(body.config)
-        for block in backbones.blocks(self.body):
+        blocks = backbones.blocks(self.body)
+        for block in blocks:
             block.register_forward_pre_hook(_without_rotation, with_kwargs=True)
+        blocks[-1].mlp = nn.Identity()  # what comes out of the last block is not used: its keys and values are
 
     @torch.no_grad()
     def read(
