@@ -15,7 +15,7 @@ from rcc.model import attention
 
 
 @pytest.mark.parametrize(("heads", "groups"), [(6, 2), (4, 4), (4, 1)])
-@pytest.mark.parametrize(("batch", "past", "new"), [(1, 50, 7), (3, 1, 2), (2, 200, 65), (2, 30, 1)])
+@pytest.mark.parametrize(("batch", "past", "new"), [(1, 50, 7), (3, 1, 2), (2, 200, 65), (2, 30, 1), (2, 5, 65)])
 def test_two_parts_are_the_whole(heads: int, groups: int, batch: int, past: int, new: int) -> None:
     """Past and self, joined, equal one call with a mask, at any scale, in float32 and, to its rounding, bfloat16."""
     generator = torch.Generator().manual_seed(past)

@@ -3,7 +3,9 @@
 torch's flash attention has no causal form for keys that began before the queries, and with a mask it reads every key
 and a row of the mask for each query. So the two parts are attended apart and joined by the sums of their exponentials,
 which the kernel returns. The heads of a group, which share keys, become further queries of one head for the cache, so
-that its keys are read once for all of them: also for a single new token, which sees all that there is.
+that its keys are read once for all of them: also for a single new token, which sees all that there is. A short past,
+such as the header of a chat, is attended to in one call: the kernel's causal form, with queries for the past that
+nobody reads.
 
 A prefix pass, a question after a context and each token of an answer are such calls. Batches with gaps keep their mask,
 as do sliding windows.
@@ -25,6 +27,8 @@ NAME = "rcc_after_cache"
 """What transformers calls this attention in a model's configuration."""
 AFTER_CACHE = torch.empty(0, dtype=torch.bool)
 """Stands for the mask of new tokens that see all of a cache, and of themselves what came before."""
+SHORT_PAST = 2
+"""A past that is so many times shorter than what is new is attended to in one call with it, as if it asked, too."""
 
 
 def attend_after_cache(decoder: PreTrainedModel) -> None:
@@ -103,6 +107,10 @@ def attend_in_two_parts(
     batch, heads, new, size = query.shape
     past = key.shape[2] - new
     group = heads // key.shape[1]
+    if past * SHORT_PAST <= new:
+        everything = torch.cat([query.new_zeros(batch, heads, past, size), query], 2)
+        out, sums = flash(everything, repeat_kv(key, group), repeat_kv(value, group), 0.0, True, scale=scaling)
+        return out[:, :, past:], sums[:, :, past:].to(exact)
     folded = query.reshape(batch, key.shape[1], group * new, size)
     if new == 1:
         out, sums = flash(folded, key, value, 0.0, False, scale=scaling)
