@@ -150,7 +150,7 @@ def test_standard_input_append_and_force(
     assert [piece["rate"] for piece in described["pieces"]] == [4, 8]
     assert described["pieces"][0]["tokens"] == text_length
     assert described["positions"] == sum(piece["positions"] for piece in described["pieces"])
-    assert "at 4/8×" in call("compress", short_text, "-o", both, "--context", eight, "--rate", "4", "--force").ok().err
+    assert "at 4×/8×" in call("compress", short_text, "-o", both, "--context", eight, "--rate", "4", "--force").ok().err
     # two sources are two segments; what is read is not written to
     call("compress", short_text, short_text, "-o", eight, "--context", eight, "--rate", "8", "--force").refused(
         "one of the inputs"

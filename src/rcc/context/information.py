@@ -54,5 +54,5 @@ def as_json(manifest: Manifest, nbytes: int, dtype: str) -> dict[str, Any]:
 
 def in_one_line(context: CompressedContext) -> str:
     """Return tokens, rate, positions and megabytes of a context."""
-    rate = context.rate if isinstance(context.rate, int) else "/".join(map(str, context.rate))
+    rate = context.rate if isinstance(context.rate, int) else "×/".join(map(str, context.rate))
     return f"{context.source_tokens:,} tokens at {rate}× in {len(context):,} positions, {context.nbytes / 1e6:.1f} MB"
