@@ -59,6 +59,11 @@ def environment() -> Path:
     return checkpoints.home() / "kvpress-env"
 
 
+def is_made(env: Path) -> bool:
+    """Return whether an environment is there and complete."""
+    return (env / MADE).is_file() and (env / "bin/python").exists()
+
+
 def make_environment(env: Path) -> None:
     """Make kvpress's environment unless it is there and complete. What pip says goes to standard error.
 
@@ -72,7 +77,7 @@ def make_environment(env: Path) -> None:
     try:
         env.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{env}.lock"):
-            if (env / MADE).is_file():
+            if is_made(env):
                 return
             pip = [str(env / "bin/python"), "-m", "pip", "--disable-pip-version-check"]
             # torch by itself first: a find-links folder may have a build for this machine
@@ -130,7 +135,8 @@ def kvpress_scores(folder: Path, env: Path, request: dict[str, list[int]]) -> Te
     """
     from rcc import FileError
 
-    outside = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    # rcc must not be found there, nor any other module of this environment
+    outside = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
     command = [str(env / "bin/python"), __file__, "--worker", str(folder)]
     done = subprocess.run(command, input=json.dumps(request), stdout=subprocess.PIPE, text=True, env=outside)
     if done.returncode:
