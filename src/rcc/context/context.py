@@ -19,7 +19,7 @@ from . import container, information, joining
 from . import file as fileformat
 from .cache import SPARE, KVBlocks
 from .manifest import Manifest
-from .pieces import Piece, rate_of, sha256_of
+from .pieces import Piece, rate_of, rate_text, sha256_of
 from .saved_layers import layers_to_save, saved_layers
 
 if TYPE_CHECKING:
@@ -121,10 +121,10 @@ class CompressedContext:
 
     def __repr__(self) -> str:
         texts = "" if self.batch_size == 1 else f"{self.batch_size} texts, "
-        rate = "/".join(f"{r}×" for r in (self.rate if isinstance(self.rate, list) else [self.rate]))
         return (
-            f"<CompressedContext: {texts}{self.source_tokens:,} tokens at {rate} in {sum(self.lengths):,} positions,"
-            f" {self.nbytes / 1e6:.1f} MB {str(self.dtype).removeprefix('torch.')} on {self.device},"
+            f"<CompressedContext: {texts}{self.source_tokens:,} tokens at {rate_text(self.rate)}"
+            f" in {sum(self.lengths):,} positions, {self.nbytes / 1e6:.1f} MB"
+            f" {str(self.dtype).removeprefix('torch.')} on {self.device},"
             f" made by {self.model_name} ({self.fingerprint[:12]})>"
         )
 

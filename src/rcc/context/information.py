@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from .container import DTYPES, read
 from .manifest import NAMES, Manifest
-from .pieces import rate_of, sha256_of
+from .pieces import rate_of, rate_text, sha256_of
 
 if TYPE_CHECKING:
     from .context import CompressedContext
@@ -54,5 +54,5 @@ def as_json(manifest: Manifest, nbytes: int, dtype: str) -> dict[str, Any]:
 
 def in_one_line(context: CompressedContext) -> str:
     """Return tokens, rate, positions and megabytes of a context."""
-    rate = context.rate if isinstance(context.rate, int) else "×/".join(map(str, context.rate))
-    return f"{context.source_tokens:,} tokens at {rate}× in {len(context):,} positions, {context.nbytes / 1e6:.1f} MB"
+    rate, size = rate_text(context.rate), context.nbytes / 1e6
+    return f"{context.source_tokens:,} tokens at {rate} in {len(context):,} positions, {size:.1f} MB"

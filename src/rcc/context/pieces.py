@@ -46,6 +46,11 @@ def rate_of(pieces: Iterable[Piece]) -> int | list[int]:
     return rates[0] if len(rates) == 1 else rates
 
 
+def rate_text(rate: int | list[int]) -> str:
+    """Return one rate or several as people read them: `4×`, `4×/8×`."""
+    return "/".join(f"{r}×" for r in (rate if isinstance(rate, list) else [rate]))
+
+
 def sha256_of(pieces: Sequence[Piece]) -> str:
     """Return the digest of a text: of its token ids, or, after an append, of its pieces' digests in order."""
     if len(pieces) == 1:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
-
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from . import backbones
 from .attention import attend_after_cache
-
-_Args: TypeAlias = tuple[Any, ...]  # of a module's call, as torch hands them to hooks
-_Kwargs: TypeAlias = dict[str, Any]
+from .decoder import Args, Kwargs
 
 
 def prepare_asking(decoder: PreTrainedModel) -> None:
@@ -33,7 +29,7 @@ def window_by_position(body: PreTrainedModel) -> None:
     if sliding is None or not backbones.has_full_attention(body.config):
         return
 
-    def masks(module: nn.Module, args: _Args, kwargs: _Kwargs) -> tuple[_Args, _Kwargs] | None:
+    def masks(module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
         mask = kwargs.get("attention_mask")
         attention = body.config._attn_implementation
         if not isinstance(mask, Tensor) or mask.ndim != 2 or attention not in ("eager", "sdpa") or bool(mask.all()):
@@ -61,7 +57,7 @@ def contiguous_head(decoder: PreTrainedModel) -> None:
     fifty times as long.
     """
 
-    def straighten(module: nn.Module, args: _Args) -> _Args:
+    def straighten(module: nn.Module, args: Args) -> Args:
         # the view is for what is contiguous but for the strides of dimensions of size 1
         return (args[0].contiguous().view(args[0].shape), *args[1:])
 
@@ -69,10 +65,10 @@ def contiguous_head(decoder: PreTrainedModel) -> None:
 
 
 class RowLinear(nn.Linear):
-    """A linear layer that multiplies a single row as a vector, which is each step of writing an answer.
+    """A linear layer that multiplies a single row, the input of each further token of an answer, as a vector.
 
-    On a CPU torch (2.13) hands a bfloat16 matrix of one row to its library for matrices. Its product of matrix and
-    vector, which rounds to the same bits, reads the weights 1.3 to 1.7 times as fast.
+    On a CPU torch (2.13) computes a bfloat16 product with one row by its matrix library. The product of a matrix and a
+    vector has the same bits, and reads the weights 1.3 to 1.7 times as fast.
     """
 
     def forward(self, input: Tensor) -> Tensor:

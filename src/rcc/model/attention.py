@@ -4,8 +4,8 @@ torch's flash attention has no causal form for keys that began before the querie
 and a row of the mask for each query. So the two parts are attended apart and joined by the sums of their exponentials,
 which the kernel returns. The heads of a group, which share keys, become further queries of one head for the cache, so
 that its keys are read once for all of them: also for a single new token, which sees all that there is. A short past,
-such as the header of a chat, is attended to in one call: the kernel's causal form, with queries for the past that
-nobody reads.
+such as the header of a chat, goes into one causal call, in front of the new tokens: its queries are zeros, and what
+they read is dropped.
 
 A prefix pass, a question after a context and each token of an answer are such calls. Batches with gaps keep their mask,
 as do sliding windows.
@@ -28,7 +28,7 @@ NAME = "rcc_after_cache"
 AFTER_CACHE = torch.empty(0, dtype=torch.bool)
 """Stands for the mask of new tokens that see all of a cache, and of themselves what came before."""
 SHORT_PAST = 2
-"""A past that is so many times shorter than what is new is attended to in one call with it, as if it asked, too."""
+"""How many times longer than the past the new tokens have to be for one causal call over both."""
 
 
 def attend_after_cache(decoder: PreTrainedModel) -> None:

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 from . import backbones
 from .projection import Projections
 
-_Args: TypeAlias = tuple[Any, ...]  # of a module's call, as torch hands them to hooks
-_Kwargs: TypeAlias = dict[str, Any]
+Args: TypeAlias = tuple[Any, ...]  # of a module's call, as torch hands them to hooks
+Kwargs: TypeAlias = dict[str, Any]
 
 _KEY = "rcc_prefix"  # travels through the model's keyword arguments to every block
 
@@ -60,7 +60,7 @@ def accept_prefix(body: PreTrainedModel) -> None:
     """
     for i, block in enumerate(backbones.blocks(body)):
 
-        def enter(module: nn.Module, args: _Args, kwargs: _Kwargs, i: int = i) -> tuple[_Args, _Kwargs] | None:
+        def enter(module: nn.Module, args: Args, kwargs: Kwargs, i: int = i) -> tuple[Args, Kwargs] | None:
             hook = kwargs.pop(_KEY, None)
             return None if hook is None else ((hook.enter(i, args[0]), *args[1:]), kwargs)
 
