@@ -218,7 +218,7 @@ class QAOptions(EvaluationOptions):
         list[str] | None, typer.Option(metavar="NAME=MODEL", help="Another RCC model; may be repeated.")
     ] = None
     pad_to: Annotated[
-        str | None, typer.Option(help="Other questions' texts around each, up to so many tokens: 2k, 8k, …")
+        str | None, typer.Option(help="Texts of several questions in one context, up to so many tokens: 2k, 8k, …")
     ] = None
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer, where its set does not say.")] = 64
     hint: Annotated[str | None, typer.Option(help="What the base is told after a question.")] = None

@@ -109,6 +109,21 @@ def test_contexts_are_asked_as_rcc_ask_does(model: RCCForCausalLM, data: Path) -
     assert len(seconds) == 1  # read once
 
 
+def test_a_pack_is_compressed_once(model: RCCForCausalLM, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All questions about the texts of a pack are asked of one context."""
+    compress, read = model.compress, []
+
+    def noted(ids: torch.Tensor, **how: Any) -> Any:
+        read.append(TOKENIZER.decode(ids[0]))
+        return compress(ids, **how)
+
+    monkeypatch.setattr(model, "compress", noted)
+    methods = qa.make_methods(model, TOKENIZER, ["human"], [])
+    assert len(answer(model, methods, data, pad_to=512)) == len(FACTS)
+    assert len(read) == 1
+    assert all(text in read[0] for _, text, _, _ in FACTS)
+
+
 def test_contexts_kept_in_8_bits(model: RCCForCausalLM, data: Path) -> None:
     """`kv` says how contexts are kept that a question is asked of; a text that is not compressed stays as it is."""
     methods = qa.make_methods(model, TOKENIZER, ["human"], ["plain"])

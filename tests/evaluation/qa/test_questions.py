@@ -10,6 +10,7 @@ import torch
 import rcc
 from rcc.evaluation.qa.questions import Question, bucket, choose
 from rcc.evaluation.qa.texts import Texts
+from rcc.text import prompting
 
 TOKENIZER: Any = rcc.load_tokenizer("rcc-smollm2-135m")
 
@@ -26,19 +27,39 @@ def test_choose() -> None:
     assert [bucket(n) for n in (0, 2047, 2048, 8191, 8192)] == ["0-2k", "0-2k", "2-4k", "4-8k", "8k+"]
 
 
-def test_padding() -> None:
-    """A text among others, each whole but the last, in the same way for all questions about it."""
-    questions = [Question(f"s/{i}", "s", f"Text number {i} is about {'sheep ' * 10}.", "q?", ("a",)) for i in range(30)]
-    alone, among = Texts(questions, TOKENIZER), Texts(questions, TOKENIZER, pad_to=200, seed=3)
-    own, whole = alone(questions[4]), among(questions[4])
-    assert TOKENIZER.decode(own) == questions[4].context
-    assert 190 < len(whole) <= 200
-    told = TOKENIZER.decode(whole)
-    assert told.count(questions[4].context) == 1
-    parts = told.split("\n\n")
-    assert len(parts) == len(set(parts)) > 4
-    assert sum(part not in {q.context for q in questions} for part in parts) <= 1
-    again = Question("other", "s", questions[4].context, "another?", ("b",))
-    assert torch.equal(among(again), whole)
-    assert not torch.equal(Texts(questions, TOKENIZER, 200, seed=4)(questions[4]), whole)
-    assert torch.equal(Texts(questions, TOKENIZER, 10)(questions[4]), own)  # longer than that by itself
+def test_packs() -> None:
+    """Texts side by side, each whole in one pack, in the same packs whatever the limit."""
+    questions = [
+        Question(f"{name}/{i}", name, f"Text {name}{i} is about {'sheep ' * 10}.", "q?", ("a",))
+        for name in ("x", "y")
+        for i in range(30)
+    ]
+    alone, packs = Texts(questions, TOKENIZER), Texts(questions, TOKENIZER, pad_to=200, seed=3)
+    assert TOKENIZER.decode(alone(questions[4])) == questions[4].context
+    whole: dict[int, list[str]] = {}
+    lengths: dict[int, int] = {}
+    for question in questions:
+        ids, number = packs(question), packs.pack(question)
+        assert TOKENIZER.decode(ids).split(prompting.SEPARATOR).count(question.context) == 1
+        whole.setdefault(number, []).append(question.context)
+        lengths[number] = len(ids)
+    assert sorted(text for texts in whole.values() for text in texts) == sorted(q.context for q in questions)
+    last = max(whole)
+    # filled with the beginning of the next text; the last pack has none to fill it
+    assert all(198 < length <= 200 for number, length in lengths.items() if number < last)
+    assert lengths[last] <= 200
+    assert min(len(texts) for number, texts in whole.items() if number < last) > 4
+    # the first of each set: a limit leaves few contexts to be made
+    assert {packs.pack(question) for question in choose(questions, 4, 3)} == {0}
+    again = Question("other", "x", questions[4].context, "another?", ("b",))
+    assert torch.equal(packs(again), packs(questions[4]))
+    other = Texts(questions, TOKENIZER, 200, seed=4)
+    assert any(not torch.equal(other(question), packs(question)) for question in questions)
+
+
+def test_a_text_longer_than_a_pack() -> None:
+    """It is read alone and whole."""
+    questions = [Question(f"s/{i}", "s", f"Text {i}: {'sheep ' * 20}.", "q?", ("a",)) for i in range(3)]
+    alone, packs = Texts(questions, TOKENIZER), Texts(questions, TOKENIZER, pad_to=10)
+    for question in questions:
+        assert torch.equal(packs(question), alone(question))

@@ -14,6 +14,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
@@ -123,10 +124,10 @@ class QAEvaluation:
     ):
         self.tokenizer, self.methods, self.asked = tokenizer, methods, asked
         self.source, self.reading_notes = source, reading_notes
-        self.questions = choose(questions, asked.limit, asked.seed)
         self.text = Texts(questions, tokenizer, asked.pad_to, asked.seed)
+        self.questions = sorted(choose(questions, asked.limit, asked.seed), key=self.text.pack)
         self.data_sha256 = digest(questions)
-        self._held: dict[tuple[str, int], tuple[str, Held, float]] = {}
+        self._held: dict[tuple[str, int], tuple[Tensor, Held, float]] = {}
 
     def settings(self) -> dict[str, Any]:
         """Return all that a sample depends on beside its key.
@@ -140,6 +141,8 @@ class QAEvaluation:
             "data": self.source,
             "data_sha256": self.data_sha256,
             "pad_to": self.asked.pad_to,
+            # folders from before texts shared a pack put other texts around each
+            **({"packs": True} if self.asked.pad_to else {}),
             "max_new_tokens": self.asked.max_new_tokens,
             "hint": self.asked.hint,
             "seed": self.asked.seed,
@@ -170,7 +173,7 @@ class QAEvaluation:
         return self.asked.rates if method.compresses else [0]
 
     def cases(self) -> Iterator[Case]:
-        """Yield a case for each question, method and rate; those about one text one after the other."""
+        """Yield a case for each question, method and rate; those of one text or pack one after the other."""
         for question in self.questions:
             text = self.text(question)
             for method in self.methods:
@@ -212,10 +215,10 @@ class QAEvaluation:
         }
 
     def _hold(self, question: Question, text: Tensor, method: Method, rate: int) -> tuple[Held, float]:
-        """Return what a method holds of a text, kept for the next question about it, and the seconds that it took."""
+        """Return what a method holds of a text, kept for the next question that reads it, and the seconds it took."""
         name = (method.name, rate)
         before = self._held.get(name)
-        if before is not None and before[0] == question.context:
+        if before is not None and torch.equal(before[0], text):
             return before[1:]
         self._held.pop(name, None)  # before the next one is made
         start = time.perf_counter()
@@ -224,7 +227,7 @@ class QAEvaluation:
             held = replace(held, context=held.context.to(dtype=self.asked.kv))
         seconds = time.perf_counter() - start
         if not method.by_question:
-            self._held[name] = (question.context, held, seconds)
+            self._held[name] = (text, held, seconds)
         return held, seconds
 
 

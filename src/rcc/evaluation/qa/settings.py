@@ -36,7 +36,7 @@ class QASettings:
     Args:
         rates: of the methods that compress.
         limit: questions of each set, chosen by `seed`; None: all.
-        pad_to: other questions' texts are put around each, up to so many tokens; 0: none.
+        pad_to: texts are read in packs of so many tokens, see :class:`rcc.evaluation.qa.texts.Texts`; 0: each alone.
         max_new_tokens: of an answer, where its set does not say.
         hint: see :data:`HINT`.
         seed: of what is chosen and what stands around it.
