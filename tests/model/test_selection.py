@@ -120,7 +120,7 @@ def test_the_highest_attention_of_large_products(dtype: torch.dtype, near: float
     assert products.mean() > 20 * products.std()
     causal = torch.ones(new, past + new, dtype=torch.bool).tril(past)
     want = products.masked_fill(~causal, -torch.inf).softmax(-1)[..., 5:past].view(groups, 2, new, -1).amax((1, 2))
-    sums = attention.attend_in_two_parts(queries[None], keys[None], values[None], 0.25)[1][0]
+    sums = attention.attend_to_past(queries[None], keys[None], values[None], 0.25)[1][0]
     for given in (None, sums):
         seen = Seen(0, 0, queries, keys, values, 5, past, 3, *unmoved, 0.25, given)
         got = highest_attention(seen)

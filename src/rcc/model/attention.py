@@ -84,12 +84,10 @@ def _attend(
     if query.requires_grad:  # the sums have no gradient
         mask = torch.ones(new, past + new, dtype=torch.bool, device=query.device).tril(past)[None, None]
         return sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, **kwargs)
-    return attend_in_two_parts(query, key, value, scaling)[0].transpose(1, 2).contiguous(), None
+    return attend_to_past(query, key, value, scaling)[0].transpose(1, 2).contiguous(), None
 
 
-def attend_in_two_parts(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float | None = None
-) -> tuple[Tensor, Tensor]:
+def attend_to_past(query: Tensor, key: Tensor, value: Tensor, scaling: float | None = None) -> tuple[Tensor, Tensor]:
     """Attend to a past whole, and to the queries' own positions causally, on a CPU, without a gradient.
 
     Args:

@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from ...context.cache import block_layers
 from .. import backbones
-from ..attention import attend_in_two_parts
+from ..attention import attend_to_past
 from ..prefix import Layers, rotate
 from .rules import FUTURE, Seen
 
@@ -125,7 +125,7 @@ class _Pass:
         if any(gaps):
             out = self._by_head(*rotated, values, scaling, gaps)
         elif past and self.sliding[layer] is None and keys.device.type == "cpu":
-            out, sums = attend_in_two_parts(*rotated, values, scaling)
+            out, sums = attend_to_past(*rotated, values, scaling)
         else:
             out = _attention(*rotated, values, scaling, self.sliding[layer])
         if self.watch is not None:
