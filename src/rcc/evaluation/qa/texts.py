@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 from itertools import chain, zip_longest
 from typing import TYPE_CHECKING
 
@@ -35,7 +35,7 @@ class Texts:
         self, questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase, pad_to: int = 0, seed: int = 0
     ):
         self._tokenizer, self._pad_to = tokenizer, pad_to
-        self._encode = lru_cache(maxsize=1024)(self._encoded)
+        self._encode = cache(self._encoded)
         self._separator = self._encode(prompting.SEPARATOR)
         self._texts = _in_turns(choose(questions, None, seed)) if pad_to else []
         self._packs = self._filled()
