@@ -43,7 +43,7 @@ def main() -> None:
         # some were not trained; that is to be seen, not warned of
         model.set_rates(recipe.model.config.rates, model.config.rate_embeddings)
         objective = Objective(model, dtype)
-        columns[name] = measure(objective, samples, arguments.samples, process.device)
+        columns[name] = dict(measure(objective, samples, arguments.samples, process.device))
     print("| task@length/rate |", " | ".join(str(name).rstrip("/").rpartition("/")[2] for name in columns), "|")
     print("|---|" + "---:|" * len(columns))
     for kind in next(iter(columns.values())):

@@ -112,6 +112,17 @@ def test_a_signal_saves_first(shared: Settings, finished: Path, tmp_path: Path, 
         assert_same(tmp_path / str(code), finished)
 
 
+def test_a_signal_ends_the_first_measurement(shared: Settings, finished: Path, tmp_path: Path) -> None:
+    """Held-out samples of a large model take minutes, and before the first step there is nothing to save."""
+    fault = partial(at, "rcc.training.held_out:_measure_kind", 2, partial(send, signal.SIGTERM))
+    result = start(shared, tmp_path / "run", faults=[fault]).end()
+    assert result.code == 143, result.err
+    assert "held out at" not in result.err
+    assert not list((tmp_path / "run").rglob("checkpoint-*"))
+    go_on(shared, tmp_path / "run").end().ok()
+    assert_same(tmp_path / "run", finished)
+
+
 def test_a_damaged_checkpoint_is_passed_over(shared: Settings, finished: Path, tmp_path: Path) -> None:
     fault = partial(at, TRAINING_STEP, 9, dies)
     train(shared, tmp_path / "run", faults=[fault])

@@ -113,6 +113,15 @@ class Progress:
         self.task = self.bar.add_task(name, total=1.0, state="")
         self.name, self.begun, self.before = name, time.perf_counter(), (trainer.tokens, trainer.spent)
 
+    def measuring(self, done: int, count: int) -> None:
+        """Show how many of the kinds of held-out samples are measured."""
+        state = f"held-out samples, {done} of {count} kinds"
+        self.bar.update(self.task, state=state)
+        now = time.perf_counter()
+        if self.bar.disable and now - self.last >= LINE_SECONDS and done < count:
+            self.last = now
+            self.say(f"{self.name}: {state}")
+
     def update(self, trainer: StageTrainer, logs: dict[str, float]) -> None:
         """Show how far a stage is."""
         part = trainer.part(trainer.state.global_step)

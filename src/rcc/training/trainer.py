@@ -31,7 +31,7 @@ from .batches import Batches, Samples
 from .checkpointing import ABOUT, STATE, TRAINER_STATE, load_about, load_state, random_state, set_random_state
 from .distributed import Process, Wrapped, agree, gather, sharded_like, unsharded
 from .groups import make_optimizer, make_schedule
-from .held_out import measure
+from .held_out import kinds_of, measure
 from .objective import Objective
 from .progress import Log, Progress
 from .recipe import Recipe
@@ -42,7 +42,7 @@ FOREVER = 2**31 - 1
 
 
 class Interrupted(Exception):  # noqa: N818  # no error: the run was told to stop
-    """Training was told to stop by a signal, and has saved."""
+    """Training was told to stop by a signal, and has saved what it had."""
 
     def __init__(self, number: int):
         super().__init__(signal.Signals(number).name)
@@ -210,10 +210,21 @@ class StageTrainer(Trainer):
         self.pending = []
 
     def measure(self) -> None:
-        """Measure loss and token accuracy on held-out samples, by kind, and log them."""
+        """Measure loss and token accuracy on held-out samples, by kind, and log them.
+
+        Whoever asks for an end meanwhile need not wait for all kinds, unless they are the finished model's.
+        """
         if self.held_out is None:
             return
-        self.figures = measure(self.objective, self.held_out, self.recipe.run.evaluation_samples, self.process.device)
+        figures, count = {}, len(kinds_of(self.held_out))
+        samples, device = self.recipe.run.evaluation_samples, self.process.device
+        self.display.measuring(0, count)
+        for kind, of_kind in measure(self.objective, self.held_out, samples, device):
+            figures[kind] = of_kind
+            self.display.measuring(len(figures), count)
+            if self.stopped_by is not None and not self.over and self.process.world == 1:
+                return
+        self.figures = figures
         step = {"stage": self.stage.name, "step": self.state.global_step, "tokens": self.tokens}
         self.journal.write({**step, "held_out": self.figures})
         self.display.say(
@@ -312,6 +323,8 @@ class _Steps(TrainerCallback):
         t.display.start(t)
         if state.global_step == 0:
             t.measure()
+            if t.stopped_by is not None and t.process.world == 1:  # there is nothing to save
+                raise Interrupted(t.stopped_by)
         self.saved = self.measured = time.perf_counter()
         self._start_clock()
 
@@ -361,7 +374,7 @@ def _signals(trainer: StageTrainer) -> Iterator[None]:
         if trainer.stopped_by is not None:
             raise KeyboardInterrupt
         trainer.stopped_by = number
-        trainer.display.say("stopping after this step; a checkpoint is written first")
+        trainer.display.say("stopping: what has been learnt is saved first")
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
