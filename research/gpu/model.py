@@ -262,10 +262,13 @@ class Block(nn.Module):
 
 # ---------------------------------------------------------------- the loss
 class _Loss(torch.autograd.Function):
-    """Weighted mean cross-entropy of h [M, H] against a frozen head [V, H], chunk by chunk, with its gradient."""
+    """Weighted mean cross-entropy of h [M, H] against a frozen head [V, H], chunk by chunk, with its gradient.
+
+    teacher: None, or hidden states [M, H] whose distribution is what is wanted, at the weight `share`; y at the rest.
+    """
 
     @staticmethod
-    def forward(ctx, h, head, y, w, chunk):
+    def forward(ctx, h, head, y, w, chunk, teacher=None, share=0.0):
         total, hits, seen = (
             h.new_zeros((), dtype=torch.float32),
             h.new_zeros((), dtype=torch.float32),
@@ -278,9 +281,12 @@ class _Loss(torch.autograd.Function):
             top = logits.argmax(-1)
             p = torch.softmax(logits, -1)
             at = torch.gather(p, 1, yc[:, None])[:, 0]
-            total += (-(at.clamp(min=1e-30).log()) * wc).sum()
+            total += (-(at.clamp(min=1e-30).log()) * wc).sum()  # of the labels alone: comparable with any share
             hits += ((top == yc) * wc).sum()
-            p.scatter_add_(1, yc[:, None], torch.full_like(at, -1)[:, None])
+            if teacher is not None:
+                p -= share * torch.softmax((teacher[i : i + chunk] @ head.t()).float(), -1)
+            label = torch.full_like(at, -1 if teacher is None else share - 1)
+            p.scatter_add_(1, yc[:, None], label[:, None])
             grad[i : i + chunk] = ((p * (wc / seen)[:, None]).to(h.dtype)) @ head
         ctx.save_for_backward(grad)
         ctx.mark_non_differentiable(hits)
@@ -289,7 +295,7 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d, _):
         (grad,) = ctx.saved_tensors
-        return grad * d.to(grad.dtype), None, None, None, None
+        return grad * d.to(grad.dtype), None, None, None, None, None, None
 
 
 # ---------------------------------------------------------------- the model
@@ -378,12 +384,25 @@ class RCC(nn.Module):
             h = block(h, cos, sin, None if prefix is None else prefix[i])
         return RMSNorm.apply(h, self.norm, self.shape.eps)
 
-    def forward(self, ids, rate, x, at, y, w, chunk=None):
+    def exact(self, ids, x, at):
+        """What the decoder makes of x after reading the text itself (rate 1), without gradients → [M, H]."""
+        with torch.no_grad():
+            h = self.decode(self.encode(ids[:, :0], 1), torch.cat([ids.flatten(1), x], 1))[:, -x.shape[1] :]
+            return h.reshape(-1, h.shape[-1]).index_select(0, at)
+
+    def forward(self, ids, rate, x, at, y, w, chunk=None, share=0.0):
         """ids [B, S, T] (None: plain), x [B, X], at [M] the places in [B · X] with a target, y, w [M] the token that
-        follows and its weight → loss, accuracy."""
+        follows and its weight; share: of what is wanted, how much is the decoder's own distribution after reading the
+        text itself → loss, accuracy, both of y."""
         h = self.decode(None if ids is None else self.encode(ids, rate), x)
         return _Loss.apply(
-            h.reshape(-1, h.shape[-1]).index_select(0, at), self.embed, y, w, chunk or (4096 if x.is_cuda else 512)
+            h.reshape(-1, h.shape[-1]).index_select(0, at),
+            self.embed,
+            y,
+            w,
+            chunk or (4096 if x.is_cuda else 512),
+            self.exact(ids, x, at) if share else None,
+            share,
         )
 
     # ------------------------------------------------------------ as the project names them

@@ -118,3 +118,21 @@ def test_exact_reads_after_the_sink(base):
     mine = net.decode(net.encode(torch.zeros(2, 0, SEGMENT, dtype=torch.long), 1), x)[1] @ net.embed.t()
     with torch.no_grad():
         assert (mine - theirs.logits(theirs.decoder, x[1].tolist(), theirs.sink_cache())).abs().max() < 1e-3
+
+
+def test_a_share_of_the_exact_reading_enters_the_gradient(base):
+    net, (ids, x) = ours(base), batch(2, 2 * SEGMENT, 6)
+    ids = ids.view(2, 2, SEGMENT)
+    at, y, w = targets(x)
+    x = x[:, :-1]
+    net(ids, 4, x, at, y, w, chunk=16, share=0.4)[0].backward()
+    got = {name: q.grad.clone() for name, q in net.named_parameters() if q.grad is not None}
+    net.zero_grad()
+    wanted = 0.4 * torch.softmax(net.exact(ids, x, at) @ net.embed.t(), -1)
+    wanted[torch.arange(len(y)), y] += 0.6
+    logits = net.decode(net.encode(ids, 4), x).flatten(0, 1)[at] @ net.embed.t()
+    (-(wanted * torch.log_softmax(logits, -1)).sum(-1) * w / w.sum()).sum().backward()
+    assert got
+    for name, q in net.named_parameters():
+        if name in got:
+            assert torch.allclose(got[name], q.grad, atol=1e-5, rtol=1e-3), name

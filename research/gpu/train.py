@@ -133,6 +133,12 @@ def main():
     p.add_argument("--warmup", type=int, default=80)
     p.add_argument("--own", type=float, default=0.0, help="how often `rec` reads its own predictions")
     p.add_argument(
+        "--distil",
+        type=float,
+        default=0.0,
+        help="share of the decoder's own distribution after reading the text itself in what `qa` is to say",
+    )
+    p.add_argument(
         "--decoder", type=float, default=1.0, help="decoder tokens of a sample, of its context tokens; at most 512"
     )
     p.add_argument("--mixed", type=float, default=0.0, help="how often each segment of a context has a rate of its own")
@@ -282,7 +288,7 @@ def main():
                     c, r, at, yy, ww = inputs(device, ids, x, y, w, slice(i, i + rows))
                     if own:
                         r = predicted(net, c, rate, r, at)
-                    loss, acc = net(c, rate, r, at, yy, ww)
+                    loss, acc = net(c, rate, r, at, yy, ww, share=a.distil if kind == "qa" else 0.0)
                     (loss * len(r) / len(x) / a.accumulation).backward()
                 except torch.OutOfMemoryError:
                     oom = True
