@@ -285,8 +285,7 @@ class _Loss(torch.autograd.Function):
             hits += ((top == yc) * wc).sum()
             if teacher is not None:
                 p -= share * torch.softmax((teacher[i : i + chunk] @ head.t()).float(), -1)
-            label = torch.full_like(at, -1 if teacher is None else share - 1)
-            p.scatter_add_(1, yc[:, None], label[:, None])
+            p.scatter_add_(1, yc[:, None], torch.full_like(at, share - 1)[:, None])
             grad[i : i + chunk] = ((p * (wc / seen)[:, None]).to(h.dtype)) @ head
         ctx.save_for_backward(grad)
         ctx.mark_non_differentiable(hits)

@@ -90,13 +90,17 @@ class Progress:
         if not self.quiet:
             self.console.print(text, markup=False)
 
+    def _say_now_and_then(self, text: str, at_once: bool = False) -> None:
+        """Print a line where there is no bar to draw, if the last one is some time ago."""
+        now = time.perf_counter()
+        if self.bar.disable and (at_once or now - self.last >= LINE_SECONDS):
+            self.last = now
+            self.say(text)
+
     def phase(self, text: str) -> None:
         """Show what is being done before the first step, for as long as it is done."""
         if self.bar.disable:
-            now = time.perf_counter()
-            if now - self.last >= LINE_SECONDS:
-                self.last = now
-                self.say(text)
+            self._say_now_and_then(text)
         elif self.task is None:
             self.task = self.bar.add_task(shown(text), total=None, state="")
         else:
@@ -117,10 +121,8 @@ class Progress:
         """Show how many of the kinds of held-out samples are measured."""
         state = f"held-out samples, {done} of {count} kinds"
         self.bar.update(self.task, state=state)
-        now = time.perf_counter()
-        if self.bar.disable and now - self.last >= LINE_SECONDS and done < count:
-            self.last = now
-            self.say(f"{self.name}: {state}")
+        if done < count:
+            self._say_now_and_then(f"{self.name}: {state}")
 
     def update(self, trainer: StageTrainer, logs: dict[str, float]) -> None:
         """Show how far a stage is."""
@@ -132,10 +134,7 @@ class Progress:
             f" {tokens / max(spent, 1e-9):,.0f} tokens/s, {left} left"
         )
         self.bar.update(self.task, completed=part, state=state)
-        now = time.perf_counter()
-        if self.bar.disable and (now - self.last >= LINE_SECONDS or part >= 1):
-            self.last = now
-            self.say(f"{self.name}: {state}")
+        self._say_now_and_then(f"{self.name}: {state}", at_once=part >= 1)
 
     def saved(self, trainer: StageTrainer) -> None:
         """Show that a checkpoint has been written."""
